@@ -1,0 +1,58 @@
+"""Dead letters: bad messages kept with their original bytes and where they came from, on `<topic>.dlq`."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from confluent_kafka import Message
+
+from shared.errors import Poison
+from shared.kafka import Headers, Record, coordinates, headers
+
+SUFFIX = ".dlq"
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def refusal(topic: str, reason: str, *, by: str) -> Headers:
+    """The headers that say which topic a dead letter belongs to, who refused it, why and when."""
+    return [
+        ("dlq-reason", reason.encode()),
+        ("dlq-topic", topic.encode()),
+        ("dlq-group", by.encode()),
+        ("dlq-at-ms", str(time.time_ns() // 1_000_000).encode()),
+    ]
+
+
+def dead_letter(message: Message, reason: str, *, group: str) -> Record:
+    """The record that keeps `message`: its value, key and headers, its coordinates, who refused it and why."""
+    topic, partition, offset = coordinates(message)
+    original = [header for header in headers(message) if not header[0].startswith("dlq-")]
+    return Record(
+        topic=f"{topic}{SUFFIX}",
+        value=message.value(),
+        key=message.key(),
+        headers=[
+            *original,
+            *refusal(topic, reason, by=group),
+            ("dlq-partition", str(partition).encode()),
+            ("dlq-offset", str(offset).encode()),
+            ("dlq-timestamp-ms", str(message.timestamp()[1]).encode()),
+        ],
+    )
+
+
+def isolate(rows: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) -> list[R | Poison]:
+    """Work on all rows at once; where that raises Poison, halve until the poisonous rows stand alone.
+
+    Returns a result or the Poison for each row, in order. n rows with one poisonous among them cost about 2 log2(n)
+    calls. Any other exception passes through.
+    """
+    try:
+        return list(work(rows))
+    except Poison as poison:
+        if len(rows) == 1:
+            return [poison]
+        middle = len(rows) // 2
+        return isolate(rows[:middle], work) + isolate(rows[middle:], work)

@@ -1,0 +1,159 @@
+"""What makes a batch final: its outputs, its dead letters and its offsets, in an order that keeps the promise."""
+
+from collections.abc import Callable, Mapping, Sequence
+from threading import Event
+from typing import Protocol
+
+import structlog
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+
+from shared.errors import Outage
+from shared.kafka import Record, coordinates
+from shared.kafka import producer as make_producer
+
+log = structlog.get_logger()
+
+_WAIT_S = 1.0
+_TRANSACTION_WAIT_S = 5.0
+# Another member owns these partitions by now: it will commit them, this commit has come too late.
+_NOT_OURS = frozenset(
+    {
+        KafkaError.ILLEGAL_GENERATION,
+        KafkaError.UNKNOWN_MEMBER_ID,
+        KafkaError.FENCED_INSTANCE_ID,
+        KafkaError.REBALANCE_IN_PROGRESS,
+    }
+)
+
+
+class Delivery(Protocol):
+    """Makes a batch final."""
+
+    def deliver(self, records: Sequence[Record], offsets: Sequence[TopicPartition], member: object) -> None:
+        """Write `records` and commit `offsets`, the next to be read. Raises Outage: the batch is to be given again.
+
+        `member` is the consumer's group metadata of the time when the batch was read. May block for as long as the
+        broker is away; ends with an Outage soon after the shutdown event is set.
+        """
+
+    def close(self) -> None:
+        """Let go of the broker."""
+
+
+class AtLeastOnce:
+    """Outputs first, offsets after: a crash between the two repeats a batch, and never loses one."""
+
+    def __init__(self, *, consumer: Consumer, properties: Mapping[str, str], shutdown: Event) -> None:
+        self._consumer = consumer
+        self._shutdown = shutdown
+        self._failed: list[str] = []
+        self._producer = make_producer(properties, on_failure=lambda error, _: self._failed.append(error.str()))
+
+    def deliver(self, records: Sequence[Record], offsets: Sequence[TopicPartition], _member: object) -> None:
+        # 1. Outputs and dead letters go into the producer's queue.
+        for record in records:
+            enqueue(self._producer, record, self._shutdown)
+        # 2. Every one is acknowledged. The producer itself tries for ever: handing over twice would write twice.
+        while self._producer.flush(_WAIT_S):
+            if self._shutdown.is_set():
+                raise Outage("stopping before the broker acknowledged the outputs")
+        if self._failed:
+            reason = self._failed[0]
+            self._failed.clear()
+            raise Outage(f"a record was not written: {reason}")
+        # 3. The offsets are committed.
+        self._commit(list(offsets))
+
+    def close(self) -> None:
+        self._producer.flush(_WAIT_S)
+
+    def _commit(self, offsets: list[TopicPartition]) -> None:
+        while True:
+            try:
+                self._consumer.commit(offsets=offsets, asynchronous=False)
+                return
+            except KafkaException as exception:
+                error = exception.args[0]
+                if error.code() in _NOT_OURS:
+                    log.warning("commit_too_late", reason=error.str())
+                    return
+                log.warning("commit_failed", reason=error.str())
+                if self._shutdown.wait(_WAIT_S):
+                    raise Outage("stopping before the offsets were committed") from None
+
+
+class ExactlyOnce:
+    """Outputs, dead letters and offsets in one Kafka transaction: readers of what is committed see all or nothing."""
+
+    def __init__(self, *, properties: Mapping[str, str], transactional_id: str, shutdown: Event) -> None:
+        self._shutdown = shutdown
+        self._make: Callable[[], Producer] = lambda: make_producer(properties, transactional_id=transactional_id)
+        self._fresh: Producer | None = self._make()  # a wrong setting is told at the start
+        self._producer: Producer | None = None
+
+    def deliver(self, records: Sequence[Record], offsets: Sequence[TopicPartition], member: object) -> None:
+        producer = self._ready()
+        try:
+            # 1. The transaction begins, and outputs and dead letters go into it.
+            producer.begin_transaction()
+            for record in records:
+                enqueue(producer, record, self._shutdown)
+            # 2. So do the offsets, under the generation that read the batch: who lost its partitions is fenced here.
+            self._insist(lambda: producer.send_offsets_to_transaction(list(offsets), member, _TRANSACTION_WAIT_S))
+            # 3. All of it becomes visible at once.
+            self._insist(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
+        except KafkaException as exception:
+            self._abort(producer, exception.args[0])
+            raise Outage(f"transaction aborted: {exception.args[0].str()}") from None
+
+    def close(self) -> None:
+        self._producer = None
+
+    def _ready(self) -> Producer:
+        if self._producer is None:
+            fresh = self._fresh or self._make()
+            self._fresh = None
+            try:
+                self._insist(lambda: fresh.init_transactions(_TRANSACTION_WAIT_S))
+            except KafkaException as exception:
+                raise Outage(f"no transactions: {exception.args[0].str()}") from None
+            self._producer = fresh
+        return self._producer
+
+    def _insist(self, step: Callable[[], None]) -> None:
+        """Try a step of the transaction again for as long as that can help."""
+        while True:
+            try:
+                return step()
+            except KafkaException as exception:
+                if not exception.args[0].retriable() or self._shutdown.is_set():
+                    raise
+                log.warning("transaction_retried", reason=exception.args[0].str())
+                self._shutdown.wait(0.2)
+
+    def _abort(self, producer: Producer, error: KafkaError) -> None:
+        if not error.fatal():
+            try:
+                self._insist(lambda: producer.abort_transaction(_TRANSACTION_WAIT_S))
+                return
+            except KafkaException as exception:
+                log.warning("abort_failed", reason=exception.args[0].str())
+        self._producer = None  # this one is beyond repair; the next delivery starts afresh and fences it
+
+
+def enqueue(producer: Producer, record: Record, shutdown: Event) -> None:
+    """Hand a record over to the producer; while its queue is full, wait. Raises Outage when that is cut short."""
+    while True:
+        try:
+            producer.produce(record.topic, value=record.value, key=record.key, headers=record.headers)
+            return
+        except BufferError:
+            if shutdown.is_set():
+                raise Outage("stopping while the producer's queue is full") from None
+            producer.poll(_WAIT_S)
+
+
+def next_offsets(messages: Sequence[Message]) -> list[TopicPartition]:
+    """For each partition among `messages` (in order within a partition), the offset that is to be read next."""
+    last = {(topic, partition): offset for topic, partition, offset in map(coordinates, messages)}
+    return [TopicPartition(topic, partition, offset + 1) for (topic, partition), offset in last.items()]

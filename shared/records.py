@@ -1,0 +1,217 @@
+"""The records on the topics: N+1 features on topic_1, N+2 on topic_2, and how their bytes are read and written.
+
+Canonical values are flat JSON objects. The payments API and older topic_1 messages use pandas "split" form
+(`{"columns": ..., "index": ..., "data": ...}`), often as a JSON string inside JSON; `read_split` turns both into
+transactions.
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from shared.errors import Poison, without_digits
+
+Int32 = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Int64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+MAX_CARD_DIGITS = 19
+# No transaction is younger than the year 5138, and none in milliseconds older than 1973: what lies above is in ms.
+_LARGEST_SECONDS = 10**11
+
+
+class Transaction(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """One card payment as it lies on topic_1: N features and what the source says of fraud."""
+
+    trans_date_trans_time: str  # YYYY-MM-DD HH:MM:SS, UTC
+    cc_num: Annotated[int, Meta(ge=1)]  # up to 19 digits, beyond float64 and int64
+    merchant: str
+    category: str
+    amt: float
+    first: str
+    last: str
+    gender: str
+    street: str
+    city: str
+    state: str
+    zip: Int32
+    lat: float
+    long: float
+    city_pop: Int64
+    job: str
+    dob: str  # YYYY-MM-DD
+    trans_num: str
+    unix_time: Int64  # seconds, UTC
+    merch_lat: float
+    merch_long: float
+    is_fraud: Literal[0, 1] | None
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """What makes it this transaction: a `trans_num` alone can come back hours later."""
+        return self.trans_num, self.unix_time
+
+    @property
+    def key(self) -> bytes:
+        """The record key: all of a card's transactions share a partition, and so keep their order."""
+        return str(self.cc_num).encode()
+
+
+class Prediction(Transaction, gc=False):
+    """One card payment as it lies on topic_2: the transaction, exactly, and the prediction."""
+
+    prediction: Literal[0, 1]
+
+
+FEATURES: tuple[str, ...] = Transaction.__struct_fields__
+RAW_COLUMNS: tuple[str, ...] = (
+    *(name for name in FEATURES if name not in ("trans_date_trans_time", "unix_time", "is_fraud")),
+    "is_fraud",
+    "current_time",
+)
+
+_T = TypeVar("_T", bound=Transaction)
+_encode = msgspec.json.Encoder().encode
+_decode_transaction = msgspec.json.Decoder(Transaction).decode
+_decode_prediction = msgspec.json.Decoder(Prediction).decode
+
+
+class BadRow(NamedTuple):
+    """A row that could not be read: why, and the row by itself as a value in split form."""
+
+    reason: str
+    value: bytes
+
+
+class Rows(NamedTuple):
+    """What a value held: its transactions, and its rows that could not be read."""
+
+    transactions: Sequence[Transaction]
+    bad: Sequence[BadRow] = ()
+
+
+def encode_transaction(transaction: Transaction) -> bytes:
+    """A topic_1 value."""
+    return _encode(transaction)
+
+
+def encode_prediction(transaction: Transaction, label: int) -> bytes:
+    """A topic_2 value: the N+1 features, byte for byte as on topic_1, and `prediction`."""
+    return _encode(transaction)[:-1] + (b',"prediction":1}' if label else b',"prediction":0}')
+
+
+def decode_prediction(value: bytes | None) -> Prediction:
+    """Read a topic_2 value. Raises Poison."""
+    if not value:
+        raise Poison("empty value")
+    try:
+        return _in_range(_decode_prediction(value))
+    except ValueError as error:
+        raise Poison(str(error)) from None
+
+
+def read_topic_1(value: bytes | None) -> Rows:
+    """Read a topic_1 value, canonical or of the older split form. Raises Poison if it is neither."""
+    if not value:
+        raise Poison("empty value")
+    try:
+        transaction = _decode_transaction(value)
+    except ValueError as error:
+        try:
+            payload = _parse(value)
+        except Poison:
+            payload = None
+        if isinstance(payload, dict) and "columns" in payload:
+            return _rows(payload)
+        raise Poison(str(error)) from None
+    transaction.unix_time = to_seconds(transaction.unix_time)
+    return Rows((_in_range(transaction),))
+
+
+def read_split(body: bytes) -> Rows:
+    """Read what the payments API answers: split form, encoded once or twice. Raises Poison."""
+    return _rows(_parse(body))
+
+
+def to_seconds(epoch: int) -> int:
+    """Epoch seconds from epoch seconds or milliseconds."""
+    return epoch // 1000 if epoch > _LARGEST_SECONDS else epoch
+
+
+def format_time(unix_time: int) -> str:
+    """Epoch seconds as `YYYY-MM-DD HH:MM:SS` UTC. Raises ValueError or OverflowError for no such date."""
+    return time.strftime(TIME_FORMAT, time.gmtime(unix_time))
+
+
+def mask_card(cc_num: int) -> str:
+    """A card number as people may see it: `**** 1234`."""
+    return f"**** {cc_num % 10000:04d}"
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        payload = msgspec.json.decode(body)
+        return msgspec.json.decode(payload) if isinstance(payload, str) else payload
+    except (ValueError, RecursionError) as error:
+        raise Poison(f"not JSON: {error}") from None
+
+
+def _in_range(transaction: _T) -> _T:
+    if transaction.cc_num >= 10**MAX_CARD_DIGITS:
+        raise Poison(f"Expected `int` of at most {MAX_CARD_DIGITS} digits - at `$.cc_num`")
+    return transaction
+
+
+def _rows(payload: Any) -> Rows:
+    if not isinstance(payload, dict) or not isinstance(payload.get("columns"), list):
+        raise Poison("not in split form: expected an object with columns and data")
+    columns, data = payload["columns"], payload.get("data")
+    _check_columns(columns)
+    if not isinstance(data, list):
+        raise Poison("not in split form: data is not a list of rows")
+    transactions, bad = [], []
+    for number, row in enumerate(data):
+        try:
+            if not isinstance(row, list) or len(row) != len(columns):
+                raise Poison(f"expected a list of {len(columns)} values")
+            transactions.append(_from_row(dict(zip(columns, row, strict=True))))
+        except Poison as error:
+            alone = msgspec.json.encode({"columns": columns, "index": [number], "data": [row]})
+            bad.append(BadRow(f"row {number}: {error}", alone))
+    return Rows(transactions, bad)
+
+
+def _check_columns(columns: Iterable[object]) -> None:
+    names = [str(name) for name in columns]
+    expected = RAW_COLUMNS if "current_time" in names else FEATURES
+    missing = sorted(set(expected) - set(names))
+    unexpected = sorted(set(names) - set(expected))
+    if missing or unexpected or len(names) != len(expected):
+        raise Poison(without_digits(f"wrong columns: missing {missing}, unexpected {unexpected}"))
+
+
+def _from_row(row: Mapping[str, Any]) -> Transaction:
+    values = dict(row)
+    epoch = values.pop("current_time", values.get("unix_time"))
+    if type(epoch) is not int:
+        raise Poison("Expected `int` - at `$.current_time` or `$.unix_time`")
+    values["unix_time"] = to_seconds(epoch)
+    try:
+        if not _is_time(values.get("trans_date_trans_time")):
+            values["trans_date_trans_time"] = format_time(values["unix_time"])
+        card = values["cc_num"]
+        if isinstance(card, str) and card.isascii() and card.isdigit():
+            values["cc_num"] = int(card)
+        return _in_range(msgspec.convert(values, Transaction))
+    except (msgspec.ValidationError, ValueError, OverflowError, OSError) as error:
+        raise Poison(str(error)) from None
+
+
+def _is_time(text: object) -> bool:
+    try:
+        return isinstance(text, str) and bool(time.strptime(text, TIME_FORMAT))
+    except ValueError:
+        return False

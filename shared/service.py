@@ -1,0 +1,36 @@
+"""How each service starts and ends: settings, logs, SIGTERM, exit codes."""
+
+import signal
+import sys
+from collections.abc import Callable
+from threading import Event
+from typing import NoReturn, TypeVar
+
+import structlog
+
+from shared import logs
+from shared.errors import SettingsError
+from shared.settings import ServiceSettings, load
+
+S = TypeVar("S", bound=ServiceSettings)
+log = structlog.get_logger()
+
+
+def run(name: str, settings: type[S], serve: Callable[[S, Event], None]) -> NoReturn:
+    """Run `serve(settings, shutdown)` until it returns, which it does soon after `shutdown` is set.
+
+    Exits with 0 after SIGTERM or SIGINT, with 2 and one line on stderr for a missing or wrong setting.
+    """
+    shutdown = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: shutdown.set())
+    try:
+        loaded = load(settings)
+        logs.configure(name, loaded)
+        log.info("started")
+        serve(loaded, shutdown)
+    except SettingsError as error:
+        print(f"{name}: {error}", file=sys.stderr)  # noqa: T201 - logs may not be set up yet
+        sys.exit(2)
+    log.info("stopped")
+    sys.exit(0)
