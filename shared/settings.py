@@ -12,7 +12,7 @@ SECRETS_FILE = "secrets.env"
 
 Seconds = Annotated[float, Field(ge=0)]
 Milliseconds = Annotated[int, Field(ge=0)]
-Delivery = Literal["exactly_once", "at_least_once"]
+DeliveryGuarantee = Literal["exactly_once", "at_least_once"]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
 LogFormat = Literal["console", "json"]
 

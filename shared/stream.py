@@ -13,11 +13,11 @@ from typing import NamedTuple
 import structlog
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
-from shared.backoff import delay_s
 from shared.delivery import Delivery, next_offsets
 from shared.errors import Outage
 from shared.flow import Flow
 from shared.kafka import Record
+from shared.retry import until_over
 from shared.settings import StreamSettings
 
 log = structlog.get_logger()
@@ -25,7 +25,6 @@ log = structlog.get_logger()
 _IDLE_POLL_S = 0.5
 _KEEPALIVE_S = 1.0
 _REVOKE_WAIT_S = 60.0
-_OUTAGE_REMINDER_S = 60.0
 
 
 class Outcome(NamedTuple):
@@ -79,8 +78,9 @@ class Stream:
             with ThreadPoolExecutor(1, thread_name_prefix="batch") as worker:
                 while not self._shutdown.is_set():
                     self._fill()
-                    if self._waiting:
-                        self._process(worker)
+                    self._process(worker)
+        except Outage as outage:
+            log.warning("stopped_in_outage", reason=str(outage), left_for_later=len(self._waiting))
         finally:
             self._flow.report()
             self._delivery.close()
@@ -88,29 +88,24 @@ class Stream:
 
     def _fill(self) -> None:
         """Grow the batch until it is full or has waited long enough; at backlog it is full at once."""
+        wait_s = 0.0  # a batch that comes again has waited long enough
         if not self._waiting:
             # consume() sits out its whole timeout on a partial batch: the idle wait is for one message only.
             self._accept([self._consumer.poll(_IDLE_POLL_S)])
+            wait_s = self._settings.max_batch_wait_ms / 1000
         room = self._settings.max_batch_size - len(self._waiting)
         if self._waiting and room > 0:
-            self._accept(self._consumer.consume(room, self._settings.max_batch_wait_ms / 1000))
+            self._accept(self._consumer.consume(room, wait_s))
 
     def _process(self, worker: ThreadPoolExecutor) -> None:
         """Bring the batch to its end: final, or forgotten because its partitions went to another member."""
-        attempt, began, reminded = 0, time.monotonic(), 0.0
-        while self._waiting and not (attempt and self._shutdown.is_set()):
-            try:
-                self._attempt(worker)
-                break
-            except Outage as outage:
-                now = time.monotonic()
-                if attempt == 0 or now - reminded >= _OUTAGE_REMINDER_S:
-                    reminded = now
-                    log.warning("outage", reason=str(outage), seconds=round(now - began, 1), waiting=len(self._waiting))
-                self._wait_out(max(self._delay_s(attempt), outage.retry_after_s))
-                attempt += 1
-        if attempt and not self._shutdown.is_set():
-            log.info("outage_over", seconds=round(time.monotonic() - began, 1), attempts=attempt)
+        until_over(
+            lambda: self._attempt(worker),
+            shutdown=self._shutdown,
+            initial_s=self._settings.backoff_initial_seconds,
+            max_s=self._settings.backoff_max_seconds,
+            wait=self._wait_out,
+        )
         if self._paused:
             self._paused = False
             self._consumer.resume(self._consumer.assignment())
@@ -118,6 +113,8 @@ class Stream:
 
     def _attempt(self, worker: ThreadPoolExecutor) -> None:
         """Hand one batch to the worker and keep polling until it is through. Raises Outage; the batch then waits on."""
+        if not self._waiting:
+            return
         size = self._settings.max_batch_size
         batch, self._waiting = self._waiting[:size], self._waiting[size:]
         self._gone.clear()
@@ -141,11 +138,6 @@ class Stream:
         busy_ms = round((time.monotonic() - began) * 1000)
         self._flow.add(records=len(finished), dead_letters=outcome.dead, busy_ms=busy_ms)
         return outcome.done
-
-    def _delay_s(self, attempt: int) -> float:
-        return delay_s(
-            attempt, initial_s=self._settings.backoff_initial_seconds, max_s=self._settings.backoff_max_seconds
-        )
 
     def _wait_out(self, seconds: float) -> None:
         until = time.monotonic() + seconds

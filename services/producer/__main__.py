@@ -11,13 +11,13 @@ from pydantic import AnyHttpUrl, Field
 from services.producer.api import fetch
 from services.producer.recent import Recent
 from shared import kafka, service
-from shared.backoff import delay_s
 from shared.dead_letters import SUFFIX, refusal
 from shared.delivery import enqueue
 from shared.errors import Outage, Poison
 from shared.flow import Flow
 from shared.kafka import Record
 from shared.records import Rows, encode_transaction, read_split
+from shared.retry import delay_s
 from shared.settings import Seconds, ServiceSettings, kafka_properties
 
 log = structlog.get_logger()

@@ -1,0 +1,99 @@
+"""The alerter: every fraud on topic_2 becomes an e-mail, at once."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from threading import Event
+from typing import Annotated
+
+import structlog
+from confluent_kafka import Message
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import NoDecode
+
+from services.alerter.mail import Mailer, SmtpTls, compose
+from shared import kafka, service
+from shared.dead_letters import dead_letter
+from shared.delivery import AtLeastOnce
+from shared.errors import Poison
+from shared.kafka import Record, headers
+from shared.provenance import from_headers
+from shared.records import decode_prediction, mask_card
+from shared.settings import StreamSettings, kafka_properties
+from shared.stream import Outcome, Stream
+
+log = structlog.get_logger()
+
+Addresses = Annotated[tuple[str, ...], NoDecode, Field(min_length=1)]
+
+
+class AlerterSettings(StreamSettings):
+    """What the alerter reads from its environment."""
+
+    alerter_group: str = Field("alerter", min_length=1, description="Consumer group on topic_2")
+    smtp_host: str = Field(min_length=1, description="Mail server")
+    smtp_port: int = Field(587, ge=1, le=65535, description="Its port")
+    smtp_tls: SmtpTls = Field("starttls", description="starttls, implicit or none")
+    smtp_username: str | None = Field(None, description="Login, if the server wants one")
+    smtp_password: SecretStr | None = Field(None, description="Its password")
+    alert_from: str = Field(pattern=r"^[^\s@]+@[^\s@]+$", description="Sender of the alarms")
+    alert_to: Addresses = Field(description="Recipients, separated by commas")
+
+    @field_validator("alert_to", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def serve(settings: AlerterSettings, shutdown: Event) -> None:
+    """Mail until shutdown."""
+    properties = kafka_properties(settings)
+    consumer = kafka.consumer(properties, group=settings.alerter_group)
+    mailer = Mailer(
+        host=settings.smtp_host,
+        port=settings.smtp_port,
+        tls=settings.smtp_tls,
+        username=settings.smtp_username,
+        password=settings.smtp_password.get_secret_value() if settings.smtp_password else None,
+    )
+    Stream(
+        consumer=consumer,
+        topic=settings.topic_2,
+        handle=lambda messages: alert(messages, mailer, settings),
+        delivery=AtLeastOnce(consumer=consumer, properties=properties, shutdown=shutdown),
+        settings=settings,
+        shutdown=shutdown,
+    ).run()
+    mailer.close()
+
+
+def alert(messages: Sequence[Message], mailer: Mailer, settings: AlerterSettings) -> Outcome:
+    """Mail the first fraud of the batch; what comes after it is left for the next round.
+
+    So every accepted mail is followed by a commit, and a crash repeats one alarm at the most. Raises Outage.
+    """
+    dead: list[Record] = []
+    for number, message in enumerate(messages, start=1):
+        try:
+            prediction = decode_prediction(message.value())
+            if not prediction.prediction:
+                continue
+            provenance = from_headers(headers(message))
+            mailer.send(
+                compose(
+                    prediction,
+                    provenance,
+                    sender=settings.alert_from,
+                    recipients=settings.alert_to,
+                    now=datetime.now(UTC),
+                )
+            )
+        except Poison as poison:
+            dead.append(dead_letter(message, str(poison), group=settings.alerter_group))
+            continue
+        log.info("alarm_mailed", card=mask_card(prediction.cc_num), amount=prediction.amt, id=prediction.trans_num)
+        return Outcome(number, dead, dead=len(dead))
+    return Outcome(len(messages), dead, dead=len(dead))
+
+
+if __name__ == "__main__":
+    service.run("alerter", AlerterSettings, serve)

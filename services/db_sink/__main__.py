@@ -1,0 +1,89 @@
+"""The db_sink: every transaction with its prediction into PostgreSQL, once."""
+
+from collections.abc import Sequence
+from threading import Event
+
+import sqlalchemy as sa
+import structlog
+from confluent_kafka import Message
+from pydantic import Field, SecretStr
+
+from services.db_sink.table import Row, connect, migrate, upsert
+from shared import kafka, service
+from shared.dead_letters import dead_letter, isolate
+from shared.delivery import AtLeastOnce
+from shared.errors import Outage, Poison, SettingsError
+from shared.kafka import headers
+from shared.provenance import from_headers
+from shared.records import decode_prediction
+from shared.retry import until_over
+from shared.settings import StreamSettings, kafka_properties
+from shared.stream import Outcome, Stream
+
+log = structlog.get_logger()
+
+
+class SinkSettings(StreamSettings):
+    """What the db_sink reads from its environment."""
+
+    db_sink_group: str = Field("db_sink", min_length=1, description="Consumer group on topic_2")
+    database_url: SecretStr = Field(description="postgresql://user:password@host:5432/name")
+
+
+def serve(settings: SinkSettings, shutdown: Event) -> None:
+    """Migrate the schema, then store until shutdown."""
+    properties = kafka_properties(settings)
+    try:
+        engine = connect(settings.database_url.get_secret_value())
+    except ValueError as error:
+        raise SettingsError(f"DATABASE_URL: {error}") from None
+    consumer = kafka.consumer(properties, group=settings.db_sink_group)
+    try:
+        until_over(
+            lambda: migrate(engine),
+            shutdown=shutdown,
+            initial_s=settings.backoff_initial_seconds,
+            max_s=settings.backoff_max_seconds,
+        )
+    except Outage:
+        return
+    log.info("schema_ready")
+    Stream(
+        consumer=consumer,
+        topic=settings.topic_2,
+        handle=lambda messages: store(messages, engine, group=settings.db_sink_group),
+        delivery=AtLeastOnce(consumer=consumer, properties=properties, shutdown=shutdown),
+        settings=settings,
+        shutdown=shutdown,
+    ).run()
+    engine.dispose()
+
+
+def store(messages: Sequence[Message], engine: sa.Engine, *, group: str) -> Outcome:
+    """Store the batch; a message that cannot be read or that PostgreSQL rejects is a dead letter. Raises Outage."""
+    rows: list[Row] = []
+    sources: list[Message] = []
+    dead = []
+    for message in messages:
+        try:
+            rows.append(Row(decode_prediction(message.value()), from_headers(headers(message))))
+            sources.append(message)
+        except Poison as poison:
+            dead.append(dead_letter(message, str(poison), group=group))
+    if rows:
+        results = isolate(rows, lambda part: _stored(engine, part))
+        dead += [
+            dead_letter(message, str(result), group=group)
+            for message, result in zip(sources, results, strict=True)
+            if isinstance(result, Poison)
+        ]
+    return Outcome(len(messages), dead, dead=len(dead))
+
+
+def _stored(engine: sa.Engine, rows: Sequence[Row]) -> Sequence[None]:
+    upsert(engine, rows)
+    return [None] * len(rows)
+
+
+if __name__ == "__main__":
+    service.run("db_sink", SinkSettings, serve)

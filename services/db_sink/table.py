@@ -1,0 +1,124 @@
+"""The table of transactions and how a batch gets into it."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import psycopg2
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from sqlalchemy.exc import SQLAlchemyError
+
+from shared.errors import Outage, Poison, without_digits
+from shared.provenance import Provenance
+from shared.records import Prediction
+
+TABLE = "transactions"
+FEATURES_2: tuple[str, ...] = Prediction.__struct_fields__
+PROVENANCE: tuple[str, ...] = ("model_name", "model_version", "probability", "predicted_at", *Provenance._fields[4:])
+_MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+class Row(NamedTuple):
+    """What is stored of a record of topic_2."""
+
+    prediction: Prediction
+    provenance: Provenance
+
+
+def connect(url: str) -> sa.Engine:
+    """An engine on psycopg2, whichever PostgreSQL driver the URL names. Raises ValueError for any other database."""
+    try:
+        parsed = sa.make_url(url)
+    except SQLAlchemyError:
+        raise ValueError("not a database URL") from None
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise ValueError("not a PostgreSQL URL")
+    return sa.create_engine(
+        parsed.set(drivername="postgresql+psycopg2"),
+        pool_size=1,
+        pool_pre_ping=True,  # a restarted database is met here, not in the middle of a batch
+        max_overflow=0,
+        connect_args={"connect_timeout": 10, "application_name": "fraud-alarm db_sink"},
+    )
+
+
+def migrate(engine: sa.Engine) -> None:
+    """Bring the schema to its newest version; several may do so at once. Raises Outage."""
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    try:
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    except (SQLAlchemyError, psycopg2.Error) as error:
+        raise Outage(f"database: {_reason(error)}") from None
+
+
+def upsert(engine: sa.Engine, rows: Sequence[Row]) -> None:
+    """Store the rows in one transaction: COPY into a temporary table, from there into the table by identity.
+
+    A row that is there already gets the newer prediction; a label that somebody confirmed stays as it is. Raises Poison
+    if PostgreSQL rejects a row, Outage for everything else.
+    """
+    latest = {row.prediction.identity: row for row in rows}
+    try:
+        with engine.begin() as connection:
+            cursor = connection.connection.cursor()
+            cursor.execute(_STAGING)
+            cursor.copy_expert(_COPY, _as_csv(latest.values()))
+            cursor.execute(_UPSERT)
+    except (psycopg2.DataError, psycopg2.IntegrityError) as error:
+        raise Poison(f"database: {_reason(error)}") from None
+    except (SQLAlchemyError, psycopg2.Error) as error:
+        raise Outage(f"database: {_reason(error)}") from None
+
+
+_COLUMNS = ", ".join(f'"{name}"' for name in (*FEATURES_2, *PROVENANCE))
+_STAGING = f"""
+CREATE TEMPORARY TABLE IF NOT EXISTS staging (LIKE {TABLE} INCLUDING DEFAULTS) ON COMMIT DELETE ROWS
+"""
+_COPY = f"""
+COPY staging ({_COLUMNS}) FROM STDIN WITH (FORMAT csv, FORCE_NULL (is_fraud, {", ".join(PROVENANCE)}))
+"""
+_UPDATED = ", ".join(
+    f'"{name}" = EXCLUDED."{name}"'
+    for name in (*FEATURES_2, *PROVENANCE)
+    if name not in ("trans_num", "unix_time", "is_fraud")
+)
+_UPSERT = f"""
+INSERT INTO {TABLE} AS stored ({_COLUMNS}) SELECT {_COLUMNS} FROM staging
+ON CONFLICT (trans_num, unix_time) DO UPDATE SET {_UPDATED},
+  is_fraud = CASE WHEN stored.validated_at IS NULL THEN EXCLUDED.is_fraud ELSE stored.is_fraud END
+"""  # noqa: S608 - nothing in it comes from outside
+
+
+def _as_csv(rows: Iterable[Row]) -> io.StringIO:
+    """The rows as COPY reads them: every text quoted, so that none is taken for NULL or an end of data."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerows((*_values(row.prediction), *_provenance(row.provenance)) for row in rows)
+    buffer.seek(0)
+    return buffer
+
+
+def _values(prediction: Prediction) -> tuple[object, ...]:
+    return tuple(getattr(prediction, name) for name in FEATURES_2)
+
+
+def _provenance(provenance: Provenance) -> tuple[object, ...]:
+    name, version, probability, predicted_at_ms, partition, offset = provenance
+    predicted_at = None if predicted_at_ms is None else datetime.fromtimestamp(predicted_at_ms / 1000, UTC).isoformat()
+    return name, version, probability, predicted_at, partition, offset
+
+
+def _reason(error: Exception) -> str:
+    """The database's own words without the values that its details quote."""
+    original = getattr(error, "orig", None) or error
+    diagnosis = getattr(original, "diag", None)
+    message = getattr(diagnosis, "message_primary", None) or str(original).strip().partition("\n")[0]
+    return without_digits(f"{type(original).__name__}: {message}")
