@@ -1,0 +1,225 @@
+"""The ledger: every transaction followed by identity through the topics, the mailbox and the table.
+
+Nothing here asks the services: each figure is counted where the thing itself lies.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from threading import Event, Lock, Thread
+
+import msgspec
+import numpy as np
+import sqlalchemy as sa
+from confluent_kafka import Consumer, Message, TopicPartition
+
+from sandbox.mailbox import messages as mails_in
+from services.alerter.mail import message_id
+from shared.dead_letters import SUFFIX
+from shared.kafka import consumer, coordinates
+
+Identity = tuple[str, int]
+
+_READ_S = 0.05
+
+
+class _Seen(msgspec.Struct, gc=False):
+    """As much of a record as the ledger needs."""
+
+    trans_num: str
+    unix_time: int
+    prediction: int = 0
+
+
+@dataclass
+class Topics:
+    """What was read back from the topics since the start."""
+
+    records_1: int = 0
+    records_2: int = 0
+    dead_letters: int = 0
+    produced_ms: dict[Identity, int] = field(default_factory=dict)  # the record's own timestamp on topic_1
+    visible_ms: dict[Identity, float] = field(default_factory=dict)  # when a committed-only reader had it from topic_2
+    frauds: set[Identity] = field(default_factory=set)
+    dead: set[Identity] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The account of a run. It balances if nothing was lost and nothing doubled."""
+
+    served: int
+    fetched: int
+    skipped_repeats: int
+    topic_1: int
+    topic_2: int
+    predicted_frauds: int
+    emails: int
+    mailed_frauds: int
+    rows: int
+    dead_letters: int
+    lost: int
+    duplicates: int
+    seconds: float
+    latency_ms: Mapping[str, Mapping[str, float | None]]
+    missing: Mapping[str, list[Identity]]  # a few identities for each place where some are missing
+
+    @property
+    def balanced(self) -> bool:
+        """True if every transaction served is where it must be, once, and every fraud was mailed."""
+        return self.lost == 0 and self.duplicates == 0 and self.mailed_frauds == self.predicted_frauds
+
+    def report(self) -> dict[str, object]:
+        """The figures as they go into the report file."""
+        return {name: value for name, value in asdict(self).items() if name != "missing"}
+
+
+class TopicReader:
+    """Reads both topics and their dead letters as they grow, in a thread of its own.
+
+    It has to keep up rather than read at the end: an embedded broker forgets old records.
+    """
+
+    def __init__(self, properties: Mapping[str, str], *, topic_1: str, topic_2: str) -> None:
+        self._consumer = consumer(properties, group="ledger")
+        self._topic_1, self._topic_2 = topic_1, topic_2
+        self._decode = msgspec.json.Decoder(_Seen).decode
+        self._stop = Event()
+        self._lock = Lock()
+        self._positions: dict[tuple[str, int], int] = {}
+        self._thread = Thread(target=self._read, name="ledger", daemon=True)
+        self.topics = Topics()
+
+    def start(self, starts: Iterable[TopicPartition]) -> None:
+        """Read from these offsets on."""
+        self._consumer.assign(list(starts))
+        self._thread.start()
+
+    def stop(self) -> Topics:
+        """Read what is there, then stop. Returns everything read."""
+        self._stop.set()
+        self._thread.join()
+        self._consumer.close()
+        return self.topics
+
+    def _read(self) -> None:
+        last_record = time.monotonic()
+        while not self._stop.is_set() or time.monotonic() - last_record < 1.0:
+            first = self._consumer.poll(_READ_S)
+            if first is None:
+                continue
+            last_record = time.monotonic()
+            now_ms = time.time() * 1000
+            for message in (first, *self._consumer.consume(5000, 0)):
+                if message.error() is None:
+                    self._count(message, now_ms)
+
+    def _count(self, message: Message, now_ms: float) -> None:
+        topic, _, _ = coordinates(message)
+        topics = self.topics
+        try:
+            seen = self._decode(message.value() or b"")
+            identity = (seen.trans_num, seen.unix_time)
+        except ValueError:
+            seen = identity = None
+        if topic.endswith(SUFFIX):
+            topics.dead_letters += 1
+            if identity:
+                topics.dead.add(identity)
+        elif topic == self._topic_1:
+            topics.records_1 += 1
+            if identity:
+                topics.produced_ms.setdefault(identity, message.timestamp()[1])
+        elif topic == self._topic_2:
+            topics.records_2 += 1
+            if seen and identity:
+                topics.visible_ms.setdefault(identity, now_ms)
+                if seen.prediction:
+                    topics.frauds.add(identity)
+
+
+def draw_up(
+    topics: Topics,
+    *,
+    served: int,
+    repeats: int,
+    mailbox: Path,
+    since_ms: int,
+    sender: str,
+    engine: sa.Engine,
+    seconds: float,
+) -> Ledger:
+    """Compare, by identity, what the source served with what lies on the topics, in the mailbox and in the table.
+
+    `served` counts distinct transactions, `repeats` those that the source served again.
+    """
+    produced, predicted = topics.produced_ms.keys(), topics.visible_ms.keys()
+    mailed_ms, emails = _mailed(mailbox, predicted, since_ms=since_ms, sender=sender)
+    ingested_ms = _stored(engine, predicted)
+    missing = {
+        "topic_2": produced - predicted - topics.dead,
+        "mailbox": topics.frauds - mailed_ms.keys() - topics.dead,
+        "table": predicted - ingested_ms.keys() - topics.dead,
+    }
+    never_produced = max(0, served - len(produced | topics.dead))
+    return Ledger(
+        served=served,
+        fetched=served + repeats,
+        skipped_repeats=repeats,
+        topic_1=topics.records_1,
+        topic_2=topics.records_2,
+        predicted_frauds=len(topics.frauds),
+        emails=emails,
+        mailed_frauds=len(mailed_ms),
+        rows=len(ingested_ms),
+        dead_letters=topics.dead_letters,
+        lost=never_produced + len(set().union(*missing.values())),
+        duplicates=_surplus(topics.records_1, produced) + _surplus(topics.records_2, predicted),
+        seconds=round(seconds, 1),
+        latency_ms={
+            "topic_1_to_topic_2": _latency(topics.produced_ms, topics.visible_ms),
+            "topic_1_to_email": _latency(topics.produced_ms, mailed_ms),
+            "topic_1_to_row": _latency(topics.produced_ms, ingested_ms),
+        },
+        missing={place: sorted(identities)[:5] for place, identities in missing.items() if identities},
+    )
+
+
+def _surplus(records: int, identities: Iterable[Identity]) -> int:
+    return max(0, records - len(set(identities)))
+
+
+def _mailed(
+    mailbox: Path, identities: Iterable[Identity], *, since_ms: int, sender: str
+) -> tuple[dict[Identity, float], int]:
+    """When each transaction that a mail names was first mailed (epoch ms), and how many mails there are."""
+    by_message_id = {message_id(identity, sender=sender): identity for identity in identities}
+    first: dict[Identity, float] = {}
+    emails = 0
+    for mail in mails_in(mailbox):
+        if mail.received_ms < since_ms:
+            continue
+        emails += 1
+        identity = by_message_id.get(str(mail.message["Message-ID"]))
+        if identity is not None:
+            first[identity] = min(mail.received_ms, first.get(identity, mail.received_ms))
+    return first, emails
+
+
+def _stored(engine: sa.Engine, identities: Iterable[Identity]) -> dict[Identity, float]:
+    """When each of these transactions that is in the table got there, in epoch ms."""
+    wanted = set(identities)
+    query = sa.text("SELECT trans_num, unix_time, 1000 * EXTRACT(EPOCH FROM ingested_at) FROM transactions")
+    with engine.connect() as connection:
+        rows = connection.execution_options(stream_results=True).execute(query)
+        return {(num, at): float(ms) for num, at, ms in rows if (num, at) in wanted}
+
+
+def _latency(begin: Mapping[Identity, float], end: Mapping[Identity, float]) -> dict[str, float | None]:
+    """Milliseconds from `begin` to `end`, median and 99th percentile, over the transactions in both."""
+    spans = [end[identity] - begin[identity] for identity in begin.keys() & end.keys()]
+    if not spans:
+        return {"p50": None, "p99": None}
+    p50, p99 = np.percentile(spans, (50, 99))
+    return {"p50": round(float(p50), 1), "p99": round(float(p99), 1)}

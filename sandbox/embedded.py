@@ -1,0 +1,72 @@
+"""The embedded broker: librdkafka's mock cluster in a process of its own, for machines without Java.
+
+It speaks Kafka's protocol and keeps nothing on disk. Its measured limits, with librdkafka 2.16:
+
+- it keeps about 5 MB a partition, some 24,000 lz4 records, and drops older ones silently: the source must be held back;
+- topics come into being by use, with 4 partitions; administrative calls fail or time out;
+- transactions are accepted but fake (aborted records are visible, offsets sent with a transaction are lost), so
+  `DELIVERY=at_least_once` is the setting for it;
+- the cooperative-sticky assignor leaves partitions unowned for many seconds; `range` works;
+- it does not wake a waiting fetch, so a consumer sees a record only at the end of its `fetch.wait.max.ms`.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from threading import Event
+
+from confluent_kafka import Producer
+
+from sandbox.processes import Process, python
+
+CLIENT_SETTINGS = {"fetch.wait.max.ms": "10", "partition.assignment.strategy": "range"}
+KEPT_RECORDS_A_PARTITION = 24_000
+
+
+class EmbeddedBroker(Process):
+    """The mock cluster as a child process. Each start is an empty broker on a new port."""
+
+    description = "embedded broker: at least once, in memory only (for exactly-once, have Java 17 and Maven)"
+
+    def __init__(self, directory: Path) -> None:
+        self._address_file = directory / "address"
+        super().__init__(
+            "embedded broker",
+            python("sandbox.embedded", "--address-file", str(self._address_file)),
+            log=directory / "embedded.log",
+            ready=self._address_file.exists,
+        )
+
+    def spawn(self) -> None:
+        """Start an empty broker."""
+        self._address_file.unlink(missing_ok=True)
+        super().spawn()
+
+    @property
+    def bootstrap(self) -> str:
+        """HOST:PORT, once it is ready."""
+        return self._address_file.read_text()
+
+
+def main() -> int:
+    """Run a mock cluster until SIGTERM; its address goes into a file once it answers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--address-file", type=Path, required=True)
+    arguments = parser.parse_args()
+    stop = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    cluster = Producer({"bootstrap.servers": "", "test.mock.num.brokers": 1, "log_level": 3})
+    broker = next(iter(cluster.list_topics(timeout=30).brokers.values()))
+    partial = arguments.address_file.with_suffix(".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(f"{broker.host}:{broker.port}")
+    partial.rename(arguments.address_file)
+    while not stop.wait(1.0):
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

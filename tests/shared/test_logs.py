@@ -1,0 +1,44 @@
+"""What an operator reads, and what nobody may read."""
+
+import json
+import logging
+
+import pytest
+import structlog
+
+from shared.logs import configure, passes_luhn
+from shared.settings import ServiceSettings
+
+CARD = "4497913965512794052"
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_no_line_holds_a_full_card_number(
+    log_format: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOG_FORMAT", log_format)
+    luhn = next(int(CARD[:-1] + digit) for digit in "0123456789" if passes_luhn(CARD[:-1] + digit))
+    configure("tests", ServiceSettings())
+
+    structlog.get_logger().info("event", card=luhn, text=f"card {luhn}.", offset=1730134684025)
+    logging.getLogger("librdkafka").warning("saw %s", luhn)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(str(luhn) not in line and f"**** {luhn % 10000:04d}" in line for line in lines)
+    assert "1730134684025" in lines[0]
+
+
+def test_json_lines_say_who_and_how_bad(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOG_FORMAT", "json")
+    configure("predictor", ServiceSettings())
+
+    structlog.get_logger().warning("outage", reason="gone")
+
+    line = json.loads(capsys.readouterr().out)
+    assert (line["service"], line["level"], line["event"], line["reason"]) == ("predictor", "warning", "outage", "gone")
+
+
+@pytest.mark.parametrize(("digits", "valid"), [("4539578763621486", True), ("4539578763621487", False)])
+def test_luhn(digits: str, valid: bool) -> None:
+    assert passes_luhn(digits) is valid
