@@ -12,7 +12,7 @@ from threading import Event, Lock, Thread
 import msgspec
 import numpy as np
 import sqlalchemy as sa
-from confluent_kafka import Consumer, Message, TopicPartition
+from confluent_kafka import Message, TopicPartition
 
 from sandbox.mailbox import messages as mails_in
 from services.alerter.mail import message_id

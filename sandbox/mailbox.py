@@ -71,7 +71,7 @@ class _Keeper:
         self._directory = directory
         self._numbers = count(len(list(directory.glob("*.eml"))) + 1)
 
-    async def handle_DATA(self, _server: SMTP, _session: Session, envelope: Envelope) -> str:  # noqa: N802
+    async def handle_DATA(self, _server: SMTP, _session: Session, envelope: Envelope) -> str:
         name = f"{time.time_ns() // 1_000_000}-{next(self._numbers):07d}"
         partial = self._directory / f"{name}.partial"
         content = envelope.content or b""

@@ -78,7 +78,7 @@ class Process:
                 cwd=self._cwd,
                 user=self._user,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, safe after fork
+                preexec_fn=_die_with_parent,
             )
 
     def wait_ready(self) -> None:
