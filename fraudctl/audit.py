@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Thread
 
 import msgspec
 import numpy as np
@@ -17,7 +17,7 @@ from confluent_kafka import Message, TopicPartition
 from sandbox.mailbox import messages as mails_in
 from services.alerter.mail import message_id
 from shared.dead_letters import SUFFIX
-from shared.kafka import consumer, coordinates
+from shared.kafka import consumer, coordinates, headers
 
 Identity = tuple[str, int]
 
@@ -31,6 +31,10 @@ class _Seen(msgspec.Struct, gc=False):
     unix_time: int
     prediction: int = 0
 
+    @property
+    def identity(self) -> Identity:
+        return self.trans_num, self.unix_time
+
 
 @dataclass
 class Topics:
@@ -39,6 +43,7 @@ class Topics:
     records_1: int = 0
     records_2: int = 0
     dead_letters: int = 0
+    refused_rows: int = 0  # of the dead letters, the rows of the API's answers that are no transactions
     produced_ms: dict[Identity, int] = field(default_factory=dict)  # the record's own timestamp on topic_1
     visible_ms: dict[Identity, float] = field(default_factory=dict)  # when a committed-only reader had it from topic_2
     frauds: set[Identity] = field(default_factory=set)
@@ -81,15 +86,14 @@ class TopicReader:
     It has to keep up rather than read at the end: an embedded broker forgets old records.
     """
 
-    def __init__(self, properties: Mapping[str, str], *, topic_1: str, topic_2: str) -> None:
+    def __init__(self, properties: Mapping[str, str], *, topic_1: str) -> None:
         self._consumer = consumer(properties, group="ledger")
-        self._topic_1, self._topic_2 = topic_1, topic_2
+        self._topic_1 = topic_1
         self._decode = msgspec.json.Decoder(_Seen).decode
         self._stop = Event()
-        self._lock = Lock()
-        self._positions: dict[tuple[str, int], int] = {}
         self._thread = Thread(target=self._read, name="ledger", daemon=True)
         self.topics = Topics()
+        self.positions: dict[tuple[str, int], int] = {}  # after the last record read, which no marker follows
 
     def start(self, starts: Iterable[TopicPartition]) -> None:
         """Read from these offsets on."""
@@ -116,27 +120,29 @@ class TopicReader:
                     self._count(message, now_ms)
 
     def _count(self, message: Message, now_ms: float) -> None:
-        topic, _, _ = coordinates(message)
+        topic, partition, offset = coordinates(message)
+        self.positions[topic, partition] = offset + 1
         topics = self.topics
+        seen: _Seen | None
         try:
             seen = self._decode(message.value() or b"")
-            identity = (seen.trans_num, seen.unix_time)
         except ValueError:
-            seen = identity = None
+            seen = None
         if topic.endswith(SUFFIX):
             topics.dead_letters += 1
-            if identity:
-                topics.dead.add(identity)
+            topics.refused_rows += ("dlq-group", b"producer") in headers(message)
+            if seen:
+                topics.dead.add(seen.identity)
         elif topic == self._topic_1:
             topics.records_1 += 1
-            if identity:
-                topics.produced_ms.setdefault(identity, message.timestamp()[1])
-        elif topic == self._topic_2:
+            if seen:
+                topics.produced_ms.setdefault(seen.identity, message.timestamp()[1])
+        else:
             topics.records_2 += 1
-            if seen and identity:
-                topics.visible_ms.setdefault(identity, now_ms)
+            if seen:
+                topics.visible_ms.setdefault(seen.identity, now_ms)
                 if seen.prediction:
-                    topics.frauds.add(identity)
+                    topics.frauds.add(seen.identity)
 
 
 def draw_up(
@@ -162,7 +168,7 @@ def draw_up(
         "mailbox": topics.frauds - mailed_ms.keys() - topics.dead,
         "table": predicted - ingested_ms.keys() - topics.dead,
     }
-    never_produced = max(0, served - len(produced | topics.dead))
+    never_produced = max(0, served - topics.refused_rows - len(produced | topics.dead))
     return Ledger(
         served=served,
         fetched=served + repeats,

@@ -59,9 +59,13 @@ class Mailbox(Process):
 
 def messages(directory: Path) -> Iterator[ReceivedMail]:
     """What was received, oldest first."""
+    yield from map(read_mail, sorted(directory.glob("*.eml")))
+
+
+def read_mail(path: Path) -> ReceivedMail:
+    """One message and when it was received, which its file's name tells."""
     parser = BytesParser(_class=EmailMessage, policy=policy.default)
-    for path in sorted(directory.glob("*.eml")):
-        yield ReceivedMail(int(path.name.partition("-")[0]), parser.parsebytes(path.read_bytes()), path)
+    return ReceivedMail(int(path.name.partition("-")[0]), parser.parsebytes(path.read_bytes()), path)
 
 
 class _Keeper:

@@ -31,7 +31,7 @@ from shared.records import FEATURES, RAW_COLUMNS, TIME_FORMAT
 
 PATH = "/current-transactions"
 FAULTS = ("5xx", "429", "timeout", "html", "broken-json", "repeats")
-_DEFAULT_START = datetime(2024, 5, 17, 12, 0, tzinfo=UTC)  # noon, so that a few thousand rows see the frauds' hours
+_DEFAULT_START = datetime(2024, 5, 17, 20, 0, tzinfo=UTC)  # the hours of most frauds are not far
 _LONGEST_WAIT_S = 0.25
 _HANG_S = 3.0
 _INTEGERS = {"cc_num", "zip", "city_pop"}

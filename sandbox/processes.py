@@ -52,6 +52,7 @@ class Process:
         self._ready = ready
         self._ready_timeout_s = ready_timeout_s
         self._child: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
 
     @property
     def pid(self) -> int | None:
@@ -69,6 +70,7 @@ class Process:
             return
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as output:
+            self._log_start = output.tell()
             self._child = subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
@@ -86,10 +88,10 @@ class Process:
         deadline = time.monotonic() + self._ready_timeout_s
         while not self._ready():
             if not self.running:
-                raise StandInError(f"{self.name} ended at its start: {self._last_line()}")
+                raise StandInError(f"{self.name} ended at its start: {self.last_line()}")
             if time.monotonic() > deadline:
                 self.kill()
-                raise StandInError(f"{self.name} was not ready in {self._ready_timeout_s:.0f} s: {self._last_line()}")
+                raise StandInError(f"{self.name} was not ready in {self._ready_timeout_s:.0f} s: {self.last_line()}")
             time.sleep(_POLL_S)
 
     def start(self) -> Self:
@@ -97,6 +99,15 @@ class Process:
         self.spawn()
         self.wait_ready()
         return self
+
+    def wait(self, timeout_s: float | None = None) -> int | None:
+        """Wait until the child ends by itself. Returns its exit code, None if it has not ended in time."""
+        if self._child is None:
+            return None
+        try:
+            return self._child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
 
     def stop(self, timeout_s: float = 15.0) -> int | None:
         """Ask the child to end, kill it if it has not after `timeout_s`. Returns its exit code, if it ever ran."""
@@ -124,7 +135,14 @@ class Process:
     ) -> None:
         self.stop()
 
-    def _last_line(self) -> str:
+    def said(self, text: str) -> bool:
+        """True if the child's output since its last start holds `text`."""
+        with self._log.open("rb") as log:
+            log.seek(self._log_start)
+            return text.encode() in log.read()
+
+    def last_line(self) -> str:
+        """The last thing the child said."""
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
 

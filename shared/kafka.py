@@ -92,7 +92,7 @@ def producer(
     `on_failure(error, message)` hears of the deliveries that failed for good, and of no other.
     """
     defaults = {"compression.type": "lz4", "linger.ms": "5", "partitioner": "murmur2_random"}
-    promised: dict[str, Any] = {"enable.idempotence": "true", "acks": "all", "delivery.report.only.error": "true"}
+    promised: dict[str, Any] = {"enable.idempotence": "true", "acks": "all", "delivery.report.only.error": True}
     if transactional_id:
         promised |= {"transactional.id": transactional_id, "transaction.timeout.ms": "10000"}
     else:

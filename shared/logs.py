@@ -16,7 +16,7 @@ _CARD = re.compile(r"(?<![\d.])\d{12,19}(?!\d)")
 def configure(service: str, settings: ServiceSettings) -> None:
     """Send structlog's and the standard library's lines (librdkafka's among them) through one pipe to stdout."""
     shared_steps: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
+        lambda _logger, _method, event: {"service": service, **event},  # from whichever thread
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.stdlib.PositionalArgumentsFormatter(),
@@ -49,7 +49,6 @@ def configure(service: str, settings: ServiceSettings) -> None:
     root.setLevel(settings.log_level)
     for chatty in ("mlflow", "urllib3", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    structlog.contextvars.bind_contextvars(service=service)
 
 
 def mask_cards(_logger: object, _method: str, event: EventDict) -> EventDict:

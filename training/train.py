@@ -2,7 +2,9 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 
 import cloudpickle
@@ -17,10 +19,15 @@ from sklearn.model_selection import GroupShuffleSplit
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
+from sandbox.generator import training_frame
+from shared.records import FEATURES
 from training import features
 
 TARGET_PRECISION = 0.9
 _HELD_OUT = 0.3
+_GENERATED_ROWS = 30_000
+_GENERATED_FRAUD_RATE = 0.02
+_GENERATED_START = datetime(2024, 1, 1, tzinfo=UTC)
 _PACKAGES = ("cloudpickle", "numpy", "pandas", "scikit-learn")
 
 
@@ -116,3 +123,22 @@ def register(trained: Trained, *, tracking_uri: str, name: str, alias: str) -> s
 
 def _fitted(raw: pd.DataFrame, labels: np.ndarray, seed: int) -> Pipeline:
     return build_pipeline(seed=seed).fit(raw, labels)
+
+
+def read(sources: Sequence[str]) -> pd.DataFrame:
+    """Training files (paths or URLs, with or without the unnamed first column), one after the other.
+
+    Raises OSError for what cannot be opened, ValueError for what is not in the training format.
+    """
+    frames = []
+    for source in sources:
+        frame = pd.read_csv(source, dtype={"cc_num": str})
+        if absent := [name for name in FEATURES if name not in frame]:
+            raise ValueError(f"{source}: columns missing: {', '.join(absent)}")
+        frames.append(frame[list(FEATURES)])
+    return pd.concat(frames, ignore_index=True)
+
+
+def generate(*, seed: int) -> pd.DataFrame:
+    """Generated transactions to train on, with more frauds than there are in life."""
+    return training_frame(rows=_GENERATED_ROWS, seed=seed, start=_GENERATED_START, fraud_rate=_GENERATED_FRAUD_RATE)

@@ -1,0 +1,272 @@
+"""The demo: the local stack, the four services on it, a stream of transactions, and a ledger that must balance."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+import sqlalchemy as sa
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from fraudctl import topics
+from fraudctl.audit import Ledger, TopicReader, draw_up
+from sandbox.embedded import KEPT_RECORDS_A_PARTITION, EmbeddedBroker
+from sandbox.mailbox import read_mail
+from sandbox.processes import Process, StandInError, python
+from sandbox.stack import SENDER, SERVICES, Stack, local_stack, service
+from shared.dead_letters import SUFFIX
+from shared.errors import Outage
+from shared.kafka import consumer
+
+TOPICS = ("topic_1", "topic_2")
+GROUPS = {"predictor": "topic_1", "alerter": "topic_2", "db_sink": "topic_2"}
+_TICK_S = 0.25
+_STUCK_S = 60.0
+_EMBEDDED_WINDOW = KEPT_RECORDS_A_PARTITION // 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the demo was asked to do."""
+
+    transactions: int | None
+    rate: float
+    source: Path | None
+    fraud_rate: float
+    broker: str
+    database: str | None
+    work_dir: Path
+
+
+def run(options: Options, console: Console) -> Ledger:
+    """Run the demo to its end and draw up the ledger. Raises StandInError, Outage or SettingsError."""
+    began = time.monotonic()
+    since_ms = time.time_ns() // 1_000_000
+    interrupted = Event()
+    with ExitStack() as stack:
+        stack.enter_context(_interrupts(interrupted))
+        parts = stack.enter_context(
+            local_stack(
+                options.work_dir,
+                broker=options.broker,
+                api_options=_api_options(options),
+                database_url=options.database,
+            )
+        )
+        embedded = isinstance(parts.broker, EmbeddedBroker)
+        (topics.use if embedded else topics.create)(parts.properties, TOPICS)
+        console.print(f"local stack ready after {time.monotonic() - began:.0f} s; training the model ...")
+        _train(parts, options.work_dir)
+        groups = [stack.enter_context(_Group.watching(parts.properties, name, topic)) for name, topic in GROUPS.items()]
+        reader = TopicReader(parts.properties, topic_1=TOPICS[0])
+        reader.start(topics.ends(parts.properties, [name + suffix for name in TOPICS for suffix in ("", SUFFIX)]))
+        services = {name: service(name, options.work_dir, parts.addresses.environment()) for name in SERVICES}
+        for each in services.values():
+            stack.callback(each.stop)
+            each.spawn()
+        console.print(f"the four services are starting, {time.monotonic() - began:.0f} s after the beginning ...")
+        with Live(console=console, refresh_per_second=4) as live:
+            pump = _Pump(parts, reader, groups, services, options.work_dir / "mail", live, hold=embedded)
+            pump.stream(interrupted)
+            pump.drain()
+        for each in services.values():
+            each.stop()
+        status = parts.api.status()
+        return draw_up(
+            reader.stop(),
+            served=status["served"],
+            repeats=status["sent"] - status["served"],
+            mailbox=options.work_dir / "mail",
+            since_ms=since_ms,
+            sender=SENDER,
+            engine=sa.create_engine(parts.addresses.database_url),
+            seconds=time.monotonic() - began,
+        )
+
+
+def show(ledger: Ledger, console: Console) -> None:
+    """Print the ledger as a table, with its verdict."""
+    table = Table(title="Ledger", show_header=False)
+    figures = ledger.report()
+    for name in (
+        "served", "fetched", "skipped_repeats", "topic_1", "topic_2", "predicted_frauds", "emails", "mailed_frauds",
+        "rows", "dead_letters", "lost", "duplicates", "seconds",
+    ):  # fmt: skip
+        table.add_row(name.replace("_", " "), f"{figures[name]:,}", end_section=name in ("skipped_repeats", "rows"))
+    for name, spans in ledger.latency_ms.items():
+        both = " / ".join("-" if value is None else f"{value:,.0f}" for value in spans.values())
+        table.add_row(f"{name.replace('_', ' ')}, ms (p50 / p99)", both)
+    console.print(table)
+    if ledger.balanced:
+        console.print("[bold green]The ledger balances: nothing lost, nothing doubled, every fraud mailed.")
+    else:
+        console.print("[bold red]The ledger does not balance.")
+        for place, identities in ledger.missing.items():
+            console.print(f"  missing in {place}: {', '.join(trans_num for trans_num, _ in identities)}, ...")
+
+
+class _Group:
+    """How far a consumer group has come, seen from outside."""
+
+    def __init__(self, client: Consumer, name: str, starts: list[TopicPartition]) -> None:
+        self.name = name
+        self._client = client
+        self._starts = {(each.topic, each.partition): each.offset for each in starts}
+
+    @classmethod
+    @contextmanager
+    def watching(cls, properties: Mapping[str, str], name: str, topic: str) -> Iterator["_Group"]:
+        """Watch the group from the topic's present end on, where it is made to begin. Raises Outage."""
+        client = consumer(properties, group=name)
+        try:
+            starts = topics.ends(properties, [topic])
+            if any(each.offset for each in starts):
+                client.commit(offsets=starts, asynchronous=False)
+            yield cls(client, name, starts)
+        except KafkaException as error:
+            raise Outage(f"consumer group {name} is in use: {error.args[0].str()}") from None
+        finally:
+            client.close()
+
+    def progress(self, positions: Mapping[tuple[str, int], int]) -> tuple[int, int]:
+        """Records of its topic that it has committed since the start, and those before `positions` that it has not."""
+        wanted = [TopicPartition(topic, partition) for topic, partition in self._starts]
+        done = waiting = 0
+        for each in self._client.committed(wanted, timeout=10):
+            start = self._starts[each.topic, each.partition]
+            committed = max(each.offset, start)  # no commit yet is a negative number
+            done += committed - start
+            waiting += max(0, positions.get((each.topic, each.partition), start) - committed)
+        return done, waiting
+
+
+@dataclass(kw_only=True)
+class _Row:
+    total: int = 0
+    rate: float = 0.0
+    lag: int = 0
+
+
+class _Pump:
+    """Lets the source flow, shows how far everything is, and knows when all of it has arrived."""
+
+    def __init__(
+        self,
+        parts: Stack,
+        reader: TopicReader,
+        groups: list[_Group],
+        services: Mapping[str, Process],
+        mail: Path,
+        live: Live,
+        *,
+        hold: bool,
+    ) -> None:
+        self._parts, self._reader, self._groups, self._services = parts, reader, groups, services
+        self._mail, self._live, self._hold = mail, live, hold
+        self._rows = {name: _Row() for name in SERVICES}
+        self._at = time.monotonic()
+        self._newest: Path | None = None
+        self._last_alert = "none yet"
+
+    def stream(self, interrupted: Event) -> None:
+        """Let the source flow until it is exhausted or somebody interrupts."""
+        if not self._hold:
+            self._parts.api.limit(None)
+        while not interrupted.is_set() and not self._parts.api.status()["exhausted"]:
+            if self._hold:
+                self._parts.api.limit(self._slowest() + _EMBEDDED_WINDOW)
+            self._tick()
+            interrupted.wait(_TICK_S)
+        self._parts.api.limit(self._parts.api.status()["served"])
+
+    def drain(self) -> None:
+        """Wait until everything served has arrived everywhere, or nothing has moved for a minute."""
+        before, moved = None, time.monotonic()
+        while time.monotonic() - moved < _STUCK_S:
+            served = self._parts.api.status()["served"]
+            self._tick()
+            seen = self._reader.topics
+            produced = len(seen.produced_ms) + seen.refused_rows
+            predicted = len(seen.visible_ms.keys() | seen.dead) + seen.refused_rows
+            lags = [row.lag for row in self._rows.values()]
+            if served <= produced <= predicted and not any(lags):
+                return
+            if (now := (served, produced, predicted, lags)) != before:
+                before, moved = now, time.monotonic()
+            time.sleep(_TICK_S)
+
+    def _slowest(self) -> int:
+        return min(group.progress({})[0] for group in self._groups)
+
+    def _tick(self) -> None:
+        for name, each in self._services.items():
+            if not each.running:
+                raise StandInError(f"{name} ended: {each.last_line()}")
+        now = time.monotonic()
+        served = self._parts.api.status()["served"]
+        produced = self._reader.topics.records_1
+        mails = sorted(self._mail.glob("*.eml"))
+        figures = {"producer": (produced, max(0, served - produced))}
+        for group in self._groups:
+            figures[group.name] = group.progress(self._reader.positions)
+        figures["alerter"] = (len(mails), figures["alerter"][1])
+        for name, (total, lag) in figures.items():
+            rate = (total - self._rows[name].total) / max(now - self._at, 0.01)
+            self._rows[name] = _Row(total=total, lag=lag, rate=rate)
+        self._at = now
+        if mails and mails[-1] != self._newest:
+            self._newest = mails[-1]
+            self._last_alert = str(read_mail(mails[-1]).message["Subject"])
+        self._live.update(self._picture(served))
+
+    def _picture(self, served: int) -> Group:
+        table = Table(title=f"{served:,} transactions served")
+        for heading in ("service", "per second", "total", "lag"):
+            table.add_column(heading, justify="left" if heading == "service" else "right")
+        for name, row in self._rows.items():
+            table.add_row(name, f"{row.rate:,.0f}", f"{row.total:,}", f"{row.lag:,}")
+        return Group(table, f"last alert: {escape(self._last_alert)}")
+
+
+def _api_options(options: Options) -> tuple[str, ...]:
+    chosen = ["--held", "--rate", str(options.rate), "--fraud-rate", str(options.fraud_rate), "--seed", "1"]
+    if options.transactions is not None:
+        chosen += ["--transactions", str(options.transactions)]
+    if options.source:
+        chosen += ["--source", str(options.source.resolve())]
+    return tuple(chosen)
+
+
+def _train(parts: Stack, work_dir: Path) -> None:
+    """Train on generated transactions and make the model champion. Raises StandInError."""
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": parts.addresses.registry_uri}
+    log = work_dir / "logs" / "train.log"
+    training = Process("training", python("fraudctl", "train", "--seed", "1"), env=environment, log=log, cwd=work_dir)
+    training.spawn()
+    if training.wait():
+        raise StandInError(f"training failed: see {log}")
+
+
+@contextmanager
+def _interrupts(interrupted: Event) -> Iterator[None]:
+    """The first Ctrl+C or SIGTERM ends the stream, the second the demo."""
+
+    def interrupt(*_: object) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

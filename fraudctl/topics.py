@@ -1,0 +1,64 @@
+"""The topics and their dead-letter topics."""
+
+from collections.abc import Mapping, Sequence
+
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+from shared.dead_letters import SUFFIX
+from shared.errors import Outage
+from shared.kafka import consumer
+
+PARTITIONS = 6
+_TIMEOUT_S = 15.0
+
+
+def create(properties: Mapping[str, str], names: Sequence[str], *, partitions: int = PARTITIONS) -> list[str]:
+    """Create what is missing of the topics and of their dead-letter topics; returns the names of the new ones.
+
+    Several may do so at once. Raises Outage if the broker does not do it.
+    """
+    admin = AdminClient({**properties, "log_level": 0})
+    wanted = [name + suffix for name in names for suffix in ("", SUFFIX)]
+    try:
+        present = admin.list_topics(timeout=_TIMEOUT_S).topics
+        absent = [NewTopic(name, num_partitions=partitions) for name in wanted if name not in present]
+        return [name for name, done in admin.create_topics(absent).items() if _new(done)] if absent else []
+    except KafkaException as error:
+        raise Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str()}") from None
+
+
+def use(properties: Mapping[str, str], names: Sequence[str]) -> None:
+    """Have a broker that creates topics by use create these and their dead-letter topics. Raises Outage."""
+    admin = AdminClient({**properties, "log_level": 0})  # which may create topics, where a consumer may not
+    for name in names:
+        for suffix in ("", SUFFIX):
+            admin.list_topics(name + suffix, timeout=_TIMEOUT_S)
+    ends(properties, names)
+
+
+def ends(properties: Mapping[str, str], names: Sequence[str], *, group: str = "ledger") -> list[TopicPartition]:
+    """The next offset of every partition of these topics. Raises Outage."""
+    reader = consumer(properties, group=group)
+    try:
+        found = []
+        for name in names:
+            for partition in sorted(reader.list_topics(name, timeout=_TIMEOUT_S).topics[name].partitions):
+                _, end = reader.get_watermark_offsets(TopicPartition(name, partition), timeout=_TIMEOUT_S)
+                found.append(TopicPartition(name, partition, end))
+        return found
+    except KafkaException as error:
+        raise Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str()}") from None
+    finally:
+        reader.close()
+
+
+def _new(done: object) -> bool:
+    try:
+        done.result()  # type: ignore[attr-defined]
+    except KafkaException as error:
+        if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise
+        return False
+    return True

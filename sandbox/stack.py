@@ -1,0 +1,145 @@
+"""The local stack and the four services on it, each a process of its own."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandbox.apache import ApacheKafka, missing
+from sandbox.embedded import CLIENT_SETTINGS, EmbeddedBroker
+from sandbox.mailbox import Mailbox
+from sandbox.payments_api import PaymentsApi
+from sandbox.postgres import Postgres
+from sandbox.processes import Process, StandInError, python
+from sandbox.registry import Registry
+
+SERVICES = ("producer", "predictor", "alerter", "db_sink")
+SENDER = "alarm@fraud-alarm.example"
+RECIPIENT = "analyst@fraud-alarm.example"
+_INHERITED = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addresses:
+    """Where the services find what they need."""
+
+    client_properties: Path
+    api_url: str
+    registry_uri: str
+    database_url: str
+    smtp_port: int
+    delivery: str
+
+    def environment(self) -> dict[str, str]:
+        """The services' environment: these settings, and nothing else of the project's from outside."""
+        inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        return inherited | {
+            "PYTHONUNBUFFERED": "1",
+            "CLIENT_PROPERTIES": str(self.client_properties),
+            "API_URL": self.api_url,
+            "POLL_INTERVAL_SECONDS": "0",
+            "MLFLOW_TRACKING_URI": self.registry_uri,
+            "DATABASE_URL": self.database_url,
+            "SMTP_HOST": "127.0.0.1",
+            "SMTP_PORT": str(self.smtp_port),
+            "SMTP_TLS": "none",
+            "ALERT_FROM": SENDER,
+            "ALERT_TO": RECIPIENT,
+            "DELIVERY": self.delivery,
+            "TRANSACTIONAL_ID": "predictor",
+            "BACKOFF_MAX_SECONDS": "5",
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """The parts, started; `database` and `broker` are None where somebody else's are used."""
+
+    broker: ApacheKafka | EmbeddedBroker | None
+    database: Postgres | None
+    mailbox: Mailbox
+    registry: Registry
+    api: PaymentsApi
+    addresses: Addresses
+    properties: Mapping[str, str]
+
+
+def choose_broker(wanted: str) -> tuple[str, str]:
+    """What `local_stack` takes for `auto`, `embedded`, `apache` or HOST:PORT, and a line on what that means.
+
+    Raises StandInError for anything else.
+    """
+    if wanted == "apache":
+        return "apache", ApacheKafka.description
+    if wanted == "embedded":
+        return "embedded", EmbeddedBroker.description
+    if wanted == "auto":
+        if reason := missing():
+            return "embedded", f"{EmbeddedBroker.description}; {reason}"
+        return "apache", ApacheKafka.description
+    if not re.fullmatch(r"\S+:\d{1,5}", wanted):
+        raise StandInError(f"--broker: {wanted!r} is not auto, embedded, apache or HOST:PORT")
+    return wanted, f"Kafka at {wanted}, as it is"
+
+
+@contextmanager
+def local_stack(
+    directory: Path,
+    *,
+    broker: str,
+    api_options: tuple[str, ...] = (),
+    database_url: str | None = None,
+) -> Iterator[Stack]:
+    """Start everything the services need in `directory`, and stop it at the end. Raises StandInError.
+
+    `broker` is a kind, or the HOST:PORT of one that runs; the same goes for `database_url`.
+    """
+    directory = directory.resolve()
+    own: ApacheKafka | EmbeddedBroker | None = None
+    if broker in ("apache", "embedded"):
+        kafka_directory = directory / "kafka"
+        shutil.rmtree(kafka_directory, ignore_errors=True)
+        own = ApacheKafka(kafka_directory) if broker == "apache" else EmbeddedBroker(kafka_directory)
+    database = None if database_url else Postgres(directory / "database")
+    mailbox = Mailbox(directory / "mail")
+    registry = Registry(directory / "registry")
+    api = PaymentsApi(*api_options, log=directory / "logs" / "payments_api.log")
+    with ExitStack() as stack:
+        parts: list[Process] = [part for part in (registry, own, database, mailbox, api) if part]
+        for part in parts:
+            stack.callback(part.stop)
+            part.spawn()
+        for part in parts:
+            part.wait_ready()
+        bootstrap = own.bootstrap if own else broker
+        properties = {"bootstrap.servers": bootstrap} | (CLIENT_SETTINGS if isinstance(own, EmbeddedBroker) else {})
+        path = directory / "client.properties"
+        path.write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
+        addresses = Addresses(
+            client_properties=path,
+            api_url=api.url,
+            registry_uri=registry.uri,
+            database_url=database.url if database else str(database_url),
+            smtp_port=mailbox.port,
+            delivery="at_least_once" if isinstance(own, EmbeddedBroker) else "exactly_once",
+        )
+        yield Stack(
+            broker=own,
+            database=database,
+            mailbox=mailbox,
+            registry=registry,
+            api=api,
+            addresses=addresses,
+            properties=properties,
+        )
+
+
+def service(name: str, directory: Path, environment: Mapping[str, str]) -> Process:
+    """One of the four services as a process, logging to `logs/<name>.log`; not started yet."""
+    directory = directory.resolve()
+    return Process(
+        name, python(f"services.{name}"), env=environment, log=directory / "logs" / f"{name}.log", cwd=directory
+    )
