@@ -42,7 +42,7 @@ def demo(
             if source:
                 check_source(source)
             kind, description = choose_broker(broker)
-            console.print(f"broker: {description}", highlight=False)
+            console.print(f"broker: {description}", highlight=False, soft_wrap=True)
             directory.mkdir(parents=True, exist_ok=True)
             ledger = runner.run(
                 runner.Options(

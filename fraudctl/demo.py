@@ -72,7 +72,9 @@ def run(options: Options, console: Console) -> Ledger:
         for each in services.values():
             stack.callback(each.stop)
             each.spawn()
-        console.print(f"the four services are starting, {time.monotonic() - began:.0f} s after the beginning ...")
+        for each in services.values():
+            each.wait_ready()
+        console.print(f"the four services are ready after {time.monotonic() - began:.0f} s")
         with Live(console=console, refresh_per_second=4) as live:
             pump = _Pump(parts, reader, groups, services, options.work_dir / "mail", live, hold=embedded)
             pump.stream(interrupted)
@@ -218,6 +220,8 @@ class _Pump:
         for group in self._groups:
             figures[group.name] = group.progress(self._reader.positions)
         figures["alerter"] = (len(mails), figures["alerter"][1])
+        figures["db_sink"] = (self._reader.topics.records_2 - figures["db_sink"][1], figures["db_sink"][1])
+        figures["predictor"] = (self._reader.topics.records_2, figures["predictor"][1])
         for name, (total, lag) in figures.items():
             rate = (total - self._rows[name].total) / max(now - self._at, 0.01)
             self._rows[name] = _Row(total=total, lag=lag, rate=rate)

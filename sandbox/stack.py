@@ -138,8 +138,11 @@ def local_stack(
 
 
 def service(name: str, directory: Path, environment: Mapping[str, str]) -> Process:
-    """One of the four services as a process, logging to `logs/<name>.log`; not started yet."""
+    """One of the four services as a process, logging to `logs/<name>.log`; ready when it has work to do."""
     directory = directory.resolve()
-    return Process(
-        name, python(f"services.{name}"), env=environment, log=directory / "logs" / f"{name}.log", cwd=directory
+    log = directory / "logs" / f"{name}.log"
+    sign = "event='started'" if name == "producer" else "event='assigned'"
+    process = Process(
+        name, python(f"services.{name}"), env=environment, log=log, cwd=directory, ready=lambda: process.said(sign)
     )
+    return process
