@@ -71,6 +71,7 @@ def train(
     alias: Annotated[str, typer.Option(help="Alias the new version gets.")] = "champion",
     seed: Annotated[int, typer.Option(help="Of the split, the model and the generator.")] = 1,
     target_precision: Annotated[float, typer.Option(min=0, max=1, help="Of the alarms, on unseen cards.")] = 0.9,
+    if_absent: Annotated[bool, typer.Option("--if-absent", help="Only if no version has the alias yet.")] = False,
     tracking_uri: Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="The MLflow registry.")] = "",
 ) -> None:
     """Train a model, measure it on cards it never saw, and register it."""
@@ -78,6 +79,9 @@ def train(
 
     if not tracking_uri:
         _refuse("MLFLOW_TRACKING_URI: missing")
+    if if_absent and (present := training.version_of(tracking_uri=tracking_uri, name=name, alias=alias)):
+        console.print(f"{name} version {present} is {alias} already")
+        return
     try:
         frame = training.read(data) if data else training.generate(seed=seed)
         trained = training.fit(frame, seed=seed, target_precision=target_precision)

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from fraudctl import topics
 from fraudctl.audit import Ledger, TopicReader, draw_up
 from sandbox.embedded import KEPT_RECORDS_A_PARTITION, EmbeddedBroker
 from sandbox.mailbox import read_mail
+from sandbox.payments_api import PaymentsApi
 from sandbox.processes import Process, StandInError, python
 from sandbox.stack import SENDER, SERVICES, Stack, local_stack, service
 from shared.dead_letters import SUFFIX
@@ -46,7 +47,16 @@ class Options:
     work_dir: Path
 
 
-def run(options: Options, console: Console) -> Ledger:
+Scenario = Callable[[Stack], Iterator[None]]
+"""What happens to the stack meanwhile: it goes on to its next `yield` four times a second, from before the services start,
+and must end before the source is closed."""
+
+
+def _calm(_parts: Stack) -> Iterator[None]:
+    yield
+
+
+def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Ledger:
     """Run the demo to its end and draw up the ledger. Raises StandInError, Outage or SettingsError."""
     began = time.monotonic()
     since_ms = time.time_ns() // 1_000_000
@@ -69,6 +79,8 @@ def run(options: Options, console: Console) -> Ledger:
         reader = TopicReader(parts.properties, topic_1=TOPICS[0])
         reader.start(topics.ends(parts.properties, [name + suffix for name in TOPICS for suffix in ("", SUFFIX)]))
         services = {name: service(name, options.work_dir, parts.addresses.environment()) for name in SERVICES}
+        steps = scenario(parts)
+        next(steps)
         for each in services.values():
             stack.callback(each.stop)
             each.spawn()
@@ -76,8 +88,8 @@ def run(options: Options, console: Console) -> Ledger:
             each.wait_ready()
         console.print(f"the four services are ready after {time.monotonic() - began:.0f} s")
         with Live(console=console, refresh_per_second=4) as live:
-            pump = _Pump(parts, reader, groups, services, options.work_dir / "mail", live, hold=embedded)
-            pump.stream(interrupted)
+            pump = _Pump(parts.api, reader, groups, services, options.work_dir / "mail", live, hold=embedded)
+            pump.stream(interrupted, steps)
             pump.drain()
         for each in services.values():
             each.stop()
@@ -162,7 +174,7 @@ class _Pump:
 
     def __init__(
         self,
-        parts: Stack,
+        api: PaymentsApi,
         reader: TopicReader,
         groups: list[_Group],
         services: Mapping[str, Process],
@@ -171,30 +183,33 @@ class _Pump:
         *,
         hold: bool,
     ) -> None:
-        self._parts, self._reader, self._groups, self._services = parts, reader, groups, services
+        self._api, self._reader, self._groups, self._services = api, reader, groups, services
         self._mail, self._live, self._hold = mail, live, hold
+        self._status = api.status() if api.running else {"served": 0, "exhausted": False}
         self._rows = {name: _Row() for name in SERVICES}
         self._at = time.monotonic()
         self._newest: Path | None = None
         self._last_alert = "none yet"
 
-    def stream(self, interrupted: Event) -> None:
-        """Let the source flow until it is exhausted or somebody interrupts."""
-        if not self._hold:
-            self._parts.api.limit(None)
-        while not interrupted.is_set() and not self._parts.api.status()["exhausted"]:
-            if self._hold:
-                self._parts.api.limit(self._slowest() + _EMBEDDED_WINDOW)
+    def stream(self, interrupted: Event, steps: Iterator[None]) -> None:
+        """Let the source flow until it is exhausted, or somebody interrupts, and the scenario is over."""
+        over = object()
+        while True:
+            acted = next(steps, over)
+            if self._api.running:
+                self._api.limit(self._slowest() + _EMBEDDED_WINDOW if self._hold else None)
             self._tick()
+            if (interrupted.is_set() or self._status["exhausted"]) and acted is over:
+                break
             interrupted.wait(_TICK_S)
-        self._parts.api.limit(self._parts.api.status()["served"])
+        self._api.limit(self._status["served"])
 
     def drain(self) -> None:
         """Wait until everything served has arrived everywhere, or nothing has moved for a minute."""
         before, moved = None, time.monotonic()
         while time.monotonic() - moved < _STUCK_S:
-            served = self._parts.api.status()["served"]
             self._tick()
+            served = self._status["served"]
             seen = self._reader.topics
             produced = len(seen.produced_ms) + seen.refused_rows
             predicted = len(seen.visible_ms.keys() | seen.dead) + seen.refused_rows
@@ -213,7 +228,9 @@ class _Pump:
             if not each.running:
                 raise StandInError(f"{name} ended: {each.last_line()}")
         now = time.monotonic()
-        served = self._parts.api.status()["served"]
+        if self._api.running:
+            self._status = self._api.status()
+        served = self._status["served"]
         produced = self._reader.topics.records_1
         mails = sorted(self._mail.glob("*.eml"))
         figures = {"producer": (produced, max(0, served - produced))}

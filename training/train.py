@@ -11,6 +11,7 @@ import cloudpickle
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
 from mlflow.tracking import MlflowClient
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -123,6 +124,16 @@ def register(trained: Trained, *, tracking_uri: str, name: str, alias: str) -> s
 
 def _fitted(raw: pd.DataFrame, labels: np.ndarray, seed: int) -> Pipeline:
     return build_pipeline(seed=seed).fit(raw, labels)
+
+
+def version_of(*, tracking_uri: str, name: str, alias: str) -> str | None:
+    """The version that bears the alias, or None."""
+    try:
+        return str(MlflowClient(tracking_uri).get_model_version_by_alias(name, alias).version)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
 
 
 def read(sources: Sequence[str]) -> pd.DataFrame:

@@ -15,7 +15,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 import structlog
 from confluent_kafka import Message
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from services.predictor import registry
 from services.predictor.model import REFERENCE, Model, Score, UnusableModel, score
@@ -37,6 +37,8 @@ class PredictorSettings(StreamSettings):
     """What the predictor reads from its environment."""
 
     mlflow_tracking_uri: str = Field(min_length=1, description="The MLflow registry")
+    mlflow_tracking_username: str | None = Field(None, description="Login, if the registry wants one")
+    mlflow_tracking_password: SecretStr | None = Field(None, description="Its password")
     model_name: str = Field("fraud", min_length=1, description="Registered model to serve")
     model_alias: str = Field("champion", min_length=1, description="Alias of the version to serve")
     predictor_group: str = Field("predictor", min_length=1, description="Consumer group on topic_1")
@@ -135,6 +137,9 @@ def _prediction(
 
 
 def _champion(settings: PredictorSettings) -> Model:
+    if settings.mlflow_tracking_username and settings.mlflow_tracking_password:  # which MLflow wants in its environment
+        os.environ["MLFLOW_TRACKING_USERNAME"] = settings.mlflow_tracking_username
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = settings.mlflow_tracking_password.get_secret_value()
     try:
         return registry.load(
             tracking_uri=settings.mlflow_tracking_uri, name=settings.model_name, alias=settings.model_alias

@@ -1,0 +1,54 @@
+# Needs Python 3.11 or newer and make. Everything else is installed into .venv from the hash-locked requirements.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SERVICES := producer predictor alerter db_sink
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+
+.PHONY: demo test lint format bench kafka lock clean
+
+## A stream of transactions through everything, on this machine. Options: make demo ARGS="--broker embedded"
+demo: $(VENV)/.ready
+	@$(BIN)/fraudctl demo --transactions 3000 --rate 200 $(ARGS)
+
+## The whole suite. Options: make test ARGS="-k records -x"
+test: $(VENV)/.ready
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(VENV)/.ready
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+## Throughput, against the limits of the parts, in the same run
+bench: $(VENV)/.ready
+	@$(BIN)/python -m benchmarks.predictor $(ARGS)
+
+## Fetch Apache Kafka's jars once (needs Java 17 and Maven)
+kafka: $(VENV)/.ready
+	@$(BIN)/python -m sandbox.apache
+
+## Resolve the dependencies anew: one lock for this machine, one for each image
+lock: $(VENV)/.ready
+	$(LOCK) --upgrade --all-extras pyproject.toml --output-file requirements.txt
+	for service in $(SERVICES) tools; do \
+	  $(LOCK) --extra $$service --constraints requirements.txt pyproject.toml \
+	    --output-file services/requirements/$$service.txt || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+
+# uv comes from the lock as well, by pip and with its hash; it installs the rest in seconds from a warm cache.
+$(VENV)/.ready: requirements.txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@awk '/^[^ ]/ {wanted = /^uv==/} wanted' requirements.txt > $(VENV)/uv.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.txt
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
