@@ -48,8 +48,8 @@ class Options:
 
 
 Scenario = Callable[[Stack], Iterator[None]]
-"""What happens to the stack meanwhile: it goes on to its next `yield` four times a second, from before the services start,
-and must end before the source is closed."""
+"""What happens to the stack meanwhile: it goes on to its next `yield` four times a second, the first time before the
+services start, and the demo does not end before it has."""
 
 
 def _calm(_parts: Stack) -> Iterator[None]:

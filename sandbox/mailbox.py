@@ -98,7 +98,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     def authenticate(*details: object) -> AuthResult:
         login = details[-1]
         expected = LoginPassword(arguments.username.encode(), arguments.password.encode())
-        return AuthResult(success=login == expected)
+        return AuthResult(success=login == expected, handled=False)  # the server answers
 
     def session() -> SMTP:
         return SMTP(

@@ -10,17 +10,19 @@ import csv
 import json
 import random
 import signal
+import socket
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 from threading import Lock, Thread
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol, get_args
 
 import msgspec
 import requests
@@ -30,13 +32,15 @@ from sandbox.processes import Process, StandInError, free_port, port_open, pytho
 from shared.records import FEATURES, RAW_COLUMNS, TIME_FORMAT
 
 PATH = "/current-transactions"
-FAULTS = ("5xx", "429", "timeout", "html", "broken-json", "repeats")
+Fault = Literal["5xx", "429", "timeout", "html", "broken-json", "repeats"]
+FAULTS: tuple[str, ...] = get_args(Fault)
 _DEFAULT_START = datetime(2024, 5, 17, 20, 0, tzinfo=UTC)  # the hours of most frauds are not far
 _LONGEST_WAIT_S = 0.25
 _HANG_S = 3.0
 _INTEGERS = {"cc_num", "zip", "city_pop"}
 _NUMBERS = {"amt", "lat", "long", "merch_lat", "merch_long"}
 _ROWS_REMEMBERED = 1000
+_REPEATED_ROWS = 5
 
 Row = Sequence[Any]
 
@@ -57,7 +61,8 @@ class Queue:
     identities: set[tuple[str, int]] = field(default_factory=set)
     served: int = 0
     sent: int = 0
-    exhausted: bool = False
+    in_flight: int = 0
+    ended: bool = False
     began: float | None = None
     lock: Lock = field(default_factory=Lock)
 
@@ -65,18 +70,21 @@ class Queue:
         """The rows that are due, at most so many. They must be given to `done` or `put_back`."""
         with self.lock:
             now = time.monotonic()
-            self.began = self.began or now
-            due = self.limit - self.served
+            if self.limit > 0:  # what is held back falls due when it is let go, not all at once then
+                self.began = self.began or now
+            given = self.served + self.in_flight
+            due = self.limit - given
             if self.rate is None:
                 due = min(due, 1)
             elif self.rate > 0:
-                due = min(due, 1 + (now - self.began) * self.rate - self.served)
+                due = min(due, 1 + (now - (self.began or now)) * self.rate - given)
             count = int(max(0, min(most, due)))
             rows = [self.returned.popleft() for _ in range(min(count, len(self.returned)))]
             fresh = list(islice(self.rows, count - len(rows)))
-            self.exhausted = self.exhausted or len(rows) + len(fresh) < count
+            self.ended = self.ended or len(rows) + len(fresh) < count
             if self.rate is None:
                 fresh = [[*row[:-1], time.time_ns() // 1_000_000] for row in fresh]
+            self.in_flight += len(rows) + len(fresh)
             return rows + fresh
 
     def done(self, rows: Sequence[Row], repeats: int) -> None:
@@ -86,12 +94,35 @@ class Queue:
             self.identities.update((row[-5], row[-1] // 1000) for row in rows)
             self.served += len(self.identities) - known
             self.sent += len(rows) + repeats
+            self.in_flight -= len(rows)
             self.remembered.extend(rows)
 
     def put_back(self, rows: Sequence[Row]) -> None:
         """The client is gone: these come first at the next call."""
         with self.lock:
             self.returned.extendleft(reversed(rows))
+            self.in_flight -= len(rows)
+
+    def earlier(self, most: int) -> list[Row]:
+        """Rows that were served before, at most so many."""
+        with self.lock:
+            return list(islice(self.remembered, most))
+
+    def hold(self, limit: float) -> None:
+        """From now on, serve no more than so many rows in all."""
+        with self.lock:
+            self.limit = limit
+
+    def status(self) -> dict[str, int | bool | None]:
+        """The account: distinct rows `served`, rows `sent` with the `repeats` among them, and what is still to come."""
+        with self.lock:
+            return {
+                "served": self.served,
+                "sent": self.sent,
+                "repeats": self.sent - self.served,
+                "exhausted": self.ended and not self.in_flight and not self.returned,
+                "limit": None if self.limit == float("inf") else int(self.limit),
+            }
 
 
 @dataclass
@@ -107,6 +138,16 @@ class Misbehaviour:
         return self.dice.choice(self.kinds) if self.kinds and self.dice.random() < self.share else None
 
 
+class _Limit(msgspec.Struct):
+    rows: Annotated[int, msgspec.Meta(ge=0)] | None
+
+
+class _Faults(msgspec.Struct):
+    kinds: list[Fault]
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    seed: int | None = None
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
@@ -116,30 +157,42 @@ class _Server(ThreadingHTTPServer):
         self.misbehaviour = misbehaviour
         self.max_rows = max_rows
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no news."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else an answer's body waits 40 ms for the acknowledgement of its head
     server: _Server
 
     def do_GET(self) -> None:
         if self.path == PATH:
             self._serve()
         elif self.path == "/status":
-            queue = self.server.queue
-            self._answer(
-                json.dumps({"served": queue.served, "sent": queue.sent, "exhausted": queue.exhausted}).encode()
-            )
+            self._answer(json.dumps(self.server.queue.status()).encode())
         elif self.path == "/health":
             self._answer(b'"ok"')
         else:
             self._answer(b'"not found"', status=404)
 
     def do_POST(self) -> None:
-        order = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-        if self.path == "/limit":
-            self.server.queue.limit = float("inf") if order["rows"] is None else order["rows"]
-        elif self.path == "/misbehave":
-            self.server.misbehaviour = Misbehaviour(order["kinds"], order["share"], random.Random(order.get("seed")))
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        try:
+            if self.path == "/limit":
+                rows = msgspec.json.decode(body, type=_Limit).rows
+                self.server.queue.hold(float("inf") if rows is None else rows)
+            elif self.path == "/misbehave":
+                order = msgspec.json.decode(body, type=_Faults)
+                self.server.misbehaviour = Misbehaviour(order.kinds, order.share, random.Random(order.seed))
+            else:
+                self._answer(b'"not found"', status=404)
+                return
+        except msgspec.DecodeError as error:
+            self._answer(json.dumps(str(error)).encode(), status=400)
+            return
         self._answer(b'"ok"')
 
     def _serve(self) -> None:
@@ -156,13 +209,21 @@ class _Handler(BaseHTTPRequestHandler):
         deadline = time.monotonic() + _LONGEST_WAIT_S
         while not (rows := queue.take(self.server.max_rows)) and time.monotonic() < deadline:
             time.sleep(0.005)
-        again = list(islice(queue.remembered, 5)) if fault == "repeats" else []
+        again = queue.earlier(_REPEATED_ROWS) if fault == "repeats" else []
         try:
+            self._check_client()
             self._answer(_encode([*again, *rows]))
         except OSError:
             queue.put_back(rows)
+            self.close_connection = True
         else:
             queue.done(rows, len(again))
+
+    def _check_client(self) -> None:
+        """Raise OSError if the client went away while it waited: the kernel would take the answer all the same."""
+        with suppress(BlockingIOError):
+            if not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                raise ConnectionAbortedError
 
     def _answer(self, body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -204,8 +265,12 @@ def read_csv(path: Path) -> Iterator[Row]:
                     yield [_value(name, row) for name in RAW_COLUMNS]
                 except (ValueError, TypeError):
                     raise SourceError(f"{path}: line {reader.line_num} cannot be read") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: {error.strerror if isinstance(error, OSError) else 'not UTF-8 text'}") from None
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SourceError(f"{path}: not UTF-8 text") from None
+    except csv.Error as error:
+        raise SourceError(f"{path}: not a CSV file: {error}") from None
 
 
 def _value(name: str, row: dict[str, str]) -> Any:
@@ -238,7 +303,7 @@ class PaymentsApi(Process):
         return f"http://127.0.0.1:{self._port}{PATH}"
 
     def status(self) -> dict[str, Any]:
-        """`served` (distinct rows), `sent` (with repeats) and `exhausted`."""
+        """`served` (distinct rows), `sent` (with `repeats`), `exhausted` and `limit` (None where there is none)."""
         answer: dict[str, Any] = requests.get(f"http://127.0.0.1:{self._port}/status", timeout=10).json()
         return answer
 
@@ -268,18 +333,23 @@ def _rows(options: _Options) -> Iterator[Row]:
         rows = read_csv(options.source)
     else:
         seed = random.randrange(2**32) if options.seed is None else options.seed
-        rows = iter(transactions(seed=seed, start=options.start or _DEFAULT_START, fraud_rate=options.fraud_rate))
+        rows = transactions(seed=seed, start=options.start or _DEFAULT_START, fraud_rate=options.fraud_rate)
     return islice(rows, options.transactions)
 
 
+def _utc(text: str) -> datetime:
+    at = datetime.fromisoformat(text)
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
 def main() -> int:
-    """Serve until SIGTERM."""
+    """Serve until SIGTERM. Raises SourceError for a file that cannot be served, OSError for an address that is taken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--source", type=Path, help="a CSV in the training format; without it, rows are generated")
     parser.add_argument("--seed", type=int, help="of the generated rows; without it, others each time")
-    parser.add_argument("--start", type=datetime.fromisoformat, help="when the generated rows begin")
+    parser.add_argument("--start", type=_utc, help="when the generated rows begin; UTC unless it says otherwise")
     parser.add_argument("--fraud-rate", type=float, default=FRAUD_RATE)
     parser.add_argument("--rate", type=float, help="rows a second; 0 as fast as they are asked for")
     parser.add_argument("--transactions", type=int, help="how many rows in all")
@@ -292,25 +362,33 @@ def main() -> int:
     kinds = [kind for kind in options.misbehave.split(",") if kind]
     if unknown := set(kinds) - set(FAULTS):
         parser.error(f"--misbehave: no such fault: {', '.join(sorted(unknown))}")
+    if options.source:
+        check_source(options.source, rows=options.transactions)
     rate = 0.0 if options.source and options.rate is None else options.rate
     queue = Queue(_rows(options), rate=rate, limit=0 if options.held else float("inf"))
     misbehaviour = Misbehaviour(kinds, options.misbehave_share, random.Random(options.misbehave_seed))
     server = _Server((options.host, options.port), queue, misbehaviour, options.max_rows)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: Thread(target=server.shutdown).start())
+    sys.stdout.write(f"listening on http://{options.host}:{server.server_port}\n")
+    sys.stdout.flush()
     server.serve_forever(poll_interval=0.1)
+    server.server_close()
     return 0
 
 
-def check_source(path: Path) -> None:
-    """Raise SourceError if the file cannot be served, as far as its header and first row tell."""
-    if next(read_csv(path), None) is None:
+def check_source(path: Path, *, rows: int | None = None) -> None:
+    """Read the file, or its first `rows`, through (100,000 rows a second). Raises SourceError if it cannot be served.
+
+    A source that broke off in the middle would look like one that was served to its end.
+    """
+    if not sum(1 for _ in islice(read_csv(path), rows)):
         raise SourceError(f"{path}: no rows")
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (SourceError, StandInError) as error:
+    except (SourceError, StandInError, OSError) as error:
         sys.stderr.write(f"payments API: {error}\n")
         sys.exit(2)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psycopg2
 
-from sandbox.processes import Process, StandInError, free_port, port_open
+from sandbox.processes import Process, StandInError, as_account, free_port, port_open
 
 _SYSTEM_USER = "nobody"  # PostgreSQL refuses to run as root
 _ROLE = "fraud"
@@ -45,7 +45,7 @@ class Postgres(Process):
             "PostgreSQL",
             [str(self._programs / "postgres"), "-D", str(self._data), *arguments],
             log=self._directory / "postgres.log",
-            user=account.pw_uid if account else None,
+            account=account,
             stop_signal=signal.SIGINT,  # "fast": open connections are ended, not waited for
             ready=self._answers,
         )
@@ -76,7 +76,7 @@ class Postgres(Process):
         command = [str(self._programs / "initdb"), "-D", str(self._data), "-U", _ROLE, "-E", "UTF8", "--locale=C.UTF-8"]
         done = subprocess.run(
             [*command, "--auth=trust", "--no-sync", "--no-instructions"],
-            user=self._account.pw_uid if self._account else None,
+            **as_account(self._account),
             cwd="/",
             capture_output=True,
             text=True,

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import pwd
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 _POLL_S = 0.02
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -37,7 +38,7 @@ class Process:
         log: Path,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-        user: int | None = None,
+        account: pwd.struct_passwd | None = None,
         stop_signal: signal.Signals = signal.SIGTERM,
         ready: Callable[[], bool] = lambda: True,
         ready_timeout_s: float = 90.0,
@@ -47,7 +48,7 @@ class Process:
         self._log = log
         self._env = None if env is None else dict(env)
         self._cwd = cwd
-        self._user = user
+        self._account = account
         self._stop_signal = stop_signal
         self._ready = ready
         self._ready_timeout_s = ready_timeout_s
@@ -78,7 +79,7 @@ class Process:
                 stderr=subprocess.STDOUT,
                 env=self._env,
                 cwd=self._cwd,
-                user=self._user,
+                **as_account(self._account),
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
@@ -145,6 +146,11 @@ class Process:
         """The last thing the child said."""
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
+
+
+def as_account(account: pwd.struct_passwd | None) -> dict[str, Any]:
+    """subprocess' arguments to run as that account, without the groups of this one; none for None."""
+    return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
 
 def python(module: str, *arguments: str) -> list[str]:

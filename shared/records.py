@@ -108,7 +108,7 @@ def decode_prediction(value: bytes | None) -> Prediction:
     if not value:
         raise Poison("empty value")
     try:
-        return _in_range(_decode_prediction(value))
+        return _checked(_decode_prediction(value))
     except ValueError as error:
         raise Poison(str(error)) from None
 
@@ -128,7 +128,7 @@ def read_topic_1(value: bytes | None) -> Rows:
             return _rows(payload)
         raise Poison(str(error)) from None
     transaction.unix_time = to_seconds(transaction.unix_time)
-    return Rows((_in_range(transaction),))
+    return Rows((_checked(transaction),))
 
 
 def read_split(body: bytes) -> Rows:
@@ -159,9 +159,15 @@ def _parse(body: bytes) -> Any:
         raise Poison(f"not JSON: {error}") from None
 
 
-def _in_range(transaction: _T) -> _T:
+def _checked(transaction: _T) -> _T:
+    """What msgspec's types leave open. Words such as `yesterday` are times to PostgreSQL, and must not get there."""
     if transaction.cc_num >= 10**MAX_CARD_DIGITS:
         raise Poison(f"Expected `int` of at most {MAX_CARD_DIGITS} digits - at `$.cc_num`")
+    time, birth = transaction.trans_date_trans_time, transaction.dob
+    if len(time) != 19 or not time[:4].isdigit():
+        raise Poison("Expected YYYY-MM-DD HH:MM:SS - at `$.trans_date_trans_time`")
+    if len(birth) != 10 or not birth[:4].isdigit():
+        raise Poison("Expected YYYY-MM-DD - at `$.dob`")
     return transaction
 
 
@@ -205,7 +211,7 @@ def _from_row(row: Mapping[str, Any]) -> Transaction:
         card = values["cc_num"]
         if isinstance(card, str) and card.isascii() and card.isdigit():
             values["cc_num"] = int(card)
-        return _in_range(msgspec.convert(values, Transaction))
+        return _checked(msgspec.convert(values, Transaction))
     except (msgspec.ValidationError, ValueError, OverflowError, OSError) as error:
         raise Poison(str(error)) from None
 

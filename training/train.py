@@ -70,15 +70,17 @@ def fit(frame: pd.DataFrame, *, seed: int, target_precision: float = TARGET_PREC
     """Train on labelled transactions in the training file's columns; rows without a label are left out.
 
     Measured on cards that the measured model never saw; the model returned has learnt from all. Raises ValueError if
-    there are no frauds, or nothing but frauds.
+    either part of the cards has no frauds, or nothing but frauds.
     """
     frame = frame.dropna(subset=["is_fraud"])
     labels = frame["is_fraud"].to_numpy(dtype=int)
-    if len(np.unique(labels)) < 2:
-        raise ValueError("training needs both frauds and legitimate transactions")
+    if len(np.unique(labels)) < 2 or frame["cc_num"].nunique() < 2:
+        raise ValueError("training needs frauds and legitimate transactions, on several cards")
     raw = frame[features.RAW]
     split = GroupShuffleSplit(n_splits=1, test_size=_HELD_OUT, random_state=seed)
     known, unseen = next(split.split(raw, groups=frame["cc_num"]))
+    if any(len(np.unique(labels[part])) < 2 for part in (known, unseen)):
+        raise ValueError("training needs frauds on more cards: none are left to learn from, or to measure on")
     probabilities = _fitted(raw.iloc[known], labels[known], seed).predict_proba(raw.iloc[unseen])[:, 1]
     threshold = choose_threshold(labels[unseen], probabilities, target_precision=target_precision)
     predicted = (probabilities >= threshold).astype(int)

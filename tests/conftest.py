@@ -1,0 +1,203 @@
+"""The real parts that the tests run against, started once, and a rig that runs services on them."""
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import pytest
+from confluent_kafka import Message, Producer, TopicPartition
+
+from fraudctl import topics
+from sandbox.apache import ApacheKafka, missing
+from sandbox.embedded import CLIENT_SETTINGS, EmbeddedBroker
+from sandbox.generator import transactions
+from sandbox.mailbox import Mailbox
+from sandbox.postgres import Postgres
+from sandbox.processes import Process
+from sandbox.registry import Registry
+from sandbox.stack import Addresses, service
+from shared.dead_letters import SUFFIX
+from shared.kafka import consumer
+from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
+from training import train
+
+START = datetime(2024, 5, 17, 21, 30, tzinfo=UTC)
+SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "training_sample.csv"
+
+
+def until(condition: Callable[[], object], *, timeout_s: float = 30.0, what: str = "the condition") -> None:
+    """Wait until the condition holds, and fail if it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come true in {timeout_s:.0f} s"
+        time.sleep(0.05)
+
+
+def make_transactions(count: int, *, seed: int = 7, fraud_rate: float = 0.05) -> list[Transaction]:
+    """Generated transactions as they lie on topic_1."""
+    rows = list(islice(transactions(seed=seed, start=START, fraud_rate=fraud_rate), count))
+    table = {"columns": RAW_COLUMNS, "index": list(range(count)), "data": rows}
+    return list(read_split(msgspec.json.encode(table)).transactions)
+
+
+@dataclass
+class Rig:
+    """Topics of its own on a broker, and the services on them."""
+
+    directory: Path
+    properties: Mapping[str, str]
+    environment: dict[str, str]
+    topic_1: str
+    topic_2: str
+    processes: list[Process] = field(default_factory=list)
+
+    def start(self, name: str, *, ready: bool = True, **environment: str) -> Process:
+        """Start a service; wait until it has work to do unless `ready` is False."""
+        process = service(name, self.directory, self.environment | environment)
+        self.processes.append(process)
+        process.spawn()
+        if ready:
+            process.wait_ready()
+        return process
+
+    def log(self, name: str) -> str:
+        """What the service logged so far."""
+        return (self.directory / "logs" / f"{name}.log").read_text()
+
+    def put(self, topic: str, values: Sequence[bytes | None], *, key: bytes | None = None) -> None:
+        """Write records, in order."""
+        producer = Producer({**self.properties, "linger.ms": 5, "log_level": 0})
+        for value in values:
+            producer.produce(topic, value=value, key=key)
+        assert producer.flush(20) == 0
+
+    def put_transactions(self, batch: Sequence[Transaction]) -> None:
+        """Write transactions to topic_1 as the producer does."""
+        producer = Producer({**self.properties, "linger.ms": 5, "log_level": 0, "partitioner": "murmur2_random"})
+        for transaction in batch:
+            producer.produce(self.topic_1, value=encode_transaction(transaction), key=transaction.key)
+        assert producer.flush(20) == 0
+
+    def read(self, topic: str, count: int, *, timeout_s: float = 30.0, extra_s: float = 0.3) -> list[Message]:
+        """The first `count` committed records of a topic, and those that come within `extra_s` after them."""
+        reader = consumer(self.properties, group=f"reader-{uuid.uuid4()}")
+        try:
+            ends = topics.ends(self.properties, [topic])
+            reader.assign([TopicPartition(each.topic, each.partition, 0) for each in ends])
+            found: list[Message] = []
+            deadline = time.monotonic() + timeout_s
+            while len(found) < count and time.monotonic() < deadline:
+                found += [message for message in reader.consume(500, 0.2) if message.error() is None]
+            found += [message for message in reader.consume(500, extra_s) if message.error() is None]
+            assert len(found) >= count, f"{len(found)} of {count} records on {topic}"
+            return found
+        finally:
+            reader.close()
+
+
+def _rig(directory: Path, properties: Mapping[str, str], environment: Mapping[str, str], *, embedded: bool) -> Rig:
+    (directory / "client.properties").write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+    name = uuid.uuid4().hex[:8]
+    rig = Rig(directory, properties, dict(environment), f"in-{name}", f"out-{name}")
+    rig.environment |= {
+        "TOPIC_1": rig.topic_1,
+        "TOPIC_2": rig.topic_2,
+        "CLIENT_PROPERTIES": str(directory / "client.properties"),
+        "TRANSACTIONAL_ID": f"predictor-{name}",
+        **{group: f"{group}-{name}" for group in ("PREDICTOR_GROUP", "ALERTER_GROUP", "DB_SINK_GROUP")},
+    }
+    (topics.use if embedded else topics.create)(properties, [rig.topic_1, rig.topic_2])
+    return rig
+
+
+@pytest.fixture(scope="session")
+def session_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what lives as long as the session."""
+    return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(scope="session")
+def embedded(session_directory: Path) -> Iterator[EmbeddedBroker]:
+    """The embedded broker."""
+    with EmbeddedBroker(session_directory / "embedded") as broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def apache(session_directory: Path) -> Iterator[ApacheKafka]:
+    """A real Apache Kafka. Where it cannot run the test is skipped, in CI failed."""
+    if reason := missing():
+        if os.environ.get("CI"):
+            pytest.fail(f"Apache Kafka must run in CI: {reason}")
+        pytest.skip(reason)
+    with ApacheKafka(session_directory / "apache") as broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def postgres(session_directory: Path) -> Iterator[Postgres]:
+    """A PostgreSQL server."""
+    with Postgres(session_directory / "postgres") as database:
+        yield database
+
+
+@pytest.fixture(scope="session")
+def registry(session_directory: Path) -> Iterator[Registry]:
+    """An MLflow registry whose model `fraud` has a champion."""
+    with Registry(session_directory / "registry") as server:
+        trained = train.fit(train.generate(seed=1).head(8000), seed=1)
+        train.register(trained, tracking_uri=server.uri, name="fraud", alias="champion")
+        yield server
+
+
+@pytest.fixture
+def mailbox(tmp_path: Path) -> Iterator[Mailbox]:
+    """A mail server of this test's own."""
+    with Mailbox(tmp_path / "mail") as server:
+        yield server
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """The services' environment with nobody at the other ends; tests lay their own over it."""
+    nowhere = Addresses(
+        client_properties=tmp_path / "client.properties",
+        api_url="http://127.0.0.1:9/current-transactions",
+        registry_uri="http://127.0.0.1:9",
+        database_url="postgresql://nobody@127.0.0.1:9/none",
+        smtp_port=9,
+        delivery="at_least_once",
+    )
+    return nowhere.environment()
+
+
+@pytest.fixture
+def rig(tmp_path: Path, embedded: EmbeddedBroker, environment: dict[str, str]) -> Iterator[Rig]:
+    """Services on the embedded broker."""
+    properties = {"bootstrap.servers": embedded.bootstrap} | CLIENT_SETTINGS
+    made = _rig(tmp_path, properties, environment, embedded=True)
+    yield made
+    for process in made.processes:
+        process.kill()
+
+
+@pytest.fixture
+def apache_rig(tmp_path: Path, apache: ApacheKafka, environment: dict[str, str]) -> Iterator[Rig]:
+    """Services on Apache Kafka, exactly once."""
+    made = _rig(
+        tmp_path, {"bootstrap.servers": apache.bootstrap}, environment | {"DELIVERY": "exactly_once"}, embedded=False
+    )
+    yield made
+    for process in made.processes:
+        process.kill()
+
+
+def dead_letter_topic(topic: str) -> str:
+    """Where a topic's dead letters go."""
+    return topic + SUFFIX

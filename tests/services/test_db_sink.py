@@ -1,0 +1,231 @@
+"""topic_2 to PostgreSQL."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from confluent_kafka import Producer
+from conftest import Rig, dead_letter_topic, make_transactions, until
+
+from sandbox.postgres import Postgres
+from sandbox.stack import service
+from services.db_sink.table import Row, connect, migrate, upsert
+from shared.errors import Poison
+from shared.provenance import Provenance, to_headers
+from shared.records import FEATURES, Prediction, Transaction, encode_prediction
+
+PROVENANCE = Provenance("fraud", "3", 0.25, 1730134684025, 4, 1234)
+
+
+@pytest.fixture
+def engine(postgres: Postgres) -> Iterator[sa.Engine]:
+    """A database of this test's own."""
+    name = f"test_{uuid.uuid4().hex}"
+    owner = sa.create_engine(postgres.url, isolation_level="AUTOCOMMIT")
+    with owner.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    own = connect(str(sa.make_url(postgres.url).set(database=name)))
+    yield own
+    own.dispose()
+    with owner.connect() as connection:
+        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    owner.dispose()
+
+
+@pytest.fixture
+def sink_rig(rig: Rig, engine: sa.Engine) -> Rig:
+    rig.environment["DATABASE_URL"] = engine.url.render_as_string(hide_password=False)
+    return rig
+
+
+def put_predictions(rig: Rig, batch: list[Transaction], label: int = 0) -> None:
+    producer = Producer({**rig.properties, "log_level": 0})
+    for each in batch:
+        value = encode_prediction(each, label)
+        producer.produce(rig.topic_2, value=value, key=each.key, headers=to_headers(PROVENANCE))
+    assert producer.flush(20) == 0
+
+
+def query(engine: sa.Engine, sql: str) -> list[tuple[object, ...]]:
+    with engine.connect() as connection:
+        return [tuple(row) for row in connection.execute(sa.text(sql))]
+
+
+def count(engine: sa.Engine) -> int:
+    if not sa.inspect(engine).has_table("transactions"):
+        return 0
+    return int(str(query(engine, "SELECT count(*) FROM transactions")[0][0]))
+
+
+def row(transaction: Transaction, label: int = 0, **changes: object) -> Row:
+    values = {name: getattr(transaction, name) for name in FEATURES} | changes
+    return Row(Prediction(**values, prediction=label), PROVENANCE)
+
+
+def test_every_row_is_stored_digit_for_digit_with_its_provenance(sink_rig: Rig, engine: sa.Engine) -> None:
+    batch = make_transactions(1200)
+    batch[0].cc_num = 9_999_999_999_999_999_999
+    put_predictions(sink_rig, batch)
+    sink_rig.start("db_sink")
+    until(lambda: count(engine) == 1200, what="1,200 rows")
+
+    columns = ", ".join(f'"{name}"' for name in FEATURES if name not in ("trans_date_trans_time", "dob", "cc_num"))
+    rows = query(
+        engine, f"SELECT trans_date_trans_time::text, dob::text, cc_num::text, {columns}, prediction FROM transactions"
+    )
+    names = [name for name in FEATURES if name not in ("trans_date_trans_time", "dob", "cc_num")]
+    wanted = {
+        (each.trans_date_trans_time, each.dob, str(each.cc_num), *(getattr(each, name) for name in names), 0)
+        for each in batch
+    }
+    assert set(rows) == wanted
+    (provenance,) = query(
+        engine,
+        "SELECT DISTINCT model_name, model_version, probability, extract(epoch FROM predicted_at)::text,"
+        " source_partition, source_offset, validated_at, validated_by, ingested_at > now() - interval '1 minute'"
+        " FROM transactions",
+    )
+    assert provenance == ("fraud", "3", 0.25, "1730134684.025000", 4, 1234, None, None, True)
+
+
+def test_repeats_change_nothing_and_newer_predictions_win(engine: sa.Engine) -> None:
+    migrate(engine)
+    first, second = make_transactions(2)
+
+    upsert(engine, [row(first), row(second)])
+    upsert(engine, [row(first), row(first, 1), row(first, 1)])
+
+    assert query(engine, "SELECT trans_num, prediction FROM transactions ORDER BY prediction") == [
+        (second.trans_num, 0),
+        (first.trans_num, 1),
+    ]
+
+
+def test_the_same_trans_num_at_another_time_is_another_transaction(engine: sa.Engine) -> None:
+    migrate(engine)
+    (transaction,) = make_transactions(1)
+
+    upsert(engine, [row(transaction), row(transaction, unix_time=transaction.unix_time + 3600)])
+
+    assert count(engine) == 2
+
+
+def test_a_confirmed_label_is_never_overwritten(engine: sa.Engine) -> None:
+    migrate(engine)
+    confirmed, open_ = make_transactions(2)
+    upsert(engine, [row(confirmed, is_fraud=0), row(open_, is_fraud=0)])
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                "UPDATE transactions SET is_fraud = 1, validated_at = now(), validated_by = 'ada' WHERE trans_num = :n"
+            ),
+            {"n": confirmed.trans_num},
+        )
+
+    upsert(engine, [row(confirmed, 1, is_fraud=0), row(open_, 1, is_fraud=None)])
+
+    assert set(query(engine, "SELECT trans_num, is_fraud, prediction, validated_by FROM transactions")) == {
+        (confirmed.trans_num, 1, 1, "ada"),
+        (open_.trans_num, None, 1, None),
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\\N", "\\.", 'a"b', "tab\tnew\nline\r", "back\\slash", "naïve 🦊", "'; DROP TABLE x"]
+)
+def test_any_text_is_stored_as_it_is(engine: sa.Engine, text: str) -> None:
+    migrate(engine)
+    (transaction,) = make_transactions(1)
+
+    upsert(engine, [row(transaction, merchant=text, is_fraud=None)])
+
+    assert query(engine, "SELECT merchant, is_fraud FROM transactions") == [(text, None)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"merchant": "nul \0"}, {"dob": "1955-13-45"}, {"trans_date_trans_time": "2024-02-30 12:00:00"}]
+)
+def test_what_postgresql_rejects_is_poison_and_quotes_no_value(engine: sa.Engine, changes: dict[str, object]) -> None:
+    migrate(engine)
+    (transaction,) = make_transactions(1)
+
+    with pytest.raises(Poison) as poison:
+        upsert(engine, [row(transaction, **changes)])
+
+    assert not any(character.isdigit() for character in str(poison.value))
+    assert count(engine) == 0
+
+
+def test_a_poisonous_row_is_a_dead_letter_and_its_neighbours_are_stored(sink_rig: Rig, engine: sa.Engine) -> None:
+    batch = make_transactions(100)
+    batch[42].dob = "1955-13-45"
+    put_predictions(sink_rig, batch)
+    sink_rig.put(sink_rig.topic_2, [b"rubbish"])
+    sink_rig.start("db_sink")
+    until(lambda: count(engine) == 99, what="99 rows")
+
+    dead = sink_rig.read(dead_letter_topic(sink_rig.topic_2), 2)
+
+    assert {message.value() for message in dead} == {encode_prediction(batch[42], 0), b"rubbish"}
+
+
+def test_several_may_start_at_once_on_an_empty_database(sink_rig: Rig, engine: sa.Engine) -> None:
+    processes = [service("db_sink", sink_rig.directory / str(number), sink_rig.environment) for number in range(3)]
+    for number in range(3):
+        Path(sink_rig.directory / str(number)).mkdir()
+    sink_rig.processes += processes
+    for process in processes:
+        process.spawn()
+    for process in processes:
+        process.wait_ready()
+
+    put_predictions(sink_rig, make_transactions(200))
+
+    until(lambda: count(engine) == 200, what="200 rows")
+
+
+def test_while_the_database_is_away_nothing_is_lost_or_dead(rig: Rig, tmp_path: Path) -> None:
+    with Postgres(tmp_path / "own") as database:
+        engine = connect(database.url)
+        process = rig.start("db_sink", DATABASE_URL=database.url, BACKOFF_MAX_SECONDS="0.5")
+        put_predictions(rig, make_transactions(50))
+        until(lambda: count(engine) == 50, what="50 rows")
+        database.kill()
+        put_predictions(rig, make_transactions(100)[50:])
+        until(lambda: "event='outage'" in rig.log("db_sink"), what="the outage in the log")
+        assert process.running
+
+        database.start()
+
+        engine.dispose()
+        until(lambda: count(engine) == 100, what="100 rows")
+        assert process.running
+        assert "dead_letters=0" in rig.log("db_sink")
+        assert process.stop() == 0
+        engine.dispose()
+
+
+def test_it_may_start_before_the_database(rig: Rig, tmp_path: Path) -> None:
+    database = Postgres(tmp_path / "own")
+    process = rig.start("db_sink", ready=False, DATABASE_URL=database.url, BACKOFF_MAX_SECONDS="0.5")
+    put_predictions(rig, make_transactions(10))
+    until(lambda: "event='outage'" in rig.log("db_sink"), what="the outage in the log")
+    assert process.running
+
+    with database:
+        engine = connect(database.url)
+        until(lambda: count(engine) == 10, what="10 rows")
+        process.stop()
+        engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "mysql://root@localhost/x"])
+def test_a_wrong_url_is_named_and_not_shown(rig: Rig, url: str) -> None:
+    process = service("db_sink", rig.directory, rig.environment | {"DATABASE_URL": url})
+    process.spawn()
+
+    assert process.wait(30) == 2
+    assert rig.log("db_sink").splitlines()[-1].startswith("db_sink: DATABASE_URL: not a")
+    assert url not in rig.log("db_sink")

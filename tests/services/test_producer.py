@@ -1,0 +1,215 @@
+"""The payments API to topic_1: every bad day of the API, a real broker."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from conftest import Rig, dead_letter_topic, make_transactions, until
+
+from sandbox.payments_api import PATH, PaymentsApi
+from services.producer.api import retry_after_s
+from services.producer.recent import Recent
+from shared.kafka import headers
+from shared.records import RAW_COLUMNS, encode_transaction, read_split, read_topic_1
+
+QUICK = {"BACKOFF_INITIAL_SECONDS": "0.05", "BACKOFF_MAX_SECONDS": "0.1", "API_TIMEOUT_SECONDS": "1"}
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[Callable[..., PaymentsApi]]:
+    started: list[PaymentsApi] = []
+
+    def start(*options: str) -> PaymentsApi:
+        started.append(PaymentsApi(*options, log=tmp_path / "api.log").start())
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.stop()
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[Sequence[tuple[int, dict[str, str], bytes]]], str]]:
+    """A server that gives these answers (status, headers, body), one a call, the last one for ever."""
+    servers: list[HTTPServer] = []
+
+    def start(answers: Sequence[tuple[int, dict[str, str], bytes]]) -> str:
+        left = list(answers)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                status, more, body = left.pop(0) if len(left) > 1 else left[0]
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(body))} | more).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}{PATH}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def row(number: int, **changes: Any) -> list[Any]:
+    transaction = make_transactions(number + 1)[number]
+    values = {name: getattr(transaction, name, None) for name in RAW_COLUMNS}
+    return [*(values | {"current_time": transaction.unix_time * 1000} | changes).values()]
+
+
+def answer(*rows: list[Any]) -> tuple[int, dict[str, str], bytes]:
+    table = {"columns": RAW_COLUMNS, "index": list(range(len(rows))), "data": rows}
+    return 200, {}, json.dumps(json.dumps(table)).encode()
+
+
+def test_what_the_api_serves_lies_on_topic_1_once_and_under_its_card(rig: Rig, api: Callable[..., PaymentsApi]) -> None:
+    source = api("--transactions", "700", "--rate", "0", "--seed", "3")
+    rig.start("producer", API_URL=source.url)
+
+    messages = rig.read(rig.topic_1, 700)
+
+    assert len({read_topic_1(message.value()).transactions[0].identity for message in messages}) == len(messages) == 700
+    for message in messages:
+        (transaction,) = read_topic_1(message.value()).transactions
+        assert message.key() == transaction.key
+        assert message.value() == encode_transaction(transaction)
+
+
+def test_a_misbehaving_api_costs_nothing_but_time(rig: Rig, api: Callable[..., PaymentsApi]) -> None:
+    kinds = "5xx,429,timeout,html,broken-json,repeats"
+    options = ("--transactions", "300", "--rate", "0", "--max-rows", "10", "--seed", "3")
+    source = api(*options, "--misbehave", kinds, "--misbehave-share", "0.4", "--misbehave-seed", "5")
+    process = rig.start("producer", API_URL=source.url, **QUICK)
+
+    messages = rig.read(rig.topic_1, 300, timeout_s=60)
+
+    assert len(messages) == 300
+    assert process.running
+    log = rig.log("producer")
+    assert {"HTTP 503", "HTTP 429"} <= set(re.findall(r"HTTP \d+", log))
+    assert "not JSON" in log
+    assert "Traceback" not in log
+
+
+def test_a_bad_row_is_kept_and_its_neighbours_go_on(
+    rig: Rig, answering: Callable[[Sequence[tuple[int, dict[str, str], bytes]]], str]
+) -> None:
+    url = answering([answer(row(0), row(1, amt=None), row(2)), answer()])
+    rig.start("producer", API_URL=url, POLL_INTERVAL_SECONDS="0.2")
+
+    good = rig.read(rig.topic_1, 2)
+    (dead,) = rig.read(dead_letter_topic(rig.topic_1), 1)
+
+    wanted = make_transactions(3)
+    assert {message.value() for message in good} == {encode_transaction(wanted[0]), encode_transaction(wanted[2])}
+    assert b"$.amt" in (dict(headers(dead))["dlq-reason"] or b"")
+    mended = (dead.value() or b"").replace(b"null", b"12.5")
+    assert read_split(mended).transactions[0].identity == wanted[1].identity
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ((200, {}, b""), "not JSON"),
+        ((200, {}, b"<html>sleeping dyno</html>"), "not JSON"),
+        ((200, {}, json.dumps({"columns": ["temperature"], "data": [[21]]}).encode()), "wrong columns"),
+        ((200, {}, b"[1, 2]"), "not in split form"),
+        ((503, {}, b""), "HTTP 503"),
+        ((302, {"Location": "http://127.0.0.1:9/"}, b""), "ConnectionError"),
+        ((200, {"Content-Length": "5000"}, b"cut short"), "poll_failed"),
+    ],
+)
+def test_a_useless_answer_is_one_line_and_the_next_one_counts(
+    rig: Rig,
+    answering: Callable[[Sequence[tuple[int, dict[str, str], bytes]]], str],
+    bad: tuple[int, dict[str, str], bytes],
+    said: str,
+) -> None:
+    url = answering([bad, answer(row(0)), answer()])
+    process = rig.start("producer", API_URL=url, **QUICK)
+
+    (message,) = rig.read(rig.topic_1, 1)
+
+    assert message.value() == encode_transaction(make_transactions(1)[0])
+    warnings = [line for line in rig.log("producer").splitlines() if "level='warning'" in line and "poll" in line]
+    assert len(warnings) == 1
+    assert said in warnings[0]
+    assert process.running
+
+
+def test_retry_after_is_heeded(
+    rig: Rig, answering: Callable[[Sequence[tuple[int, dict[str, str], bytes]]], str]
+) -> None:
+    url = answering([(429, {"Retry-After": "2"}, b""), answer(row(0)), answer()])
+    began = time.monotonic()
+    rig.start("producer", API_URL=url, **QUICK)
+
+    rig.read(rig.topic_1, 1)
+
+    assert time.monotonic() - began >= 2.0
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [(None, 0), ("7", 7), ("-3", 0), ("86400", 300), ("soon", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)],
+)
+def test_retry_after_in_all_its_forms(header: str | None, seconds: float) -> None:
+    assert retry_after_s(header) == seconds
+
+
+def test_sigterm_flushes_what_was_fetched(rig: Rig, api: Callable[..., PaymentsApi]) -> None:
+    source = api("--rate", "2000", "--seed", "3")
+    with (rig.directory / "client.properties").open("a") as file:
+        file.write("linger.ms=2000\n")  # so that much waits when the signal comes
+    process = rig.start("producer", API_URL=source.url)
+    until(lambda: source.status()["served"] > 1000, what="some transactions")
+
+    assert process.stop() == 0
+
+    assert len(rig.read(rig.topic_1, source.status()["served"])) == source.status()["served"]
+    assert "undelivered" not in rig.log("producer")
+
+
+def test_it_polls_at_its_interval(rig: Rig, api: Callable[..., PaymentsApi]) -> None:
+    source = api("--seed", "3")  # one fresh row a call
+    rig.start("producer", API_URL=source.url, POLL_INTERVAL_SECONDS="0.5")
+    began = time.monotonic()
+    until(lambda: source.status()["served"] >= 5, what="five polls")
+
+    assert 1.5 <= time.monotonic() - began <= 5
+
+
+def test_repeats_are_remembered_up_to_a_bound() -> None:
+    batch = make_transactions(4)
+    recent = Recent(3)
+
+    assert recent.new([batch[0], batch[0], batch[1]]) == [batch[0], batch[1]]
+    assert recent.new([batch[1], batch[2], batch[3]]) == [batch[2], batch[3]]
+    assert recent.new([batch[3], batch[0]]) == [batch[0]]
+
+
+def test_without_a_broker_it_stays_and_says_at_the_end_what_it_could_not_deliver(
+    rig: Rig, api: Callable[..., PaymentsApi]
+) -> None:
+    (rig.directory / "client.properties").write_text("bootstrap.servers=127.0.0.1:9\n")
+    source = api("--transactions", "10", "--rate", "0", "--seed", "3")
+    process = rig.start("producer", API_URL=source.url)
+    until(lambda: source.status()["served"] == 10, what="the polls")
+
+    assert process.running
+    assert process.stop(timeout_s=20) == 0
+    assert "event='undelivered' records=10" in rig.log("producer")
