@@ -1,6 +1,7 @@
 """fraudctl, the operator's command line. Exit codes: 0 done, 1 something is wrong, 2 the call or a setting is."""
 
 import json
+import logging
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -118,6 +119,7 @@ def _refuse(reason: str) -> None:
 
 def main() -> None:
     """The entry point."""
+    logging.getLogger("librdkafka").addHandler(logging.NullHandler())  # errors come back as such
     app()
 
 

@@ -70,7 +70,7 @@ class Queue:
         """The rows that are due, at most so many. They must be given to `done` or `put_back`."""
         with self.lock:
             now = time.monotonic()
-            if self.limit > 0:  # what is held back falls due when it is let go, not all at once then
+            if self.limit > 0:  # the clock stands while all is held back: no burst when it is let go
                 self.began = self.began or now
             given = self.served + self.in_flight
             due = self.limit - given
@@ -343,7 +343,7 @@ def _utc(text: str) -> datetime:
 
 
 def main() -> int:
-    """Serve until SIGTERM. Raises SourceError for a file that cannot be served, OSError for an address that is taken."""
+    """Serve until SIGTERM. Raises SourceError for a file it cannot serve, OSError for an address it cannot have."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)

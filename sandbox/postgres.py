@@ -60,6 +60,7 @@ class Postgres(Process):
         self._directory.mkdir(parents=True, exist_ok=True)
         if not (self._data / "PG_VERSION").exists():
             self._initialise()
+        self._open_paths()
         super().spawn()
 
     def wait_ready(self) -> None:
@@ -67,12 +68,17 @@ class Postgres(Process):
         super().wait_ready()
         self._create_database()
 
+    def _open_paths(self) -> None:
+        """Let the account reach its programs and its data, whatever private folder these are in."""
+        if self._account:
+            for path in (self._data, self._programs / "postgres"):
+                _let_through(path)
+
     def _initialise(self) -> None:
         self._data.mkdir(mode=0o700)
         if self._account:
             os.chown(self._data, self._account.pw_uid, self._account.pw_gid)
-            for path in (self._data, self._programs / "postgres"):
-                _let_through(path)
+        self._open_paths()
         command = [str(self._programs / "initdb"), "-D", str(self._data), "-U", _ROLE, "-E", "UTF8", "--locale=C.UTF-8"]
         done = subprocess.run(
             [*command, "--auth=trust", "--no-sync", "--no-instructions"],

@@ -1,0 +1,111 @@
+"""The predictor on Apache Kafka: exactly once, also when it is killed in the middle."""
+
+import random
+import time
+
+import pytest
+from confluent_kafka import Producer
+from conftest import Rig, make_transactions, until
+
+from sandbox.registry import Registry
+from shared.records import decode_prediction
+
+pytestmark = pytest.mark.kafka
+
+
+@pytest.fixture
+def predictor_rig(apache_rig: Rig, registry: Registry) -> Rig:
+    apache_rig.environment |= {"MLFLOW_TRACKING_URI": registry.uri, "DELIVERY": "exactly_once"}
+    return apache_rig
+
+
+def test_an_aborted_batch_is_invisible(apache_rig: Rig) -> None:
+    producer = Producer({**apache_rig.properties, "transactional.id": f"test-{time.time_ns()}", "log_level": 0})
+    producer.init_transactions(20)
+    for value, commit in ((b"aborted", False), (b"committed", True)):
+        producer.begin_transaction()
+        producer.produce(apache_rig.topic_2, value=value)
+        producer.flush(10)
+        if commit:
+            producer.commit_transaction(10)
+        else:
+            producer.abort_transaction(10)
+
+    messages = apache_rig.read(apache_rig.topic_2, 1)
+
+    assert [message.value() for message in messages] == [b"committed"]
+
+
+def test_killed_in_the_middle_again_and_again_it_loses_and_doubles_nothing(predictor_rig: Rig) -> None:
+    batch = make_transactions(6000)
+    predictor_rig.put_transactions(batch)
+    dice = random.Random(4)
+    settings = {"MAX_BATCH_SIZE": "50"}
+    for _ in range(4):
+        process = predictor_rig.start("predictor", **settings)
+        time.sleep(dice.uniform(0.05, 0.4))  # the moment of death is the point; nothing is waited for
+        process.kill()
+    predictor_rig.start("predictor", **settings)
+
+    messages = predictor_rig.read(predictor_rig.topic_2, len(batch), timeout_s=90, extra_s=3)
+
+    identities = [decode_prediction(message.value()).identity for message in messages]
+    assert len(identities) == len(set(identities)) == len(batch)
+    assert set(identities) == {each.identity for each in batch}
+
+
+def test_each_card_keeps_its_order(predictor_rig: Rig) -> None:
+    batch = make_transactions(3000)
+    predictor_rig.put_transactions(batch)
+    predictor_rig.start("predictor", MAX_BATCH_SIZE="100")
+
+    messages = predictor_rig.read(predictor_rig.topic_2, len(batch))
+
+    def by_card(identities: list[tuple[int, str]]) -> dict[int, list[str]]:
+        return {card: [num for owner, num in identities if owner == card] for card, _ in identities}
+
+    predictions = [decode_prediction(message.value()) for message in messages]
+    assert by_card([(each.cc_num, each.trans_num) for each in predictions]) == by_card(
+        [(each.cc_num, each.trans_num) for each in batch]
+    )
+
+
+def test_two_share_the_work_and_one_takes_over(predictor_rig: Rig) -> None:
+    predictor_rig.environment["TRANSACTIONAL_ID"] = "first-" + predictor_rig.topic_1
+    first = predictor_rig.start("predictor")
+    second_log = predictor_rig.directory / "second"
+    second_log.mkdir()
+    second = Rig(
+        second_log,
+        predictor_rig.properties,
+        predictor_rig.environment | {"TRANSACTIONAL_ID": "second-" + predictor_rig.topic_1},
+        predictor_rig.topic_1,
+        predictor_rig.topic_2,
+        predictor_rig.processes,
+    )
+    other = second.start("predictor")
+    batch = make_transactions(4000)
+    predictor_rig.put_transactions(batch[:2000])
+    until(lambda: "event='processed'" in second.log("predictor"), what="work for the second")
+    assert first.stop() == 0
+    predictor_rig.put_transactions(batch[2000:])
+
+    messages = predictor_rig.read(predictor_rig.topic_2, len(batch), timeout_s=60, extra_s=1)
+
+    assert len(messages) == len({decode_prediction(each.value()).identity for each in messages}) == len(batch)
+    assert other.running
+
+
+def test_sigterm_in_the_middle_is_clean(predictor_rig: Rig) -> None:
+    batch = make_transactions(4000)
+    predictor_rig.put_transactions(batch)
+    process = predictor_rig.start("predictor", MAX_BATCH_SIZE="50")
+    until(lambda: "event='processed'" in predictor_rig.log("predictor"), what="some work")
+    began = time.monotonic()
+    assert process.stop() == 0
+    assert time.monotonic() - began < 10
+    predictor_rig.start("predictor")
+
+    messages = predictor_rig.read(predictor_rig.topic_2, len(batch), timeout_s=60, extra_s=1)
+
+    assert len(messages) == len({decode_prediction(each.value()).identity for each in messages}) == len(batch)

@@ -1,0 +1,205 @@
+"""The model: how good it is, what it refuses to learn from, and how it gets out of the registry again."""
+
+import json
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import SAMPLE
+from sklearn.metrics import average_precision_score, precision_score
+
+from sandbox.registry import Registry
+from shared.records import FEATURES
+from training import features, train
+
+needs_sample = pytest.mark.skipif(not SAMPLE.exists(), reason="the real sample is not here")
+
+# Load a model where nothing of this project can be imported, and print its probabilities.
+LOAD = """
+import json, sys
+for name in ("training", "training.features", "sandbox", "shared", "services"):
+    sys.modules[name] = None
+import mlflow, pandas as pd
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.sklearn.load_model(sys.argv[2])
+print(json.dumps(model.predict_proba(pd.read_csv(sys.stdin, float_precision="round_trip"))[:, 1].tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def history() -> pd.DataFrame:
+    return train.generate(seed=1).head(8000)
+
+
+@pytest.fixture(scope="module")
+def trained(history: pd.DataFrame) -> train.Trained:
+    return train.fit(history, seed=1)
+
+
+@pytest.fixture
+def name() -> str:
+    """A model's name that no other test uses."""
+    return f"fraud-{uuid.uuid4().hex[:8]}"
+
+
+def test_the_threshold_is_the_lowest_that_reaches_the_precision() -> None:
+    labels = np.array([0, 0, 1, 0, 1, 1])
+    probabilities = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+
+    assert train.choose_threshold(labels, probabilities, target_precision=0.9) == 0.5
+    assert train.choose_threshold(labels, probabilities, target_precision=0.7) == 0.3
+
+
+def test_where_no_threshold_reaches_the_precision_it_is_the_most_precise() -> None:
+    labels = np.array([0, 1, 0])
+    probabilities = np.array([0.1, 0.5, 0.9])
+
+    threshold = train.choose_threshold(labels, probabilities, target_precision=0.9)
+
+    assert precision_score(labels, probabilities >= threshold) == 0.5
+
+
+def test_the_measured_precision_is_the_one_asked_for(trained: train.Trained) -> None:
+    assert trained.metrics["precision"] >= train.TARGET_PRECISION
+    assert set(trained.metrics) == {"average_precision", "precision", "recall"}
+    assert 0 < trained.threshold < 1
+
+
+def test_the_same_rows_and_seed_make_the_same_model(history: pd.DataFrame, trained: train.Trained) -> None:
+    again = train.fit(history, seed=1)
+
+    assert (again.threshold, again.metrics) == (trained.threshold, trained.metrics)
+    np.testing.assert_array_equal(again.pipeline.predict_proba(history), trained.pipeline.predict_proba(history))
+
+
+def test_rows_without_a_label_are_left_out(history: pd.DataFrame, trained: train.Trained) -> None:
+    unlabelled = history.head(500).assign(is_fraud=np.nan)
+
+    again = train.fit(pd.concat([history, unlabelled], ignore_index=True), seed=1)
+
+    assert again.metrics == trained.metrics
+
+
+def test_it_is_measured_on_cards_it_never_saw() -> None:
+    # Each card's frauds are known by its population: whoever saw the card has nothing left to guess.
+    history = train.generate(seed=1).head(6000)
+    cards = {card: number for number, card in enumerate(history["cc_num"].unique())}
+    number = history["cc_num"].map(cards)
+    guess = np.random.default_rng(0).random(len(cards)) < 0.3
+    history = history.assign(city_pop=number * 1000, is_fraud=guess[number].astype(int))
+
+    assert train.fit(history, seed=1).metrics["average_precision"] < 0.6
+
+
+def test_there_must_be_frauds_to_learn_from_and_to_measure_on(history: pd.DataFrame) -> None:
+    legitimate = history[history["is_fraud"] == 0]
+    one_card = history.loc[history["is_fraud"] == 1, "cc_num"].iloc[0]
+
+    with pytest.raises(ValueError, match="training needs frauds"):
+        train.fit(legitimate, seed=1)
+    with pytest.raises(ValueError, match="training needs frauds"):
+        train.fit(history.assign(is_fraud=1), seed=1)
+    with pytest.raises(ValueError, match="training needs frauds"):
+        train.fit(history[history["cc_num"] == one_card], seed=1)
+    for seed in range(3):
+        with pytest.raises(ValueError, match="training needs frauds on more cards"):
+            stolen_once = history[(history["is_fraud"] == 1) & (history["cc_num"] == one_card)]
+            train.fit(pd.concat([legitimate, stolen_once]), seed=seed)
+
+
+@pytest.mark.parametrize("category", ["space_flights", "", None])
+def test_an_unknown_category_is_scored_all_the_same(trained: train.Trained, category: str | None) -> None:
+    one = trained.example.head(1).assign(category=category)
+
+    (probability,) = trained.pipeline.predict_proba(one)[:, 1]
+
+    assert 0 <= probability <= 1
+
+
+@needs_sample
+@pytest.mark.parametrize("seed", [1, 2])
+def test_what_the_generator_teaches_holds_for_real_transactions(seed: int) -> None:
+    trained = train.fit(train.generate(seed=seed), seed=seed)
+    sample = pd.read_csv(SAMPLE)
+
+    probabilities = trained.pipeline.predict_proba(sample[list(FEATURES)])[:, 1]
+
+    legitimate = sample["is_fraud"] == 0
+    assert average_precision_score(sample["is_fraud"], probabilities) >= 0.85
+    assert (probabilities[legitimate] >= trained.threshold).mean() < 0.05
+
+
+@needs_sample
+@pytest.mark.parametrize("seed", [1, 2])
+def test_what_real_transactions_teach_holds_for_unseen_cards(seed: int) -> None:
+    assert train.fit(train.read([str(SAMPLE)]), seed=seed).metrics["average_precision"] >= 0.93
+
+
+def test_files_are_read_with_and_without_their_row_numbers(history: pd.DataFrame, tmp_path: Path) -> None:
+    history.head(20).to_csv(tmp_path / "numbered.csv")
+    history.tail(10).assign(is_fraud="").to_csv(tmp_path / "plain.csv", index=False)
+
+    frame = train.read([str(tmp_path / "numbered.csv"), str(tmp_path / "plain.csv")])
+
+    assert tuple(frame.columns) == FEATURES
+    assert len(frame) == 30
+    assert frame["is_fraud"].isna().sum() == 10
+    assert frame["cc_num"].tolist() == [str(card) for card in pd.concat([history.head(20), history.tail(10)])["cc_num"]]
+
+
+def test_a_file_that_is_no_training_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+
+    with pytest.raises(ValueError, match=r"other\.csv: columns missing: trans_date_trans_time"):
+        train.read([str(tmp_path / "other.csv")])
+    with pytest.raises(OSError, match="nowhere"):
+        train.read([str(tmp_path / "nowhere.csv")])
+
+
+def test_the_alias_follows_the_newest_version(trained: train.Trained, registry: Registry, name: str) -> None:
+    assert train.version_of(tracking_uri=registry.uri, name=name, alias="champion") is None
+
+    for version in ("1", "2"):
+        assert train.register(trained, tracking_uri=registry.uri, name=name, alias="champion") == version
+        assert train.version_of(tracking_uri=registry.uri, name=name, alias="champion") == version
+    assert train.version_of(tracking_uri=registry.uri, name=name, alias="challenger") is None
+
+
+def test_a_version_carries_its_threshold_its_columns_and_its_measures(
+    trained: train.Trained, registry: Registry, name: str
+) -> None:
+    train.register(trained, tracking_uri=registry.uri, name=name, alias="champion")
+
+    mlflow.set_tracking_uri(registry.uri)
+    info = mlflow.models.get_model_info(f"models:/{name}@champion")
+    assert info.metadata == {"threshold": trained.threshold}
+    assert info.signature.inputs.input_names() == features.RAW
+    run = mlflow.get_run(info.run_id).data
+    assert run.metrics == pytest.approx(trained.metrics)
+    assert float(run.params["threshold"]) == trained.threshold
+
+
+def test_a_version_loads_where_this_project_is_not_installed(
+    trained: train.Trained, registry: Registry, name: str, history: pd.DataFrame, tmp_path: Path
+) -> None:
+    train.register(trained, tracking_uri=registry.uri, name=name, alias="champion")
+    batch = history[features.RAW].head(300)
+
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, registry.uri, f"models:/{name}@champion"],
+        input=batch.to_csv(index=False),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == pytest.approx(trained.pipeline.predict_proba(batch)[:, 1].tolist())
+    assert "Warning" not in done.stderr
