@@ -343,7 +343,7 @@ def _utc(text: str) -> datetime:
 
 
 def main() -> int:
-    """Serve until SIGTERM. Raises SourceError for a file it cannot serve, OSError for an address it cannot have."""
+    """Serve until SIGTERM. Raises SourceError for an unusable file, OSError for an address that is taken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
