@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-import sqlalchemy as sa
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from sqlalchemy.exc import SQLAlchemyError
 
 from fraudctl import topics
 from fraudctl.audit import Ledger, TopicReader, draw_up
@@ -23,8 +23,9 @@ from sandbox.mailbox import read_mail
 from sandbox.payments_api import PaymentsApi
 from sandbox.processes import Process, StandInError, python
 from sandbox.stack import SENDER, SERVICES, Stack, local_stack, service
+from services.db_sink.table import connect, reason
 from shared.dead_letters import SUFFIX
-from shared.errors import Outage
+from shared.errors import Outage, SettingsError
 from shared.kafka import consumer
 
 TOPICS = ("topic_1", "topic_2")
@@ -58,6 +59,8 @@ def _calm(_parts: Stack) -> Iterator[None]:
 
 def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Ledger:
     """Run the demo to its end and draw up the ledger. Raises StandInError, Outage or SettingsError."""
+    if options.database:
+        _check_database(options.database)
     began = time.monotonic()
     since_ms = time.time_ns() // 1_000_000
     interrupted = Event()
@@ -101,7 +104,7 @@ def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Le
             mailbox=options.work_dir / "mail",
             since_ms=since_ms,
             sender=SENDER,
-            engine=sa.create_engine(parts.addresses.database_url),
+            engine=connect(parts.addresses.database_url),
             seconds=time.monotonic() - began,
         )
 
@@ -264,6 +267,15 @@ def _api_options(options: Options) -> tuple[str, ...]:
     if options.source:
         chosen += ["--source", str(options.source.resolve())]
     return tuple(chosen)
+
+
+def _check_database(url: str) -> None:
+    try:
+        connect(url).connect().close()
+    except ValueError as error:
+        raise SettingsError(f"--database: {error}") from None
+    except SQLAlchemyError as error:
+        raise SettingsError(f"--database: {reason(error)}") from None
 
 
 def _train(parts: Stack, work_dir: Path) -> None:

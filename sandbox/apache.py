@@ -18,6 +18,7 @@ from confluent_kafka.admin import AdminClient
 from sandbox.processes import Process, StandInError, free_port, port_open
 
 VERSION = "4.3.1"
+_LOG4J = "2.25.4"  # that of Kafka's own jars, which leave out the piece that ties them to it
 _CLUSTER_ID = "ZnJhdWQtYWxhcm0tZGVtbw"  # any 16 bytes in base64
 _OLDEST_JAVA = 17
 _LISTENER = "PLAINTEXT"
@@ -27,6 +28,7 @@ _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
   <groupId>local</groupId><artifactId>kafka-jars</artifactId><version>1</version><packaging>pom</packaging>
   <dependencies>
     <dependency><groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{VERSION}</version></dependency>
+    <dependency><groupId>org.apache.logging.log4j</groupId><artifactId>log4j-slf4j-impl</artifactId><version>{_LOG4J}</version></dependency>
   </dependencies>
 </project>
 """

@@ -56,7 +56,7 @@ def migrate(engine: sa.Engine) -> None:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except (SQLAlchemyError, psycopg2.Error) as error:
-        raise Outage(f"database: {_reason(error)}") from None
+        raise Outage(f"database: {reason(error)}") from None
 
 
 def upsert(engine: sa.Engine, rows: Sequence[Row]) -> None:
@@ -73,9 +73,9 @@ def upsert(engine: sa.Engine, rows: Sequence[Row]) -> None:
             cursor.copy_expert(_COPY, _as_csv(latest.values()))
             cursor.execute(_UPSERT)
     except (psycopg2.DataError, psycopg2.IntegrityError) as error:
-        raise Poison(f"database: {_reason(error)}") from None
+        raise Poison(f"database: {reason(error)}") from None
     except (SQLAlchemyError, psycopg2.Error) as error:
-        raise Outage(f"database: {_reason(error)}") from None
+        raise Outage(f"database: {reason(error)}") from None
 
 
 _COLUMNS = ", ".join(f'"{name}"' for name in (*FEATURES_2, *PROVENANCE))
@@ -116,7 +116,7 @@ def _provenance(provenance: Provenance) -> tuple[object, ...]:
     return name, version, probability, predicted_at, partition, offset
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The database's own words without the values that its details quote."""
     original = getattr(error, "orig", None) or error
     diagnosis = getattr(original, "diag", None)
