@@ -45,8 +45,8 @@ class Trained:
 def build_pipeline(*, seed: int) -> Pipeline:
     """Feature making and gradient boosting in one estimator whose input is a frame of the raw columns."""
     trees = HistGradientBoostingClassifier(
-        learning_rate=0.08,
-        max_iter=200,
+        learning_rate=0.1,
+        max_iter=100,
         max_leaf_nodes=15,
         min_samples_leaf=30,
         l2_regularization=1.0,

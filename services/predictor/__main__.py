@@ -100,11 +100,15 @@ def predict(model: Model, messages: Sequence[Message], *, topic: str, group: str
         for row in rows.bad:
             faults[number].append(row.reason)
     records = []
+    common = to_headers(Provenance(model_name=model.name, model_version=model.version, predicted_at_ms=now_ms))
     for number, transaction, result in zip(sources, transactions, _scores(model, transactions), strict=True):
         if isinstance(result, Poison):
             faults[number].append(str(result))
         else:
-            records.append(_prediction(transaction, result, messages[number], model, topic=topic, now_ms=now_ms))
+            _, partition, offset = coordinates(messages[number])
+            source = Provenance(probability=result.probability, source_partition=partition, source_offset=offset)
+            value = encode_prediction(transaction, result.label)
+            records.append(Record(topic, value, transaction.key, common + to_headers(source)))
     dead = [dead_letter(messages[number], "; ".join(reasons), group=group) for number, reasons in faults.items()]
     return Outcome(len(messages), [*records, *dead], dead=len(dead))
 
@@ -125,15 +129,6 @@ def _check(model: Model) -> None:
         score(model, [REFERENCE])
     except Poison as poison:
         raise Outage(f"the model fails on the reference transaction: {poison}") from None
-
-
-def _prediction(
-    transaction: Transaction, score: Score, source: Message, model: Model, *, topic: str, now_ms: int
-) -> Record:
-    _, partition, offset = coordinates(source)
-    provenance = Provenance(model.name, model.version, score.probability, now_ms, partition, offset)
-    value = encode_prediction(transaction, score.label)
-    return Record(topic, value, transaction.key, to_headers(provenance))
 
 
 def _champion(settings: PredictorSettings) -> Model:
