@@ -109,7 +109,8 @@ def _fill(properties: Mapping[str, str], topic: str, backlog: Sequence[Transacti
 def _rate(properties: Mapping[str, str], topic: str, rows: int, *, first_batch: int) -> float:
     """Rows a second from the first committed record of a topic to the last, by the records' timestamps.
 
-    The first batch is not counted: its work was done before its first timestamp. Read after the last one is there, so that this reader takes nothing from the one that is measured.
+    The first batch is not counted: its work was done before its first timestamp. Read after the last one is there, so
+    that this reader takes nothing from the one that is measured.
     """
     deadline = time.monotonic() + _TIMEOUT_S
     while sum(end.offset for end in topics.ends(properties, [topic])) < rows:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -80,16 +81,20 @@ def train(
 
     if not tracking_uri:
         _refuse("MLFLOW_TRACKING_URI: missing")
-    if if_absent and (present := training.version_of(tracking_uri=tracking_uri, name=name, alias=alias)):
-        console.print(f"{name} version {present} is {alias} already")
-        return
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by default it tries for minutes, in silence
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
+        present = training.version_of(tracking_uri=tracking_uri, name=name, alias=alias)
+        if present and if_absent:
+            console.print(f"{name} version {present} is {alias} already")
+            return
         frame = training.read(data) if data else training.generate(seed=seed)
         trained = training.fit(frame, seed=seed, target_precision=target_precision)
-    except (OSError, ValueError) as error:
+    except (Outage, OSError, ValueError) as error:
         _refuse(str(error))
     version = training.register(trained, tracking_uri=tracking_uri, name=name, alias=alias)
-    table = Table("measure", "on unseen cards", title=f"{name} version {version}, alias {alias}")
+    console.print(f"{name} version {version} is {alias} now")
+    table = Table("measure", "on unseen cards")
     for measure, value in {**trained.metrics, "threshold": trained.threshold}.items():
         table.add_row(measure.replace("_", " "), f"{value:.4f}")
     console.print(table)

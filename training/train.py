@@ -21,6 +21,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from sandbox.generator import training_frame
+from shared.errors import Outage
 from shared.records import FEATURES
 from training import features
 
@@ -129,13 +130,13 @@ def _fitted(raw: pd.DataFrame, labels: np.ndarray, seed: int) -> Pipeline:
 
 
 def version_of(*, tracking_uri: str, name: str, alias: str) -> str | None:
-    """The version that bears the alias, or None."""
+    """The version that bears the alias, or None. Raises Outage if the registry does not answer."""
     try:
         return str(MlflowClient(tracking_uri).get_model_version_by_alias(name, alias).version)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
-        raise
+        raise Outage(f"MLflow at {tracking_uri}: {str(error).splitlines()[0]}") from None
 
 
 def read(sources: Sequence[str]) -> pd.DataFrame:

@@ -62,7 +62,7 @@ def test_a_refund_is_no_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "named"), [({"trans_date_trans_time": "yesterday, at noon"}, ", a"), ({"dob": "unknown"}, "unknown")]
+    ("wrong", "named"), [({"trans_date_trans_time": "yesterday, at noon"}, "at"), ({"dob": "unknown"}, "unknown")]
 )
 def test_a_time_that_is_none_is_refused(wrong: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):

@@ -27,7 +27,7 @@ for name in ("training", "training.features", "sandbox", "shared", "services"):
 import mlflow, pandas as pd
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.sklearn.load_model(sys.argv[2])
-print(json.dumps(model.predict_proba(pd.read_csv(sys.stdin, float_precision="round_trip"))[:, 1].tolist()))
+print(json.dumps(model.predict_proba(pd.read_csv(sys.stdin))[:, 1].tolist()))
 """
 
 
