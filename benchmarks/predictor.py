@@ -29,7 +29,6 @@ from sandbox.processes import StandInError
 from sandbox.stack import Stack, local_stack, service
 from shared.kafka import consumer, producer
 from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
-from training import train
 
 PARTITIONS = 6
 _START = datetime(2024, 5, 17, tzinfo=UTC)
@@ -48,8 +47,6 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fraud-alarm-bench-") as directory:
         try:
             with local_stack(Path(directory), broker="apache") as stack:
-                trained = train.fit(train.generate(seed=1), seed=1)
-                train.register(trained, tracking_uri=stack.addresses.registry_uri, name="fraud", alias="champion")
                 backlog = _backlog(arguments.rows)
                 rounds = []
                 for number in range(1, arguments.rounds + 1):

@@ -81,18 +81,16 @@ def train(
 
     if not tracking_uri:
         _refuse("MLFLOW_TRACKING_URI: missing")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by default it tries for minutes, in silence
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
-        present = training.version_of(tracking_uri=tracking_uri, name=name, alias=alias)
-        if present and if_absent:
+        if if_absent and (present := training.version_of(tracking_uri=tracking_uri, name=name, alias=alias)):
             console.print(f"{name} version {present} is {alias} already")
             return
         frame = training.read(data) if data else training.generate(seed=seed)
         trained = training.fit(frame, seed=seed, target_precision=target_precision)
+        version = training.register(trained, tracking_uri=tracking_uri, name=name, alias=alias)
     except (Outage, OSError, ValueError) as error:
         _refuse(str(error))
-    version = training.register(trained, tracking_uri=tracking_uri, name=name, alias=alias)
     console.print(f"{name} version {version} is {alias} now")
     table = Table("measure", "on unseen cards")
     for measure, value in {**trained.metrics, "threshold": trained.threshold}.items():

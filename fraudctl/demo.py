@@ -1,6 +1,5 @@
 """The demo: the local stack, the four services on it, a stream of transactions, and a ledger that must balance."""
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ from fraudctl.audit import Ledger, TopicReader, draw_up
 from sandbox.embedded import KEPT_RECORDS_A_PARTITION, EmbeddedBroker
 from sandbox.mailbox import read_mail
 from sandbox.payments_api import PaymentsApi
-from sandbox.processes import Process, StandInError, python
+from sandbox.processes import Process, StandInError
 from sandbox.stack import SENDER, SERVICES, Stack, local_stack, service
 from services.db_sink.table import connect, reason
 from shared.dead_letters import SUFFIX
@@ -76,8 +75,7 @@ def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Le
         )
         embedded = isinstance(parts.broker, EmbeddedBroker)
         (topics.use if embedded else topics.create)(parts.properties, TOPICS)
-        console.print(f"local stack ready after {time.monotonic() - began:.0f} s; training the model ...")
-        _train(parts, options.work_dir)
+        console.print(f"local stack and model ready after {time.monotonic() - began:.0f} s")
         groups = [stack.enter_context(_Group.watching(parts.properties, name, topic)) for name, topic in GROUPS.items()]
         reader = TopicReader(parts.properties, topic_1=TOPICS[0])
         reader.start(topics.ends(parts.properties, [name + suffix for name in TOPICS for suffix in ("", SUFFIX)]))
@@ -94,6 +92,7 @@ def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Le
             pump = _Pump(parts.api, reader, groups, services, options.work_dir / "mail", live, hold=embedded)
             pump.stream(interrupted, steps)
             pump.drain()
+        console.print()
         for each in services.values():
             each.stop()
         status = parts.api.status()
@@ -276,16 +275,6 @@ def _check_database(url: str) -> None:
         raise SettingsError(f"--database: {error}") from None
     except SQLAlchemyError as error:
         raise SettingsError(f"--database: {reason(error)}") from None
-
-
-def _train(parts: Stack, work_dir: Path) -> None:
-    """Train on generated transactions and make the model champion. Raises StandInError."""
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": parts.addresses.registry_uri}
-    log = work_dir / "logs" / "train.log"
-    training = Process("training", python("fraudctl", "train", "--seed", "1"), env=environment, log=log, cwd=work_dir)
-    training.spawn()
-    if training.wait():
-        raise StandInError(f"training failed: see {log}")
 
 
 @contextmanager

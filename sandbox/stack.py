@@ -93,8 +93,9 @@ def local_stack(
     api_options: tuple[str, ...] = (),
     database_url: str | None = None,
 ) -> Iterator[Stack]:
-    """Start everything the services need in `directory`, and stop it at the end. Raises StandInError.
+    """Start everything the services need in `directory`, a champion included, and stop it at the end.
 
+    Raises StandInError.
     `broker` is a kind, or the HOST:PORT of one that runs; the same goes for `database_url`.
     """
     directory = directory.resolve()
@@ -107,13 +108,16 @@ def local_stack(
     mailbox = Mailbox(directory / "mail")
     registry = Registry(directory / "registry")
     api = PaymentsApi(*api_options, log=directory / "logs" / "payments_api.log")
+    training = _training(directory, registry)
     with ExitStack() as stack:
         parts: list[Process] = [part for part in (registry, own, database, mailbox, api) if part]
-        for part in parts:
+        for part in (*parts, training):
             stack.callback(part.stop)
             part.spawn()
         for part in parts:
             part.wait_ready()
+        if training.wait():
+            raise StandInError(f"training failed: {training.last_line()}")
         bootstrap = own.bootstrap if own else broker
         properties = {"bootstrap.servers": bootstrap} | (CLIENT_SETTINGS if isinstance(own, EmbeddedBroker) else {})
         path = directory / "client.properties"
@@ -135,6 +139,13 @@ def local_stack(
             addresses=addresses,
             properties=properties,
         )
+
+
+def _training(directory: Path, registry: Registry) -> Process:
+    """Trains on generated transactions while the registry starts, and makes the model its champion."""
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": registry.uri}
+    log = directory / "logs" / "train.log"
+    return Process("training", python("fraudctl", "train", "--seed", "1"), env=environment, log=log, cwd=directory)
 
 
 def service(name: str, directory: Path, environment: Mapping[str, str]) -> Process:

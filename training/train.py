@@ -98,12 +98,15 @@ def fit(frame: pd.DataFrame, *, seed: int, target_precision: float = TARGET_PREC
 
 
 def register(trained: Trained, *, tracking_uri: str, name: str, alias: str) -> str:
-    """Log the pipeline and its threshold to MLflow, give the new version the alias, and return its number."""
+    """Log the pipeline and its threshold to MLflow, give the new version the alias, and return its number.
+
+    Raises Outage if the registry does not do it.
+    """
     mlflow.set_tracking_uri(tracking_uri)
-    mlflow.set_experiment(name)
     cloudpickle.register_pickle_by_value(features)  # the artifact must load where this package is not installed
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     try:
+        mlflow.set_experiment(name)
         with mlflow.start_run(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             mlflow.log_params({**trained.pipeline.named_steps["trees"].get_params(), "threshold": trained.threshold})
@@ -118,10 +121,12 @@ def register(trained: Trained, *, tracking_uri: str, name: str, alias: str) -> s
                 metadata={"threshold": trained.threshold},
                 registered_model_name=name,
             )
+        number = str(logged.registered_model_version)
+        MlflowClient().set_registered_model_alias(name, alias, number)
+    except MlflowException as error:
+        raise _away(tracking_uri, error) from None
     finally:
         cloudpickle.unregister_pickle_by_value(features)
-    number = str(logged.registered_model_version)
-    MlflowClient().set_registered_model_alias(name, alias, number)
     return number
 
 
@@ -136,7 +141,11 @@ def version_of(*, tracking_uri: str, name: str, alias: str) -> str | None:
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
-        raise Outage(f"MLflow at {tracking_uri}: {str(error).splitlines()[0]}") from None
+        raise _away(tracking_uri, error) from None
+
+
+def _away(tracking_uri: str, error: MlflowException) -> Outage:
+    return Outage(f"MLflow at {tracking_uri}: {str(error).splitlines()[0]}")
 
 
 def read(sources: Sequence[str]) -> pd.DataFrame:
