@@ -69,8 +69,8 @@ def demo(
 @app.command()
 def train(
     data: Annotated[list[str] | None, typer.Option(help="Training files or URLs; without any, generated.")] = None,
-    name: Annotated[str, typer.Option(help="Registered model.")] = "fraud",
-    alias: Annotated[str, typer.Option(help="Alias the new version gets.")] = "champion",
+    name: Annotated[str, typer.Option(envvar="MODEL_NAME", help="Registered model.")] = "fraud",
+    alias: Annotated[str, typer.Option(envvar="MODEL_ALIAS", help="Alias the new version gets.")] = "champion",
     seed: Annotated[int, typer.Option(help="Of the split, the model and the generator.")] = 1,
     target_precision: Annotated[float, typer.Option(min=0, max=1, help="Of the alarms, on unseen cards.")] = 0.9,
     if_absent: Annotated[bool, typer.Option("--if-absent", help="Only if no version has the alias yet.")] = False,

@@ -1,8 +1,9 @@
 """The topics and their dead-letter topics."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
@@ -39,19 +40,25 @@ def use(properties: Mapping[str, str], names: Sequence[str]) -> None:
 
 
 def ends(properties: Mapping[str, str], names: Sequence[str], *, group: str = "ledger") -> list[TopicPartition]:
-    """The next offset of every partition of these topics. Raises Outage."""
+    """The next offset of every partition of these topics; a new topic's leaders are waited for. Raises Outage."""
     reader = consumer(properties, group=group)
+    deadline = time.monotonic() + _TIMEOUT_S
     try:
-        found = []
-        for name in names:
-            for partition in sorted(reader.list_topics(name, timeout=_TIMEOUT_S).topics[name].partitions):
-                _, end = reader.get_watermark_offsets(TopicPartition(name, partition), timeout=_TIMEOUT_S)
-                found.append(TopicPartition(name, partition, end))
-        return found
-    except KafkaException as error:
-        raise Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str()}") from None
+        while True:
+            try:
+                return [end for name in names for end in _ends(reader, name)]
+            except KafkaException as error:
+                if time.monotonic() > deadline:
+                    raise Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str()}") from None
+                time.sleep(0.1)
     finally:
         reader.close()
+
+
+def _ends(reader: Consumer, name: str) -> Iterator[TopicPartition]:
+    for partition in sorted(reader.list_topics(name, timeout=_TIMEOUT_S).topics[name].partitions):
+        _, end = reader.get_watermark_offsets(TopicPartition(name, partition), timeout=_TIMEOUT_S)
+        yield TopicPartition(name, partition, end)
 
 
 def _new(done: object) -> bool:
