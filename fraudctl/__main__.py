@@ -81,6 +81,7 @@ def train(
 
     if not tracking_uri:
         _refuse("MLFLOW_TRACKING_URI: missing")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by default it tries for minutes, in silence
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
         if if_absent and (present := training.version_of(tracking_uri=tracking_uri, name=name, alias=alias)):

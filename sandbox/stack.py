@@ -143,7 +143,7 @@ def local_stack(
 
 def _training(directory: Path, registry: Registry) -> Process:
     """Trains on generated transactions while the registry starts, and makes the model its champion."""
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": registry.uri}
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": registry.uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7"}
     log = directory / "logs" / "train.log"
     return Process("training", python("fraudctl", "train", "--seed", "1"), env=environment, log=log, cwd=directory)
 

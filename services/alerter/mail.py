@@ -45,7 +45,6 @@ class Alert:
     place: str
     time: str
     card: str
-    holder: str
     probability: str
     model: str
     trans_num: str
@@ -61,7 +60,6 @@ def describe(prediction: Prediction, provenance: Provenance) -> Alert:
         place=_line(f"{prediction.city}, {prediction.state}"),
         time=f"{_line(prediction.trans_date_trans_time)} UTC",
         card=mask_card(prediction.cc_num),
-        holder=_line(f"{prediction.first} {prediction.last}"),
         probability=f"{provenance.probability:.1%}" if known else "not given by this model",
         model=_line(f"{provenance.model_name} version {provenance.model_version}"),
         trans_num=_line(prediction.trans_num),
@@ -78,7 +76,6 @@ def compose(
         ("Place", alert.place),
         ("Time", alert.time),
         ("Card", alert.card),
-        ("Card holder", alert.holder),
         ("Probability", alert.probability),
         ("Model", alert.model),
         ("Transaction", alert.trans_num),
