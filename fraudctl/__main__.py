@@ -43,6 +43,9 @@ def demo(
         try:
             if source:
                 check_source(source)
+            if report:
+                report.parent.mkdir(parents=True, exist_ok=True)
+                report.touch()
             kind, description = choose_broker(broker)
             console.print(f"broker: {description}", highlight=False, soft_wrap=True)
             directory.mkdir(parents=True, exist_ok=True)

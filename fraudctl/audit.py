@@ -162,7 +162,7 @@ def draw_up(
     """
     produced, predicted = topics.produced_ms.keys(), topics.visible_ms.keys()
     mailed_ms, emails = _mailed(mailbox, predicted, since_ms=since_ms, sender=sender)
-    ingested_ms = _stored(engine, predicted)
+    ingested_ms = _stored(engine, predicted, since_ms=since_ms)
     missing = {
         "topic_2": produced - predicted - topics.dead,
         "mailbox": topics.frauds - mailed_ms.keys() - topics.dead,
@@ -213,18 +213,25 @@ def _mailed(
     return first, emails
 
 
-def _stored(engine: sa.Engine, identities: Iterable[Identity]) -> dict[Identity, float]:
-    """When each of these transactions that is in the table got there, in epoch ms."""
+def _stored(engine: sa.Engine, identities: Iterable[Identity], *, since_ms: int) -> dict[Identity, float]:
+    """When each of these transactions that was stored since then got into the table, in epoch ms.
+
+    A row of an earlier run bears its own time of ingestion, but the time of the prediction that was stored last.
+    """
     wanted = set(identities)
-    query = sa.text("SELECT trans_num, unix_time, 1000 * EXTRACT(EPOCH FROM ingested_at) FROM transactions")
+    query = sa.text("""
+        SELECT trans_num, unix_time, 1000 * EXTRACT(EPOCH FROM ingested_at) FROM transactions
+        WHERE predicted_at >= to_timestamp(:since)
+    """)
     with engine.connect() as connection:
-        rows = connection.execution_options(stream_results=True).execute(query)
+        rows = connection.execution_options(stream_results=True).execute(query, {"since": since_ms / 1000})
         return {(num, at): float(ms) for num, at, ms in rows if (num, at) in wanted}
 
 
 def _latency(begin: Mapping[Identity, float], end: Mapping[Identity, float]) -> dict[str, float | None]:
     """Milliseconds from `begin` to `end`, median and 99th percentile, over the transactions in both."""
-    spans = [end[identity] - begin[identity] for identity in begin.keys() & end.keys()]
+    both = begin.keys() & end.keys()
+    spans = [span for identity in both if (span := end[identity] - begin[identity]) >= 0]  # not from an earlier run
     if not spans:
         return {"p50": None, "p99": None}
     p50, p99 = np.percentile(spans, (50, 99))

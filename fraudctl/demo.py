@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import KafkaException, TopicPartition
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -28,7 +28,7 @@ from shared.errors import Outage, SettingsError
 from shared.kafka import consumer
 
 TOPICS = ("topic_1", "topic_2")
-GROUPS = {"predictor": "topic_1", "alerter": "topic_2", "db_sink": "topic_2"}
+READS = {"predictor": "topic_1", "alerter": "topic_2", "db_sink": "topic_2"}
 _TICK_S = 0.25
 _STUCK_S = 60.0
 _EMBEDDED_WINDOW = KEPT_RECORDS_A_PARTITION // 2
@@ -76,10 +76,15 @@ def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Le
         embedded = isinstance(parts.broker, EmbeddedBroker)
         (topics.use if embedded else topics.create)(parts.properties, TOPICS)
         console.print(f"local stack and model ready after {time.monotonic() - began:.0f} s")
-        groups = [stack.enter_context(_Group.watching(parts.properties, name, topic)) for name, topic in GROUPS.items()]
+        run_id = f"demo-{since_ms}"  # somebody else's broker may have groups of the services' own names
+        groups = [_Group(parts.properties, name, topic, run_id) for name, topic in READS.items()]
+        for group in groups:
+            stack.callback(group.close)
         reader = TopicReader(parts.properties, topic_1=TOPICS[0])
         reader.start(topics.ends(parts.properties, [name + suffix for name in TOPICS for suffix in ("", SUFFIX)]))
-        services = {name: service(name, options.work_dir, parts.addresses.environment()) for name in SERVICES}
+        environment = parts.addresses.environment() | {"TRANSACTIONAL_ID": run_id}
+        environment |= {f"{group.name.upper()}_GROUP": group.id for group in groups}
+        services = {name: service(name, options.work_dir, environment) for name in SERVICES}
         steps = scenario(parts)
         next(steps)
         for each in services.values():
@@ -132,25 +137,22 @@ def show(ledger: Ledger, console: Console) -> None:
 class _Group:
     """How far a consumer group has come, seen from outside."""
 
-    def __init__(self, client: Consumer, name: str, starts: list[TopicPartition]) -> None:
+    def __init__(self, properties: Mapping[str, str], name: str, topic: str, run_id: str) -> None:
+        """Make the group, which begins at the topic's present end. Raises Outage."""
         self.name = name
-        self._client = client
+        self.id = f"{name}-{run_id}"
+        starts = topics.ends(properties, [topic])
         self._starts = {(each.topic, each.partition): each.offset for each in starts}
+        self._client = consumer(properties, group=self.id)
+        if any(each.offset for each in starts):
+            try:
+                self._client.commit(offsets=starts, asynchronous=False)
+            except KafkaException as error:
+                raise Outage(f"consumer group {self.id}: {error.args[0].str()}") from None
 
-    @classmethod
-    @contextmanager
-    def watching(cls, properties: Mapping[str, str], name: str, topic: str) -> Iterator["_Group"]:
-        """Watch the group from the topic's present end on, where it is made to begin. Raises Outage."""
-        client = consumer(properties, group=name)
-        try:
-            starts = topics.ends(properties, [topic])
-            if any(each.offset for each in starts):
-                client.commit(offsets=starts, asynchronous=False)
-            yield cls(client, name, starts)
-        except KafkaException as error:
-            raise Outage(f"consumer group {name} is in use: {error.args[0].str()}") from None
-        finally:
-            client.close()
+    def close(self) -> None:
+        """Stop watching."""
+        self._client.close()
 
     def progress(self, positions: Mapping[tuple[str, int], int]) -> tuple[int, int]:
         """Records of its topic that it has committed since the start, and those before `positions` that it has not."""

@@ -4,12 +4,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from shared.dead_letters import SUFFIX
 from shared.errors import Outage
-from shared.kafka import consumer
+from shared.kafka import MAX_RECORD_BYTES, admin, consumer
 
 PARTITIONS = 6
 _TIMEOUT_S = 15.0
@@ -18,30 +17,34 @@ _TIMEOUT_S = 15.0
 def create(properties: Mapping[str, str], names: Sequence[str], *, partitions: int = PARTITIONS) -> list[str]:
     """Create what is missing of the topics and of their dead-letter topics; returns the names of the new ones.
 
-    Several may do so at once. Raises Outage if the broker does not do it.
+    Several may do so at once. Raises Outage if the broker does not do it, SettingsError for wrong properties.
     """
-    admin = AdminClient({**properties, "log_level": 0})
-    wanted = [name + suffix for name in names for suffix in ("", SUFFIX)]
+    client = admin(properties)
+    wanted = [
+        NewTopic(name + suffix, num_partitions=partitions, config=config)
+        for name in names
+        for suffix, config in (("", {}), (SUFFIX, {"max.message.bytes": str(MAX_RECORD_BYTES)}))
+    ]
     try:
-        present = admin.list_topics(timeout=_TIMEOUT_S).topics
-        absent = [NewTopic(name, num_partitions=partitions) for name in wanted if name not in present]
-        return [name for name, done in admin.create_topics(absent).items() if _new(done)] if absent else []
+        present = client.list_topics(timeout=_TIMEOUT_S).topics
+        absent = [topic for topic in wanted if topic.topic not in present]
+        return [name for name, done in client.create_topics(absent).items() if _new(done)] if absent else []
     except KafkaException as error:
         raise Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str()}") from None
 
 
 def use(properties: Mapping[str, str], names: Sequence[str]) -> None:
     """Have a broker that creates topics by use create these and their dead-letter topics. Raises Outage."""
-    admin = AdminClient({**properties, "log_level": 0})  # which may create topics, where a consumer may not
+    client = admin(properties)  # which may create topics, where a consumer may not
     for name in names:
         for suffix in ("", SUFFIX):
-            admin.list_topics(name + suffix, timeout=_TIMEOUT_S)
+            client.list_topics(name + suffix, timeout=_TIMEOUT_S)
     ends(properties, names)
 
 
-def ends(properties: Mapping[str, str], names: Sequence[str], *, group: str = "ledger") -> list[TopicPartition]:
+def ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicPartition]:
     """The next offset of every partition of these topics; a new topic's leaders are waited for. Raises Outage."""
-    reader = consumer(properties, group=group)
+    reader = consumer(properties, group="fraudctl")
     deadline = time.monotonic() + _TIMEOUT_S
     try:
         while True:

@@ -49,11 +49,10 @@ class ApacheKafka(Process):
     `settings` are laid over its server.properties.
     """
 
-    description = f"Apache Kafka {VERSION}: exactly once, transactions for real"
+    _release = "of KAFKA_HOME" if os.environ.get("KAFKA_HOME") else VERSION
+    description = f"Apache Kafka {_release}: exactly once, transactions for real"
 
     def __init__(self, directory: Path, *, port: int | None = None, settings: Mapping[str, str] | None = None) -> None:
-        if reason := missing():
-            raise StandInError(f"Apache Kafka cannot run here: {reason}")
         self._directory = directory
         self._port = port or free_port()
         self._properties = _server_properties(directory, self._port, free_port()) | dict(settings or {})
@@ -93,18 +92,20 @@ def missing() -> str | None:
     """What this machine lacks to run Apache Kafka, in a few words; None if nothing."""
     if (version := _java_version()) is None or version < _OLDEST_JAVA:
         return f"Java {_OLDEST_JAVA} or newer is missing"
-    if not _jars().is_dir() and shutil.which("mvn") is None:
-        return "Maven (to fetch Kafka's jars once) or KAFKA_HOME is missing"
-    return None
+    if _jars().is_dir():
+        return None
+    if os.environ.get("KAFKA_HOME"):
+        return f"KAFKA_HOME has no libs folder: {_jars()}"
+    return None if shutil.which("mvn") else "Maven (to fetch Kafka's jars once) or KAFKA_HOME is missing"
 
 
 def fetch() -> Path:
     """The folder of Kafka's jars, fetched with Maven if it is not there yet. Raises StandInError."""
+    if reason := missing():
+        raise StandInError(f"Apache Kafka cannot run here: {reason}")
     jars = _jars()
     if jars.is_dir():
         return jars
-    if "KAFKA_HOME" in os.environ:
-        raise StandInError(f"KAFKA_HOME has no libs folder: {jars}")
     jars.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=jars.parent) as workshop:
         Path(workshop, "pom.xml").write_text(_POM)

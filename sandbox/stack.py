@@ -49,7 +49,6 @@ class Addresses:
             "ALERT_FROM": SENDER,
             "ALERT_TO": RECIPIENT,
             "DELIVERY": self.delivery,
-            "TRANSACTIONAL_ID": "predictor",
             "BACKOFF_MAX_SECONDS": "5",
         }
 

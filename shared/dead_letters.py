@@ -10,6 +10,7 @@ from shared.errors import Poison
 from shared.kafka import Headers, Record, coordinates, headers
 
 SUFFIX = ".dlq"
+_MAX_REASON = 1000
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -18,11 +19,17 @@ R = TypeVar("R")
 def refusal(topic: str, reason: str, *, by: str) -> Headers:
     """The headers that say which topic a dead letter belongs to, who refused it, why and when."""
     return [
-        ("dlq-reason", reason.encode()),
+        ("dlq-reason", reason[:_MAX_REASON].encode()),
         ("dlq-topic", topic.encode()),
         ("dlq-group", by.encode()),
         ("dlq-at-ms", str(time.time_ns() // 1_000_000).encode()),
     ]
+
+
+def reason_of(letter: Record) -> str:
+    """Why it is a dead letter."""
+    found = dict(letter.headers)["dlq-reason"]
+    return found.decode() if isinstance(found, bytes) else str(found)
 
 
 def dead_letter(message: Message, reason: str, *, group: str) -> Record:

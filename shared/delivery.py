@@ -21,7 +21,6 @@ _NOT_OURS = frozenset(
         KafkaError.ILLEGAL_GENERATION,
         KafkaError.UNKNOWN_MEMBER_ID,
         KafkaError.FENCED_INSTANCE_ID,
-        KafkaError.REBALANCE_IN_PROGRESS,
     }
 )
 
@@ -51,8 +50,11 @@ class AtLeastOnce:
 
     def deliver(self, records: Sequence[Record], offsets: Sequence[TopicPartition], _member: object) -> None:
         # 1. Outputs and dead letters go into the producer's queue.
-        for record in records:
-            enqueue(self._producer, record, self._shutdown)
+        try:
+            for record in records:
+                enqueue(self._producer, record, self._shutdown)
+        except KafkaException as exception:
+            self._failed.append(exception.args[0].str())
         # 2. Every one is acknowledged. The producer itself tries for ever: handing over twice would write twice.
         while self._producer.flush(_WAIT_S):
             if self._shutdown.is_set():
@@ -142,7 +144,11 @@ class ExactlyOnce:
 
 
 def enqueue(producer: Producer, record: Record, shutdown: Event) -> None:
-    """Hand a record over to the producer; while its queue is full, wait. Raises Outage when that is cut short."""
+    """Hand a record over to the producer; while its queue is full, wait.
+
+    Raises Outage when that is cut short, KafkaException if the producer does not take it: its topic is unknown, or it
+    is larger than `message.max.bytes`.
+    """
     while True:
         try:
             producer.produce(record.topic, value=record.value, key=record.key, headers=record.headers)

@@ -10,7 +10,7 @@ class Poison(Exception):
 class Outage(Exception):
     """Something the service needs is away: nothing is lost or dead-lettered, the work is tried again later.
 
-    `retry_after_s` is what the other side asked for, if it did.
+    `retry_after_s` is what the payments API asked for, if it did.
     """
 
     def __init__(self, reason: str, *, retry_after_s: float = 0.0) -> None:

@@ -5,10 +5,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from confluent_kafka import Consumer, KafkaException, Message, Producer
+from confluent_kafka.admin import AdminClient
 
 from shared.errors import SettingsError
 
 Headers = list[tuple[str, str | bytes | None]]
+
+# A dead letter is larger than the record it keeps, and topics take records of 1 MiB by default.
+MAX_RECORD_BYTES = 2 * 1024 * 1024
 
 _CONSUMER_ONLY = (
     "group.",
@@ -91,7 +95,12 @@ def producer(
     Without a transaction it tries for ever (`message.timeout.ms` 0): a broker that is away is an outage, not an error.
     `on_failure(error, message)` hears of the deliveries that failed for good, and of no other.
     """
-    defaults = {"compression.type": "lz4", "linger.ms": "5", "partitioner": "murmur2_random"}
+    defaults = {
+        "compression.type": "lz4",
+        "linger.ms": "5",
+        "partitioner": "murmur2_random",
+        "message.max.bytes": str(MAX_RECORD_BYTES),
+    }
     promised: dict[str, Any] = {"enable.idempotence": "true", "acks": "all", "delivery.report.only.error": True}
     if transactional_id:
         promised |= {"transactional.id": transactional_id, "transaction.timeout.ms": "10000"}
@@ -101,6 +110,13 @@ def producer(
         promised["on_delivery"] = on_failure
     own = {key: value for key, value in properties.items() if not key.startswith(_CONSUMER_ONLY)}
     client: Producer = _client(Producer, {**defaults, **own, **promised})
+    return client
+
+
+def admin(properties: Mapping[str, str]) -> AdminClient:
+    """An administrative client. Raises SettingsError."""
+    own = {key: value for key, value in properties.items() if not key.startswith((*_CONSUMER_ONLY, *_PRODUCER_ONLY))}
+    client: AdminClient = _client(AdminClient, own)
     return client
 
 

@@ -10,7 +10,7 @@ from structlog.typing import EventDict, Processor
 
 from shared.settings import ServiceSettings
 
-_CARD = re.compile(r"(?<![\d.])\d{12,19}(?!\d)")
+_CARD = re.compile(r"(?<![\d.])\d{11,19}(?!\d)")
 
 
 def configure(service: str, settings: ServiceSettings) -> None:
@@ -52,7 +52,7 @@ def configure(service: str, settings: ServiceSettings) -> None:
 
 
 def mask_cards(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Hide every run of 12 to 19 digits that passes the Luhn test, whoever logged it."""
+    """Hide every run of 11 to 19 digits that passes the Luhn test, whoever logged it."""
     return {key: _masked(value) for key, value in event.items()}
 
 
@@ -66,7 +66,7 @@ def passes_luhn(digits: str) -> bool:
 
 
 def _masked(value: Any) -> Any:
-    text = value if isinstance(value, str) else str(value) if isinstance(value, int) and abs(value) >= 10**11 else None
+    text = value if isinstance(value, str) else str(value) if isinstance(value, int) and abs(value) >= 10**10 else None
     if text is None:
         return value
     masked = _CARD.sub(lambda run: f"**** {run[0][-4:]}" if passes_luhn(run[0]) else run[0], text)

@@ -5,6 +5,7 @@ Canonical values are flat JSON objects. The payments API and older topic_1 messa
 transactions.
 """
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -17,7 +18,12 @@ from shared.errors import Poison, without_digits
 Int32 = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Int64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
+Text = Annotated[str, Meta(max_length=1000)]
+Key = Annotated[str, Meta(max_length=200)]  # it goes into a database index
+
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}").fullmatch
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}").fullmatch
 MAX_CARD_DIGITS = 19
 # No transaction is younger than the year 5138, and none in milliseconds older than 1973: what lies above is in ms.
 _LARGEST_SECONDS = 10**11
@@ -28,22 +34,22 @@ class Transaction(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
     trans_date_trans_time: str  # YYYY-MM-DD HH:MM:SS, UTC
     cc_num: Annotated[int, Meta(ge=1)]  # up to 19 digits, beyond float64 and int64
-    merchant: str
-    category: str
+    merchant: Text
+    category: Text
     amt: float
-    first: str
-    last: str
-    gender: str
-    street: str
-    city: str
-    state: str
+    first: Text
+    last: Text
+    gender: Text
+    street: Text
+    city: Text
+    state: Text
     zip: Int32
     lat: float
     long: float
     city_pop: Int64
-    job: str
+    job: Text
     dob: str  # YYYY-MM-DD
-    trans_num: str
+    trans_num: Key
     unix_time: Int64  # seconds, UTC
     merch_lat: float
     merch_long: float
@@ -110,7 +116,7 @@ def decode_prediction(value: bytes | None) -> Prediction:
     try:
         return _checked(_decode_prediction(value))
     except ValueError as error:
-        raise Poison(str(error)) from None
+        raise Poison(without_digits(str(error))) from None
 
 
 def read_topic_1(value: bytes | None) -> Rows:
@@ -126,7 +132,7 @@ def read_topic_1(value: bytes | None) -> Rows:
             payload = None
         if isinstance(payload, dict) and "columns" in payload:
             return _rows(payload)
-        raise Poison(str(error)) from None
+        raise Poison(without_digits(str(error))) from None
     transaction.unix_time = to_seconds(transaction.unix_time)
     return Rows((_checked(transaction),))
 
@@ -163,10 +169,9 @@ def _checked(transaction: _T) -> _T:
     """What msgspec's types leave open. Words such as `yesterday` are times to PostgreSQL, and must not get there."""
     if transaction.cc_num >= 10**MAX_CARD_DIGITS:
         raise Poison(f"Expected `int` of at most {MAX_CARD_DIGITS} digits - at `$.cc_num`")
-    time, birth = transaction.trans_date_trans_time, transaction.dob
-    if len(time) != 19 or not time[:4].isdigit():
+    if not _TIME(transaction.trans_date_trans_time):
         raise Poison("Expected YYYY-MM-DD HH:MM:SS - at `$.trans_date_trans_time`")
-    if len(birth) != 10 or not birth[:4].isdigit():
+    if not _DATE(transaction.dob):
         raise Poison("Expected YYYY-MM-DD - at `$.dob`")
     return transaction
 
@@ -213,7 +218,7 @@ def _from_row(row: Mapping[str, Any]) -> Transaction:
             values["cc_num"] = int(card)
         return _checked(msgspec.convert(values, Transaction))
     except (msgspec.ValidationError, ValueError, OverflowError, OSError) as error:
-        raise Poison(str(error)) from None
+        raise Poison(without_digits(str(error))) from None
 
 
 def _is_time(text: object) -> bool:

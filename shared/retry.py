@@ -50,8 +50,7 @@ def until_over(
             if attempt == 0 or now - reminded >= _REMINDER_S:
                 reminded = now
                 log.warning("outage", reason=str(outage), seconds=round(now - began, 1))
-            pause_s = max(delay_s(attempt, initial_s=initial_s, max_s=max_s), outage.retry_after_s)
-            (wait or shutdown.wait)(pause_s)
+            (wait or shutdown.wait)(delay_s(attempt, initial_s=initial_s, max_s=max_s))
             attempt += 1
         else:
             if attempt:

@@ -10,7 +10,7 @@ from shared.errors import SettingsError
 
 SECRETS_FILE = "secrets.env"
 
-Seconds = Annotated[float, Field(ge=0)]
+Backoff = Annotated[float, Field(gt=0)]  # without any, a consumer would try again and never poll
 Milliseconds = Annotated[int, Field(ge=0)]
 DeliveryGuarantee = Literal["exactly_once", "at_least_once"]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
@@ -39,8 +39,8 @@ class StreamSettings(ServiceSettings):
 
     max_batch_size: int = Field(1000, ge=1, le=100_000, description="Most records in a batch")
     max_batch_wait_ms: Milliseconds = Field(5, description="Longest wait, in ms, for a batch to fill")
-    backoff_initial_seconds: Seconds = Field(0.2, description="First wait after a failure; doubled each time")
-    backoff_max_seconds: Seconds = Field(10.0, description="Longest wait between two tries")
+    backoff_initial_seconds: Backoff = Field(0.2, description="First wait after a failure; doubled each time")
+    backoff_max_seconds: Backoff = Field(10.0, description="Longest wait between two tries")
 
 
 S = TypeVar("S", bound=BaseSettings)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import structlog
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
+from shared.dead_letters import reason_of
 from shared.delivery import Delivery, next_offsets
 from shared.errors import Outage
 from shared.flow import Flow
@@ -30,13 +31,13 @@ _REVOKE_WAIT_S = 60.0
 class Outcome(NamedTuple):
     """What a handler did with a batch.
 
-    `done` counts the messages, from the front, that are finished for good; the rest is handed over again. `records` are
-    to be written, outputs and dead letters alike, before the offsets of the finished ones are committed.
+    `done` counts the messages, from the front, that are finished for good; the rest is handed over again. `outputs` and
+    `dead` letters are to be written before the offsets of the finished ones are committed.
     """
 
     done: int
-    records: Sequence[Record] = ()
-    dead: int = 0  # how many of `records` are dead letters
+    outputs: Sequence[Record] = ()
+    dead: Sequence[Record] = ()
 
 
 Handler = Callable[[Sequence[Message]], Outcome]
@@ -134,9 +135,11 @@ class Stream:
         outcome = self._handle(batch)
         finished = batch[: outcome.done]
         if finished:
-            self._delivery.deliver(outcome.records, next_offsets(finished), member)
+            self._delivery.deliver([*outcome.outputs, *outcome.dead], next_offsets(finished), member)
+        if outcome.dead:
+            log.warning("dead_letters", records=len(outcome.dead), first_reason=reason_of(outcome.dead[0]))
         busy_ms = round((time.monotonic() - began) * 1000)
-        self._flow.add(records=len(finished), dead_letters=outcome.dead, busy_ms=busy_ms)
+        self._flow.add(records=len(finished), dead_letters=len(outcome.dead), busy_ms=busy_ms)
         return outcome.done
 
     def _wait_out(self, seconds: float) -> None:
@@ -148,8 +151,8 @@ class Stream:
         """Poll with the partitions paused, so that the group does not think this member dead."""
         if not self._paused:
             self._paused = True
-            self._consumer.pause(self._consumer.assignment())
             log.info("paused", waiting=len(self._waiting))
+        self._consumer.pause(self._consumer.assignment())  # each time: a rebalance may have brought more
         self._accept([self._consumer.poll(timeout_s)])
 
     def _accept(self, messages: Sequence[Message | None]) -> None:

@@ -135,6 +135,7 @@ def test_without_java_it_takes_the_embedded_broker_and_says_so(tmp_path: Path) -
         (["--transactions", "0"], "--transactions"),
         (["--broker", "127.0.0.1:9", "--transactions", "1"], "Kafka at 127.0.0.1:9"),
         (["--database", "postgresql://nobody@127.0.0.1:9/none"], "--database"),
+        (["--report", f"{__file__}/report.json"], "test_demo.py"),
     ],
 )
 def test_a_wrong_call_is_refused_by_name(arguments: list[str], named: str) -> None:

@@ -158,6 +158,8 @@ def read(sources: Sequence[str]) -> pd.DataFrame:
         frame = pd.read_csv(source, dtype={"cc_num": str})
         if absent := [name for name in FEATURES if name not in frame]:
             raise ValueError(f"{source}: columns missing: {', '.join(absent)}")
+        if frame[features.RAW].isna().any(axis=None):
+            raise ValueError(f"{source}: empty values in the columns that the model learns from")
         frames.append(frame[list(FEATURES)])
     return pd.concat(frames, ignore_index=True)
 

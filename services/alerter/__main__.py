@@ -23,7 +23,7 @@ from shared.stream import Outcome, Stream
 
 log = structlog.get_logger()
 
-Addresses = Annotated[tuple[str, ...], NoDecode, Field(min_length=1)]
+Address = Annotated[str, Field(pattern=r"^[^\s@<>,]+@[^\s@<>,]+$")]
 
 
 class AlerterSettings(StreamSettings):
@@ -33,15 +33,24 @@ class AlerterSettings(StreamSettings):
     smtp_host: str = Field(min_length=1, description="Mail server")
     smtp_port: int = Field(587, ge=1, le=65535, description="Its port")
     smtp_tls: SmtpTls = Field("starttls", description="starttls, implicit or none")
-    smtp_username: str | None = Field(None, description="Login, if the server wants one")
+    smtp_username: str | None = Field(None, pattern=r"^[ -~]+$", description="Login, if the server wants one")
     smtp_password: SecretStr | None = Field(None, description="Its password")
-    alert_from: str = Field(pattern=r"^[^\s@]+@[^\s@]+$", description="Sender of the alarms")
-    alert_to: Addresses = Field(description="Recipients, separated by commas")
+    alert_from: Address = Field(description="Sender of the alarms")
+    alert_to: Annotated[tuple[Address, ...], NoDecode] = Field(
+        min_length=1, description="Recipients, separated by commas"
+    )
 
     @field_validator("alert_to", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("smtp_password")
+    @classmethod
+    def _ascii(cls, value: SecretStr | None) -> SecretStr | None:
+        if value and not value.get_secret_value().isascii():
+            raise ValueError("only ASCII can be sent to a mail server")
+        return value
 
 
 def serve(settings: AlerterSettings, shutdown: Event) -> None:
@@ -69,7 +78,7 @@ def serve(settings: AlerterSettings, shutdown: Event) -> None:
 def alert(messages: Sequence[Message], mailer: Mailer, settings: AlerterSettings) -> Outcome:
     """Mail the first fraud of the batch; what comes after it is left for the next round.
 
-    So every accepted mail is followed by a commit, and a crash repeats one alarm at the most. Raises Outage.
+    So every accepted mail is followed by a commit at once, and a crash repeats one alarm at the most. Raises Outage.
     """
     dead: list[Record] = []
     for number, message in enumerate(messages, start=1):
@@ -77,6 +86,8 @@ def alert(messages: Sequence[Message], mailer: Mailer, settings: AlerterSettings
             prediction = decode_prediction(message.value())
             if not prediction.prediction:
                 continue
+            if dead:  # these go first: were they not accepted, the mail would be repeated with them
+                return Outcome(number - 1, dead=dead)
             provenance = from_headers(headers(message))
             mailer.send(
                 compose(
@@ -91,8 +102,8 @@ def alert(messages: Sequence[Message], mailer: Mailer, settings: AlerterSettings
             dead.append(dead_letter(message, str(poison), group=settings.alerter_group))
             continue
         log.info("alarm_mailed", card=mask_card(prediction.cc_num), amount=prediction.amt, id=prediction.trans_num)
-        return Outcome(number, dead, dead=len(dead))
-    return Outcome(len(messages), dead, dead=len(dead))
+        return Outcome(number)
+    return Outcome(len(messages), dead=dead)
 
 
 if __name__ == "__main__":

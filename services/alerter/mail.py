@@ -96,7 +96,7 @@ def message_id(identity: tuple[str, int], *, sender: str) -> str:
     """The same for the same transaction for ever, so that a repeated alarm is recognisable (RFC 5322, 3.6.4)."""
     trans_num, unix_time = identity
     left = trans_num if _PLAIN_ID.fullmatch(trans_num) else hashlib.sha256(trans_num.encode()).hexdigest()
-    return f"<{left}.{unix_time}@{sender.rpartition('@')[2].rstrip('>')}>"
+    return f"<{left}.{unix_time}@{sender.rpartition('@')[2]}>"
 
 
 @dataclass(kw_only=True)
@@ -126,7 +126,7 @@ class Mailer:
         except smtplib.SMTPDataError as error:
             self.close()
             reason = f"mail server: {error.smtp_code} {_text(error.smtp_error)}"
-            raise (Poison(reason) if error.smtp_code >= 500 else Outage(reason)) from None
+            raise (Poison(reason) if _about_this_message(error) else Outage(reason)) from None
         except smtplib.SMTPRecipientsRefused as error:
             self.close()
             code, text = next(iter(error.recipients.values()))
@@ -165,6 +165,18 @@ class Mailer:
             connection.close()
             raise
         return connection
+
+
+def _about_this_message(error: smtplib.SMTPDataError) -> bool:
+    """True for a permanent refusal that the next message need not meet.
+
+    By the enhanced status code, where there is one (RFC 3463): 5.6.x is the content, 5.2.3 and 5.3.4 are the size. The
+    others are about the account, the sender or a policy.
+    """
+    enhanced = re.match(rb"5\.\d+\.\d+", error.smtp_error if isinstance(error.smtp_error, bytes) else b"")
+    return error.smtp_code >= 500 and (
+        enhanced is None or enhanced[0] in (b"5.2.3", b"5.3.4") or enhanced[0].startswith(b"5.6.")
+    )
 
 
 def _line(text: str) -> str:

@@ -77,7 +77,7 @@ def store(messages: Sequence[Message], engine: sa.Engine, *, group: str) -> Outc
             for message, result in zip(sources, results, strict=True)
             if isinstance(result, Poison)
         ]
-    return Outcome(len(messages), dead, dead=len(dead))
+    return Outcome(len(messages), dead=dead)
 
 
 def _stored(engine: sa.Engine, rows: Sequence[Row]) -> Sequence[None]:

@@ -34,7 +34,7 @@ def connect(url: str) -> sa.Engine:
     """An engine on psycopg2, whichever PostgreSQL driver the URL names. Raises ValueError for any other database."""
     try:
         parsed = sa.make_url(url)
-    except SQLAlchemyError:
+    except (SQLAlchemyError, ValueError):  # whose words quote the password
         raise ValueError("not a database URL") from None
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError("not a PostgreSQL URL")
@@ -43,7 +43,15 @@ def connect(url: str) -> sa.Engine:
         pool_size=1,
         pool_pre_ping=True,  # a restarted database is met here, not in the middle of a batch
         max_overflow=0,
-        connect_args={"connect_timeout": 10, "application_name": "fraud-alarm db_sink"},
+        connect_args={
+            "connect_timeout": 10,
+            "application_name": "fraud-alarm db_sink",
+            # a server that vanished without a word is noticed within half a minute
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 4,
+            "tcp_user_timeout": 30_000,
+        },
     )
 
 
@@ -117,8 +125,9 @@ def _provenance(provenance: Provenance) -> tuple[object, ...]:
 
 
 def reason(error: Exception) -> str:
-    """The database's own words without the values that its details quote."""
+    """The database's own words without the values that they quote."""
     original = getattr(error, "orig", None) or error
-    diagnosis = getattr(original, "diag", None)
-    message = getattr(diagnosis, "message_primary", None) or str(original).strip().partition("\n")[0]
-    return without_digits(f"{type(original).__name__}: {message}")
+    said = getattr(getattr(original, "diag", None), "message_primary", None)
+    if said is None:  # it is about the connection: no values, but an address
+        return f"{type(original).__name__}: {str(original).strip().partition(chr(10))[0]}"
+    return without_digits(f"{type(original).__name__}: {said}")

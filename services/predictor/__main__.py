@@ -110,7 +110,7 @@ def predict(model: Model, messages: Sequence[Message], *, topic: str, group: str
             value = encode_prediction(transaction, result.label)
             records.append(Record(topic, value, transaction.key, common + to_headers(source)))
     dead = [dead_letter(messages[number], "; ".join(reasons), group=group) for number, reasons in faults.items()]
-    return Outcome(len(messages), [*records, *dead], dead=len(dead))
+    return Outcome(len(messages), records, dead)
 
 
 def _scores(model: Model, transactions: Sequence[Transaction]) -> Sequence[Score | Poison]:

@@ -4,11 +4,13 @@ import email.utils
 import time
 
 import requests
+import urllib3
 
 from shared.errors import Outage
 
 _CONNECT_TIMEOUT_S = 5.0
 _MAX_RETRY_AFTER_S = 300.0
+_PIECE_BYTES = 64 * 1024
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
@@ -21,11 +23,11 @@ def fetch(session: requests.Session, url: str, *, timeout_s: float) -> bytes:
                 asked = retry_after_s(response.headers.get("Retry-After"))
                 raise Outage(f"HTTP {response.status_code}", retry_after_s=asked)
             body = bytearray()
-            for piece in response.iter_content(64 * 1024):
+            while piece := response.raw.read1(_PIECE_BYTES, decode_content=True):
                 body += piece
                 if len(body) > _MAX_BODY_BYTES or time.monotonic() > deadline:
                     raise Outage("an answer without end")
-    except requests.RequestException as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise Outage(type(error).__name__) from None
     return bytes(body)
 

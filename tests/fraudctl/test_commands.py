@@ -46,8 +46,13 @@ def test_train_refuses_by_name(tmp_path: Path, registry: Registry) -> None:
     unset = fraudctl("train", cwd=tmp_path)
     away = fraudctl("train", "--tracking-uri", "http://127.0.0.1:9", cwd=tmp_path)
     no_file = fraudctl("train", "--tracking-uri", registry.uri, "--data", "/nowhere.csv", cwd=tmp_path)
+    history = training_frame(rows=100, seed=3, start=START)
+    history.loc[50, "dob"] = None
+    history.to_csv(tmp_path / "gaps.csv")
+    gaps = fraudctl("train", "--tracking-uri", registry.uri, "--data", "gaps.csv", cwd=tmp_path)
 
-    assert unset.returncode == away.returncode == no_file.returncode == 2
+    assert unset.returncode == away.returncode == no_file.returncode == gaps.returncode == 2
+    assert "gaps.csv: empty values" in gaps.stderr
     assert "MLFLOW_TRACKING_URI: missing" in unset.stderr
     assert "MLflow at http://127.0.0.1:9" in away.stderr
     assert "/nowhere.csv" in no_file.stderr
@@ -70,8 +75,11 @@ def test_topics_refuses_without_a_broker_and_without_settings(tmp_path: Path) ->
     unset = fraudctl("topics", "create", cwd=tmp_path)
     (tmp_path / "client.properties").write_text("bootstrap.servers=127.0.0.1:9\n")
     away = fraudctl("topics", "create", cwd=tmp_path)
+    (tmp_path / "client.properties").write_text("bootstrap.servers=127.0.0.1:9\nno.such.property=1\n")
+    unknown = fraudctl("topics", "create", cwd=tmp_path)
 
-    assert unset.returncode == away.returncode == 2
+    assert unset.returncode == away.returncode == unknown.returncode == 2
+    assert "no.such.property" in unknown.stderr
     assert "client.properties" in unset.stderr
     assert "Kafka at 127.0.0.1:9" in away.stderr
-    assert "Traceback" not in unset.stderr + away.stderr
+    assert "Traceback" not in unset.stderr + away.stderr + unknown.stderr

@@ -5,7 +5,7 @@ import time
 
 import pytest
 from confluent_kafka import Producer
-from conftest import Rig, make_transactions, until
+from conftest import Rig, dead_letter_topic, make_transactions, until
 
 from sandbox.registry import Registry
 from shared.records import decode_prediction
@@ -109,3 +109,16 @@ def test_sigterm_in_the_middle_is_clean(predictor_rig: Rig) -> None:
     messages = predictor_rig.read(predictor_rig.topic_2, len(batch), timeout_s=60, extra_s=1)
 
     assert len(messages) == len({decode_prediction(each.value()).identity for each in messages}) == len(batch)
+
+
+def test_the_largest_record_that_a_topic_takes_fits_into_the_dead_letters(predictor_rig: Rig) -> None:
+    huge = b"{" + b"x" * 1_040_000
+    producer = Producer({**predictor_rig.properties, "message.max.bytes": "1048500", "log_level": 0})
+    producer.produce(predictor_rig.topic_1, huge)
+    assert producer.flush(20) == 0
+    predictor_rig.put_transactions(make_transactions(20))
+    predictor_rig.start("predictor")
+
+    assert len(predictor_rig.read(predictor_rig.topic_2, 20)) == 20
+    (letter,) = predictor_rig.read(dead_letter_topic(predictor_rig.topic_1), 1)
+    assert letter.value() == huge

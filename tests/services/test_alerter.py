@@ -2,18 +2,21 @@
 
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
+from aiosmtpd.controller import Controller
 from confluent_kafka import Producer
 from conftest import Rig, dead_letter_topic, make_transactions, until
 
 from sandbox.mailbox import Mailbox, ReceivedMail, messages
+from sandbox.processes import free_port
 from sandbox.stack import RECIPIENT, SENDER
 from services.alerter.mail import Mailer, compose, message_id
-from shared.errors import Outage
+from shared.errors import Outage, Poison
 from shared.kafka import Headers
 from shared.provenance import Provenance, to_headers
 from shared.records import Prediction, Transaction, encode_prediction
@@ -102,7 +105,7 @@ def test_markup_and_line_breaks_are_inert() -> None:
 
 
 def test_message_ids_are_stable_and_always_valid() -> None:
-    assert message_id(("3cb54a48", 1730134684), sender="Alarm <a@bank.example>") == "<3cb54a48.1730134684@bank.example>"
+    assert message_id(("3cb54a48", 1730134684), sender="a@bank.example") == "<3cb54a48.1730134684@bank.example>"
     odd = message_id(("<x>\r\n y", 1), sender="a@bank.example")
     assert odd == message_id(("<x>\r\n y", 1), sender="a@bank.example")
     assert not set(odd[1:-1]) & set("<> \r\n")
@@ -191,3 +194,63 @@ def test_a_connection_that_the_server_closed_is_opened_again(mailbox: Mailbox) -
         mailbox.start()
 
     assert len(received(mailbox, 2)) == 2
+
+
+@pytest.fixture
+def refusing() -> Iterator[Callable[[str], int]]:
+    """A mail server that answers every message with this line; returns its port."""
+    servers: list[Controller] = []
+
+    def start(answer: str) -> int:
+        class Handler:
+            async def handle_DATA(self, *_: object) -> str:
+                return answer
+
+        servers.append(Controller(Handler(), hostname="127.0.0.1", port=free_port()))
+        servers[-1].start()
+        return servers[-1].port
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        ("451 4.3.0 Try again later", Outage),
+        ("550 5.4.5 Daily user sending limit exceeded", Outage),
+        ("550 5.7.1 Sender not allowed", Outage),
+        ("554 5.6.0 Message content rejected", Poison),
+        ("552 5.3.4 Message too big", Poison),
+        ("554 Transaction failed", Poison),
+    ],
+)
+def test_a_refusal_is_about_this_message_or_about_all(
+    refusing: Callable[[str], int], answer: str, verdict: type[Exception]
+) -> None:
+    (transaction,) = make_transactions(1)
+    message = compose(predicted(transaction), PROVENANCE, sender=SENDER, recipients=[RECIPIENT], now=datetime.now(UTC))
+    mailer = Mailer(host="127.0.0.1", port=refusing(answer), tls="none")
+
+    with pytest.raises(verdict, match="mail server: " + answer[:3]):
+        mailer.send(message)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"ALERT_TO": "somebody"}, "ALERT_TO"),
+        ({"ALERT_TO": "a@"}, "ALERT_TO"),
+        ({"ALERT_TO": ","}, "ALERT_TO"),
+        ({"ALERT_FROM": "Fraud Alarm"}, "ALERT_FROM"),
+        ({"SMTP_PASSWORD": "gehe\u00efm"}, "SMTP_PASSWORD"),
+        ({"BACKOFF_INITIAL_SECONDS": "0"}, "BACKOFF_INITIAL_SECONDS"),
+    ],
+)
+def test_a_wrong_setting_is_named_at_the_start(rig: Rig, wrong: dict[str, str], named: str) -> None:
+    process = rig.start("alerter", ready=False, **wrong)
+
+    assert process.wait(20) == 2
+    assert process.last_line().startswith(f"alerter: {named}: ")
+    assert "gehe" not in rig.log("alerter")

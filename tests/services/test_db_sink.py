@@ -13,7 +13,7 @@ from sandbox.postgres import Postgres
 from sandbox.stack import service
 from services.db_sink.table import Row, connect, migrate, upsert
 from shared.errors import Poison
-from shared.provenance import Provenance, to_headers
+from shared.provenance import Provenance, from_headers, to_headers
 from shared.records import FEATURES, Prediction, Transaction, encode_prediction
 
 PROVENANCE = Provenance("fraud", "3", 0.25, 1730134684025, 4, 1234)
@@ -229,3 +229,17 @@ def test_a_wrong_url_is_named_and_not_shown(rig: Rig, url: str) -> None:
     assert process.wait(30) == 2
     assert rig.log("db_sink").splitlines()[-1].startswith("db_sink: DATABASE_URL: not a")
     assert url not in rig.log("db_sink")
+
+
+@pytest.mark.parametrize("url", ["postgresql://fraud:hunter2", "postgresql://fraud:p@hunter2:word@host/db", "hunter2"])
+def test_a_wrong_url_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(ValueError, match="not a database URL") as refusal:
+        connect(url)
+    assert "hunter2" not in str(refusal.value)
+
+
+def test_headers_that_cannot_be_are_not_there() -> None:
+    beyond = to_headers(Provenance("fraud", "3", 1.5, 1730134684025000000, 2**31, -1))
+
+    assert from_headers(beyond) == Provenance("fraud", "3")
+    assert from_headers(to_headers(PROVENANCE)) == PROVENANCE

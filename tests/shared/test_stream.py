@@ -1,12 +1,14 @@
 """The stream loop, on the embedded broker: what a handler is given, and what is committed when."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event
+from typing import Any
 
 import pytest
-from confluent_kafka import Message, TopicPartition
+from confluent_kafka import Consumer, Message, TopicPartition
 from conftest import Rig, until
 
 from shared.delivery import AtLeastOnce
@@ -154,3 +156,46 @@ def test_a_broken_handler_ends_the_service_and_commits_nothing(rig: Rig, committ
         stream.run()
 
     assert committed() == 0
+
+
+class Counting:
+    """A consumer that counts the messages it gave out."""
+
+    def __init__(self, client: Consumer) -> None:
+        self._client = client
+        self.given = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def poll(self, timeout: float) -> Message | None:
+        message = self._client.poll(timeout)
+        self.given += message is not None
+        return message
+
+
+def test_what_a_rebalance_brings_in_an_outage_waits_on_the_broker(rig: Rig) -> None:
+    for number in range(20):
+        rig.put(rig.topic_1, numbers(250), key=str(number).encode())
+    client = Counting(consumer(rig.properties, group=rig.topic_1))
+    shutdown = Event()
+
+    def away(_batch: Sequence[Message]) -> Outcome:
+        raise Outage("away")
+
+    delivery = AtLeastOnce(consumer=client, properties=rig.properties, shutdown=shutdown)
+    stream = Stream(
+        consumer=client, topic=rig.topic_1, handle=away, delivery=delivery, settings=SETTINGS, shutdown=shutdown
+    )
+    with streaming(rig, away):
+        thread = threading.Thread(target=stream.run)
+        thread.start()
+        until(lambda: client.assignment(), what="a part of the partitions")
+    try:
+        until(lambda: len(client.assignment()) == 4, what="all partitions, once the other left")
+        until(lambda: client.given > 0, what="the first messages")
+        time.sleep(2)  # long enough to fetch thousands
+        assert client.given < 500
+    finally:
+        shutdown.set()
+        thread.join(20)
