@@ -9,7 +9,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 
 ## A stream of transactions through everything, on this machine. Options: make demo ARGS="--broker embedded"
 demo: $(VENV)/.ready
-	@$(BIN)/fraudctl demo --transactions 3000 --rate 300 $(ARGS)
+	@$(BIN)/fraudctl demo --transactions 3000 --rate 500 $(ARGS)
 
 ## The whole suite. Options: make test ARGS="-k records -x"
 test: $(VENV)/.ready

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -62,7 +62,7 @@ def demo(
                 console,
             )
         except (SourceError, StandInError, SettingsError, Outage, OSError) as error:
-            _refuse(str(error))
+            _refuse(error)
     runner.show(ledger, console)
     if report:
         report.write_text(json.dumps(ledger.report(), indent=2) + "\n")
@@ -83,7 +83,7 @@ def train(
     from training import train as training
 
     if not tracking_uri:
-        _refuse("MLFLOW_TRACKING_URI: missing")
+        _refuse(SettingsError("MLFLOW_TRACKING_URI: missing"))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by default it tries for minutes, in silence
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
@@ -94,7 +94,7 @@ def train(
         trained = training.fit(frame, seed=seed, target_precision=target_precision)
         version = training.register(trained, tracking_uri=tracking_uri, name=name, alias=alias)
     except (Outage, OSError, ValueError) as error:
-        _refuse(str(error))
+        _refuse(error)
     console.print(f"{name} version {version} is {alias} now")
     table = Table("measure", "on unseen cards")
     for measure, value in {**trained.metrics, "threshold": trained.threshold}.items():
@@ -115,11 +115,14 @@ def topics_create(
         names = [settings.topic_1, settings.topic_2]
         created = topics.create(kafka_properties(settings), names, partitions=partitions)
     except (SettingsError, Outage) as error:
-        _refuse(str(error))
+        _refuse(error)
     console.print(f"created: {', '.join(created)}" if created else "all topics are there")
 
 
-def _refuse(reason: str) -> None:
+def _refuse(error: Exception) -> NoReturn:
+    reason = str(error)
+    if isinstance(error, OSError) and error.filename:
+        reason = f"{error.filename}: {error.strerror}"
     sys.stderr.write(f"fraudctl: {reason}\n")
     raise typer.Exit(2)
 

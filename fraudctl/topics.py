@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.cimpl import NewTopic
@@ -64,9 +65,9 @@ def _ends(reader: Consumer, name: str) -> Iterator[TopicPartition]:
         yield TopicPartition(name, partition, end)
 
 
-def _new(done: object) -> bool:
+def _new(done: Future[None]) -> bool:
     try:
-        done.result()  # type: ignore[attr-defined]
+        done.result()
     except KafkaException as error:
         if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
             raise

@@ -136,6 +136,7 @@ def test_without_java_it_takes_the_embedded_broker_and_says_so(tmp_path: Path) -
         (["--broker", "127.0.0.1:9", "--transactions", "1"], "Kafka at 127.0.0.1:9"),
         (["--database", "postgresql://nobody@127.0.0.1:9/none"], "--database"),
         (["--report", f"{__file__}/report.json"], "test_demo.py"),
+        (["--work-dir", __file__, "--broker", "embedded"], f"{__file__}: File exists"),
     ],
 )
 def test_a_wrong_call_is_refused_by_name(arguments: list[str], named: str) -> None:

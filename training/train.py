@@ -155,7 +155,10 @@ def read(sources: Sequence[str]) -> pd.DataFrame:
     """
     frames = []
     for source in sources:
-        frame = pd.read_csv(source, dtype={"cc_num": str})
+        try:
+            frame = pd.read_csv(source, dtype={"cc_num": str})
+        except ValueError as error:  # pandas' own words do not name the file
+            raise ValueError(f"{source}: {error}") from None
         if absent := [name for name in FEATURES if name not in frame]:
             raise ValueError(f"{source}: columns missing: {', '.join(absent)}")
         if frame[features.RAW].isna().any(axis=None):

@@ -51,12 +51,17 @@ def test_train_refuses_by_name(tmp_path: Path, registry: Registry) -> None:
     history.to_csv(tmp_path / "gaps.csv")
     gaps = fraudctl("train", "--tracking-uri", registry.uri, "--data", "gaps.csv", cwd=tmp_path)
 
-    assert unset.returncode == away.returncode == no_file.returncode == gaps.returncode == 2
+    (tmp_path / "empty.csv").touch()
+    empty = fraudctl("train", "--tracking-uri", registry.uri, "--data", "empty.csv", cwd=tmp_path)
+
+    refused = (unset, away, no_file, gaps, empty)
+    assert [done.returncode for done in refused] == [2] * len(refused)
+    assert "empty.csv: No columns" in empty.stderr
     assert "gaps.csv: empty values" in gaps.stderr
     assert "MLFLOW_TRACKING_URI: missing" in unset.stderr
     assert "MLflow at http://127.0.0.1:9" in away.stderr
     assert "/nowhere.csv" in no_file.stderr
-    assert "Traceback" not in unset.stderr + away.stderr + no_file.stderr
+    assert not any("Traceback" in done.stderr for done in refused)
 
 
 @pytest.mark.kafka
