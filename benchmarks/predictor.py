@@ -85,7 +85,7 @@ def _round(stack: Stack, directory: Path, backlog: Sequence[Transaction], *, bat
             "TOPIC_1": source,
             "TOPIC_2": predicted,
             "PREDICTOR_GROUP": name,
-            "TRANSACTIONAL_ID": name,
+            "REPLICA": name,
             "DELIVERY": "exactly_once",
             "MAX_BATCH_SIZE": str(batch_size),
         },

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import random
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -14,11 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.errors import Outage, SettingsError
+from shared.settings import ServiceSettings, kafka_properties, load
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 topics_app = typer.Typer(no_args_is_help=True, help="The topics and their dead-letter topics.")
 app.add_typer(topics_app, name="topics")
+letters_app = typer.Typer(no_args_is_help=True, help="What the services refused: see it, mend it, put it back.")
+app.add_typer(letters_app, name="dead-letters")
 console = Console()
+
+OfTopic = Annotated[str | None, typer.Option("--topic", help="Only those of this topic.")]
+OfReason = Annotated[str, typer.Option("--reason", help="Only those whose reason contains this.")]
+Since = Annotated[str | None, typer.Option(help="Only those since a time (UTC, 2026-01-31T21:30) or for 90m, 2h, 3d.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="No more than these many, the oldest.")]
 
 
 @app.command()
@@ -70,6 +79,40 @@ def demo(
 
 
 @app.command()
+def chaos(
+    scenario: Annotated[list[str] | None, typer.Option(help="Which; without it, all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the faults; without it, drawn.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="How long each streams; without it, as needed.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Where the results go as JSON.")] = None,
+    work_dir: Annotated[Path | None, typer.Option(help="Where logs and mails are kept.")] = None,
+) -> None:
+    """Kill, stop and break the parts under load on Apache Kafka; exit 1 at the first promise that does not hold."""
+    from fraudctl import chaos as runner
+    from sandbox.processes import StandInError
+
+    names = scenario or list(runner.SCENARIOS)
+    if unknown := [name for name in names if name not in runner.SCENARIOS]:
+        _refuse(SettingsError(f"--scenario: no {', '.join(unknown)}; there are {', '.join(runner.SCENARIOS)}"))
+    chosen = random.randrange(10**6) if seed is None else seed  # noqa: S311 - makes faults, guards nothing
+    results = []
+    with ExitStack() as stack:
+        directory = work_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fraud-alarm-")))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for result in runner.campaign(
+                names, seed=chosen, minutes=minutes, work_dir=directory.resolve(), console=console
+            ):
+                results.append(result)
+                runner.show(result, console)
+                if report:
+                    report.write_text(json.dumps([each.report() for each in results], indent=2) + "\n")
+                if result.broken:
+                    raise typer.Exit(1)
+        except (StandInError, SettingsError, Outage, OSError) as error:
+            _refuse(error)
+
+
+@app.command()
 def train(
     data: Annotated[list[str] | None, typer.Option(help="Training files or URLs; without any, generated.")] = None,
     name: Annotated[str, typer.Option(envvar="MODEL_NAME", help="Registered model.")] = "fraud",
@@ -108,23 +151,92 @@ def topics_create(
 ) -> None:
     """Create what is missing; nothing that exists is changed."""
     from fraudctl import topics
-    from shared.settings import ServiceSettings, kafka_properties, load
 
     try:
-        settings = load(ServiceSettings)
-        names = [settings.topic_1, settings.topic_2]
-        created = topics.create(kafka_properties(settings), names, partitions=partitions)
+        settings, properties = _kafka()
+        created = topics.create(properties, [settings.topic_1, settings.topic_2], partitions=partitions)
     except (SettingsError, Outage) as error:
         _refuse(error)
     console.print(f"created: {', '.join(created)}" if created else "all topics are there")
 
 
-def _refuse(error: Exception) -> NoReturn:
+@letters_app.command("list")
+def letters_list(topic: OfTopic = None, reason: OfReason = "", since: Since = None, limit: Limit = None) -> None:
+    """List dead letters, the oldest first."""
+    from fraudctl import letters
+
+    try:
+        settings, properties = _kafka()
+        selection = letters.select(settings, topic=topic, reason=reason, since=since)
+        found = letters.read(properties, selection)[:limit]
+    except (letters.CallError, SettingsError, Outage) as error:
+        _refuse(error)
+    if found:
+        console.print(letters.overview(found))
+    for line in letters.totals(found):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@letters_app.command("show")
+def letters_show(
+    letter_id: Annotated[str, typer.Argument(metavar="ID", help="As listed, such as topic_1.dlq:3:17.")],
+    save: Annotated[Path | None, typer.Option(help="A new file for the value, all of it, byte for byte.")] = None,
+) -> None:
+    """Show what a dead letter holds, without card number and birth date."""
+    from fraudctl import letters
+
+    try:
+        settings, properties = _kafka()
+        (letter,) = letters.read(properties, letters.select(settings, ids=[letter_id]))
+        if save:
+            letters.save(letter, save)
+    except (letters.CallError, SettingsError, Outage, OSError) as error:
+        _refuse(error)
+    console.print(letters.description(letter), markup=False, highlight=False, soft_wrap=True)
+
+
+@letters_app.command("replay")
+def letters_replay(
+    letter_ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="These alone.")] = None,
+    topic: OfTopic = None,
+    reason: OfReason = "",
+    since: Since = None,
+    limit: Limit = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Also if they are more than 1,000.")] = False,
+    value: Annotated[Path | None, typer.Option(help="A file with what the one ID's value should have been.")] = None,
+) -> None:
+    """Put dead letters back on their topic, each exactly once; those put back before are left alone."""
+    from fraudctl import letters
+
+    try:
+        filtered = bool(topic or reason or since or limit)
+        if letter_ids and filtered:
+            raise letters.CallError("either IDs or filters, not both")
+        if value and len(letter_ids or []) != 1:
+            raise letters.CallError("--value is for exactly one ID")
+        mended = value.read_bytes() if value else None
+        settings, properties = _kafka()
+        selection = letters.select(settings, ids=letter_ids or [], topic=topic, reason=reason, since=since)
+        done = letters.replay(properties, selection, limit=limit, more=yes, mended=mended)
+    except letters.Fenced as error:
+        _refuse(error, exit_code=1)
+    except (letters.CallError, SettingsError, Outage, OSError) as error:
+        _refuse(error)
+    skipped = f"; {done.skipped:,} were put back before" if done.skipped else ""
+    console.print(f"put back: {letters.counted(done.put_back)}{skipped}", highlight=False, soft_wrap=True)
+
+
+def _kafka() -> tuple[ServiceSettings, dict[str, str]]:
+    settings = load(ServiceSettings)
+    return settings, kafka_properties(settings)
+
+
+def _refuse(error: Exception, *, exit_code: int = 2) -> NoReturn:
     reason = str(error)
     if isinstance(error, OSError) and error.filename:
         reason = f"{error.filename}: {error.strerror}"
     sys.stderr.write(f"fraudctl: {reason}\n")
-    raise typer.Exit(2)
+    raise typer.Exit(exit_code)
 
 
 def main() -> None:

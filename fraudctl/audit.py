@@ -4,7 +4,8 @@ Nothing here asks the services: each figure is counted where the thing itself li
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event, Thread
@@ -18,10 +19,14 @@ from sandbox.mailbox import messages as mails_in
 from services.alerter.mail import message_id
 from shared.dead_letters import SUFFIX
 from shared.kafka import consumer, coordinates, headers
+from shared.provenance import from_headers
 
 Identity = tuple[str, int]
+Place = tuple[str, int, int]
+"""Topic, partition and offset."""
 
 _READ_S = 0.05
+_NOT_REPORTED = ("suspects", "mail_delays", "dead_letter_places")
 
 
 class _Seen(msgspec.Struct, gc=False):
@@ -29,6 +34,7 @@ class _Seen(msgspec.Struct, gc=False):
 
     trans_num: str
     unix_time: int
+    cc_num: int
     prediction: int = 0
 
     @property
@@ -42,12 +48,15 @@ class Topics:
 
     records_1: int = 0
     records_2: int = 0
-    dead_letters: int = 0
+    repeated: list[Identity] = field(default_factory=list)  # on either topic, once for each time too many
+    misplaced: list[Identity] = field(default_factory=list)  # on topic_2 before one that was before it on topic_1
+    dead_letters: defaultdict[Place, list[Place]] = field(default_factory=lambda: defaultdict(list))  # by their origin
     refused_rows: int = 0  # of the dead letters, the rows of the API's answers that are no transactions
     produced_ms: dict[Identity, int] = field(default_factory=dict)  # the record's own timestamp on topic_1
     visible_ms: dict[Identity, float] = field(default_factory=dict)  # when a committed-only reader had it from topic_2
     frauds: set[Identity] = field(default_factory=set)
     dead: set[Identity] = field(default_factory=set)
+    last_source: dict[int, int] = field(default_factory=dict)  # by card, the offset on topic_1 of its last prediction
 
 
 @dataclass(frozen=True)
@@ -63,21 +72,27 @@ class Ledger:
     emails: int
     mailed_frauds: int
     rows: int
+    repeated_mails: int
     dead_letters: int
     lost: int
     duplicates: int
+    out_of_order: int
     seconds: float
     latency_ms: Mapping[str, Mapping[str, float | None]]
-    missing: Mapping[str, list[Identity]]  # a few identities for each place where some are missing
+    suspects: Mapping[str, list[Identity]]  # the identities of what is wrong, by what it is
+    mail_delays: list[
+        tuple[int, float]
+    ]  # when a fraud was written to topic_1 (epoch ms), and how long its mail took (ms)
+    dead_letter_places: Mapping[Place, Sequence[Place]]  # by where the records were that they keep
 
     @property
     def balanced(self) -> bool:
-        """True if every transaction served is where it must be, once, and every fraud was mailed."""
-        return self.lost == 0 and self.duplicates == 0 and self.mailed_frauds == self.predicted_frauds
+        """True if every transaction served is where it must be, once, in its card's order, and every fraud mailed."""
+        return not self.suspects and self.mailed_frauds == self.predicted_frauds
 
     def report(self) -> dict[str, object]:
         """The figures as they go into the report file."""
-        return {name: value for name, value in asdict(self).items() if name != "missing"}
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_REPORTED}
 
 
 class TopicReader:
@@ -129,26 +144,47 @@ class TopicReader:
         except ValueError:
             seen = None
         if topic.endswith(SUFFIX):
-            topics.dead_letters += 1
+            if (origin := _origin(message)) is None:
+                return
+            topics.dead_letters[origin].append((topic, partition, offset))
             topics.refused_rows += ("dlq-group", b"producer") in headers(message)
             if seen:
                 topics.dead.add(seen.identity)
         elif topic == self._topic_1:
             topics.records_1 += 1
             if seen:
+                if seen.identity in topics.produced_ms:
+                    topics.repeated.append(seen.identity)
                 topics.produced_ms.setdefault(seen.identity, message.timestamp()[1])
         else:
             topics.records_2 += 1
             if seen:
+                if seen.identity in topics.visible_ms:
+                    topics.repeated.append(seen.identity)
+                source = from_headers(headers(message)).source_offset
+                if source is not None:
+                    if source < topics.last_source.get(seen.cc_num, 0):
+                        topics.misplaced.append(seen.identity)
+                    topics.last_source[seen.cc_num] = source
                 topics.visible_ms.setdefault(seen.identity, now_ms)
                 if seen.prediction:
                     topics.frauds.add(seen.identity)
 
 
+def _origin(letter: Message) -> Place | None:
+    """Where the record was that a dead letter keeps; None for the mark of a replay, which is no dead letter."""
+    found = {name: content for name, content in headers(letter) if isinstance(content, bytes)}
+    if "dlq-replayed" in found:
+        return None
+    if "dlq-offset" not in found:  # a row that never was on a topic
+        return coordinates(letter)
+    return found["dlq-topic"].decode(), int(found["dlq-partition"]), int(found["dlq-offset"])
+
+
 def draw_up(
     topics: Topics,
     *,
-    served: int,
+    served: set[Identity],
     repeats: int,
     mailbox: Path,
     since_ms: int,
@@ -158,20 +194,23 @@ def draw_up(
 ) -> Ledger:
     """Compare, by identity, what the source served with what lies on the topics, in the mailbox and in the table.
 
-    `served` counts distinct transactions, `repeats` those that the source served again.
+    `repeats` counts the transactions that the source served again.
     """
     produced, predicted = topics.produced_ms.keys(), topics.visible_ms.keys()
     mailed_ms, emails = _mailed(mailbox, predicted, since_ms=since_ms, sender=sender)
     ingested_ms = _stored(engine, predicted, since_ms=since_ms)
     missing = {
-        "topic_2": produced - predicted - topics.dead,
-        "mailbox": topics.frauds - mailed_ms.keys() - topics.dead,
-        "table": predicted - ingested_ms.keys() - topics.dead,
+        "missing on topic_1": served - produced - topics.dead,
+        "missing on topic_2": produced - predicted - topics.dead,
+        "missing in the mailbox": topics.frauds - mailed_ms.keys() - topics.dead,
+        "missing in the table": predicted - ingested_ms.keys() - topics.dead,
     }
-    never_produced = max(0, served - topics.refused_rows - len(produced | topics.dead))
+    if len(missing["missing on topic_1"]) <= topics.refused_rows:  # which have no identity
+        del missing["missing on topic_1"]
+    suspects = {**missing, "repeated": topics.repeated, "out of order": topics.misplaced}
     return Ledger(
-        served=served,
-        fetched=served + repeats,
+        served=len(served),
+        fetched=len(served) + repeats,
         skipped_repeats=repeats,
         topic_1=topics.records_1,
         topic_2=topics.records_2,
@@ -179,21 +218,21 @@ def draw_up(
         emails=emails,
         mailed_frauds=len(mailed_ms),
         rows=len(ingested_ms),
-        dead_letters=topics.dead_letters,
-        lost=never_produced + len(set().union(*missing.values())),
-        duplicates=_surplus(topics.records_1, produced) + _surplus(topics.records_2, predicted),
+        repeated_mails=emails - len(mailed_ms),
+        dead_letters=sum(map(len, topics.dead_letters.values())),
+        lost=len(set().union(*missing.values())),
+        duplicates=len(topics.repeated),
+        out_of_order=len(topics.misplaced),
         seconds=round(seconds, 1),
         latency_ms={
             "topic_1_to_topic_2": _latency(topics.produced_ms, topics.visible_ms),
             "topic_1_to_email": _latency(topics.produced_ms, mailed_ms),
             "topic_1_to_row": _latency(topics.produced_ms, ingested_ms),
         },
-        missing={place: sorted(identities)[:5] for place, identities in missing.items() if identities},
+        suspects={what: sorted(identities) for what, identities in suspects.items() if identities},
+        mail_delays=[(at, mailed_ms[each] - at) for each, at in topics.produced_ms.items() if each in mailed_ms],
+        dead_letter_places={origin: letters for origin, letters in topics.dead_letters.items() if letters},
     )
-
-
-def _surplus(records: int, identities: Iterable[Identity]) -> int:
-    return max(0, records - len(set(identities)))
 
 
 def _mailed(

@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
 from fraudctl import topics
-from fraudctl.audit import Ledger, TopicReader, draw_up
+from fraudctl.audit import Ledger, TopicReader, Topics, draw_up
 from sandbox.embedded import KEPT_RECORDS_A_PARTITION, EmbeddedBroker
 from sandbox.mailbox import read_mail
 from sandbox.payments_api import PaymentsApi
@@ -31,6 +31,8 @@ TOPICS = ("topic_1", "topic_2")
 READS = {"predictor": "topic_1", "alerter": "topic_2", "db_sink": "topic_2"}
 _TICK_S = 0.25
 _STUCK_S = 60.0
+_PROGRESS_WAIT_S = 2.0
+_SHOWN = 10
 _EMBEDDED_WINDOW = KEPT_RECORDS_A_PARTITION // 2
 
 
@@ -45,14 +47,32 @@ class Options:
     broker: str
     database: str | None
     work_dir: Path
+    environment: Mapping[str, str] = field(default_factory=dict)  # of the services, laid over that of the stack
+    confirmed: bool = False  # what a client may not have received is served again
 
 
-Scenario = Callable[[Stack], Iterator[None]]
-"""What happens to the stack meanwhile: it goes on to its next `yield` four times a second, the first time before the
-services start, and the demo does not end before it has."""
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What a scenario plays with."""
+
+    stack: Stack
+    services: dict[str, Process]  # that have to run
+    topics: Topics  # what was read back so far
+    enough: Event  # set, it ends the stream
+    _directory: Path
+    _environment: Mapping[str, str]
+
+    def replica(self, name: str, number: int) -> Process:
+        """Another process of the service, not started yet."""
+        return service(name, self._directory, self._environment, replica=number)
 
 
-def _calm(_parts: Stack) -> Iterator[None]:
+Scenario = Callable[[Scene], Iterator[None]]
+"""What happens meanwhile: it goes on to its next `yield` four times a second, the first time before the services start,
+and the demo does not end before it has."""
+
+
+def _calm(_scene: Scene) -> Iterator[None]:
     yield
 
 
@@ -82,13 +102,22 @@ def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Le
             stack.callback(group.close)
         reader = TopicReader(parts.properties, topic_1=TOPICS[0])
         reader.start(topics.ends(parts.properties, [name + suffix for name in TOPICS for suffix in ("", SUFFIX)]))
-        environment = parts.addresses.environment() | {"TRANSACTIONAL_ID": run_id}
+        environment = parts.addresses.environment() | {"REPLICA": run_id}
         environment |= {f"{group.name.upper()}_GROUP": group.id for group in groups}
+        environment |= {"JOURNAL_DIRECTORY": str(options.work_dir / "journal" / run_id), **options.environment}
         services = {name: service(name, options.work_dir, environment) for name in SERVICES}
-        steps = scenario(parts)
+        stack.callback(lambda: [each.stop() for each in services.values()])
+        scene = Scene(
+            stack=parts,
+            services=services,
+            topics=reader.topics,
+            enough=interrupted,
+            _directory=options.work_dir,
+            _environment=environment,
+        )
+        steps = scenario(scene)
         next(steps)
         for each in services.values():
-            stack.callback(each.stop)
             each.spawn()
         for each in services.values():
             each.wait_ready()
@@ -103,8 +132,8 @@ def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Le
         status = parts.api.status()
         return draw_up(
             reader.stop(),
-            served=status["served"],
-            repeats=status["sent"] - status["served"],
+            served=parts.api.identities(),
+            repeats=status["repeats"],
             mailbox=options.work_dir / "mail",
             since_ms=since_ms,
             sender=SENDER,
@@ -119,7 +148,7 @@ def show(ledger: Ledger, console: Console) -> None:
     figures = ledger.report()
     for name in (
         "served", "fetched", "skipped_repeats", "topic_1", "topic_2", "predicted_frauds", "emails", "mailed_frauds",
-        "rows", "dead_letters", "lost", "duplicates", "seconds",
+        "rows", "repeated_mails", "dead_letters", "lost", "duplicates", "out_of_order", "seconds",
     ):  # fmt: skip
         table.add_row(name.replace("_", " "), f"{figures[name]:,}", end_section=name in ("skipped_repeats", "rows"))
     for name, spans in ledger.latency_ms.items():
@@ -130,8 +159,9 @@ def show(ledger: Ledger, console: Console) -> None:
         console.print("[bold green]The ledger balances: nothing lost, nothing doubled, every fraud mailed.")
     else:
         console.print("[bold red]The ledger does not balance.")
-        for place, identities in ledger.missing.items():
-            console.print(f"  missing in {place}: {', '.join(trans_num for trans_num, _ in identities)}, ...")
+        for what, identities in ledger.suspects.items():
+            some = ", ".join(f"{trans_num} at {unix_time}" for trans_num, unix_time in identities[:_SHOWN])
+            console.print(f"  {what}: {len(identities)}: {some}", soft_wrap=True)
 
 
 class _Group:
@@ -143,6 +173,7 @@ class _Group:
         self.id = f"{name}-{run_id}"
         starts = topics.ends(properties, [topic])
         self._starts = {(each.topic, each.partition): each.offset for each in starts}
+        self._last = (0, 0)
         self._client = consumer(properties, group=self.id)
         if any(each.offset for each in starts):
             try:
@@ -155,15 +186,23 @@ class _Group:
         self._client.close()
 
     def progress(self, positions: Mapping[tuple[str, int], int]) -> tuple[int, int]:
-        """Records of its topic that it has committed since the start, and those before `positions` that it has not."""
+        """Records of its topic that it has committed since the start, and those before `positions` that it has not.
+
+        While the broker does not answer, what it was before.
+        """
         wanted = [TopicPartition(topic, partition) for topic, partition in self._starts]
+        try:
+            committed = self._client.committed(wanted, timeout=_PROGRESS_WAIT_S)
+        except KafkaException:
+            return self._last
         done = waiting = 0
-        for each in self._client.committed(wanted, timeout=10):
+        for each in committed:
             start = self._starts[each.topic, each.partition]
-            committed = max(each.offset, start)  # no commit yet is a negative number
-            done += committed - start
-            waiting += max(0, positions.get((each.topic, each.partition), start) - committed)
-        return done, waiting
+            passed = max(each.offset, start)  # no commit yet is a negative number
+            done += passed - start
+            waiting += max(0, positions.get((each.topic, each.partition), start) - passed)
+        self._last = done, waiting
+        return self._last
 
 
 @dataclass(kw_only=True)
@@ -263,6 +302,8 @@ class _Pump:
 
 def _api_options(options: Options) -> tuple[str, ...]:
     chosen = ["--held", "--rate", str(options.rate), "--fraud-rate", str(options.fraud_rate), "--seed", "1"]
+    if options.confirmed:
+        chosen.append("--confirmed")
     if options.transactions is not None:
         chosen += ["--transactions", str(options.transactions)]
     if options.source:

@@ -1,4 +1,7 @@
-"""A mail server that keeps what it is sent: one .eml file a message, its name beginning with the time of receipt."""
+"""A mail server that keeps what it is sent, and has its bad days on request.
+
+One .eml file a message, its name beginning with the time of receipt, its first line `X-Envelope-To`: whom it went to.
+"""
 
 import argparse
 import asyncio
@@ -11,12 +14,24 @@ from dataclasses import dataclass
 from email import policy
 from email.message import EmailMessage
 from email.parser import BytesParser
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
+from typing import Any, AnyStr
 
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
 from sandbox.processes import Process, free_port, port_open, python
+
+FAULTS = ("4xx", "5xx-one-recipient", "hang")
+_ORDER = "misbehave"  # the file in its directory that names the fault of the day
+_HANG_POLL_S = 0.05
+_STAGES = ("MAIL", "RCPT", "DATA")
+_TEMPORARY = (
+    "421 4.3.2 Service is shutting down",
+    "450 4.2.1 Mailbox is busy",
+    "451 4.3.0 Try again later",
+    "452 4.3.1 Insufficient system storage",
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,23 @@ class Mailbox(Process):
             ready=lambda: port_open(self.port),
         )
 
+    def misbehave(self, kind: str | None) -> None:
+        """From now on until its next start, have this fault with whatever arrives; with None, none.
+
+        - `4xx` refuses every mail for now, at one stage or another, with one code or another; 421 hangs up;
+        - `5xx-one-recipient` refuses for good the recipients whose local part begins with "gone", and no other;
+        - `hang` takes connections and commands and answers none. A session that hung is hung up on when the fault
+          changes: its client may have given up, so nothing of it is kept.
+
+        Raises ValueError for any other.
+        """
+        if kind is not None and kind not in FAULTS:
+            raise ValueError(f"no such fault: {kind}")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = self.directory / f"{_ORDER}.partial"
+        partial.write_text(kind or "")
+        partial.replace(self.directory / _ORDER)
+
 
 def messages(directory: Path) -> Iterator[ReceivedMail]:
     """What was received, oldest first."""
@@ -68,20 +100,97 @@ def read_mail(path: Path) -> ReceivedMail:
     return ReceivedMail(int(path.name.partition("-")[0]), parser.parsebytes(path.read_bytes()), path)
 
 
+class _Session(SMTP):
+    """One client. The fault of the day is looked up whenever something arrives, and holds until that is answered."""
+
+    def __init__(self, keeper: "_Keeper", **options: Any) -> None:
+        super().__init__(keeper, **options)
+        self._order = keeper.directory / _ORDER
+        self.fault: str | None = None
+        self.refusal = ("DATA", "451 4.3.0 Try again later")  # of a mail that was under way when the fault began
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._look()
+        super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._look()
+        super().data_received(data)
+
+    async def push(self, status: AnyStr) -> None:
+        """Every answer passes here."""
+        if self.fault == "hang":
+            while _fault(self._order) == "hang":
+                await asyncio.sleep(_HANG_POLL_S)
+            if self.transport:
+                self.transport.close()
+            raise asyncio.CancelledError  # as it ends when its client goes
+        await super().push(status)
+        if self.transport and isinstance(status, str) and status.startswith("421"):
+            self.transport.close()
+
+    def _look(self) -> None:
+        if self.fault != "hang":
+            self.fault = _fault(self._order)
+
+
 class _Keeper:
-    """Writes each message under a temporary name first, so that whoever lists the folder sees whole ones only."""
+    """Keeps each message, or has the fault of the day."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         self._numbers = count(len(list(directory.glob("*.eml"))) + 1)
+        self._refusals = zip(cycle(_STAGES), cycle(_TEMPORARY), strict=False)  # three and four: each with each
 
-    async def handle_DATA(self, _server: SMTP, _session: Session, envelope: Envelope) -> str:
-        name = f"{time.time_ns() // 1_000_000}-{next(self._numbers):07d}"
-        partial = self._directory / f"{name}.partial"
-        content = envelope.content or b""
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.rename(partial.with_suffix(".eml"))
+    async def handle_MAIL(
+        self, server: _Session, _session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        if server.fault == "4xx":
+            server.refusal = next(self._refusals)
+        if refusal := _refusal(server, "MAIL"):
+            return refusal
+        envelope.mail_from = address
+        envelope.mail_options.extend(options)
         return "250 OK"
+
+    async def handle_RCPT(
+        self, server: _Session, _session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        if refusal := _refusal(server, "RCPT"):
+            return refusal
+        if server.fault == "5xx-one-recipient" and address.startswith("gone"):
+            return "550 5.1.1 No such user"
+        envelope.rcpt_tos.append(address)
+        envelope.rcpt_options.extend(options)
+        return "250 OK"
+
+    async def handle_DATA(self, server: _Session, _session: Session, envelope: Envelope) -> str:
+        if server.fault == "hang":
+            return "451 Not kept"  # which `push` does not say
+        if refusal := _refusal(server, "DATA"):
+            return refusal
+        name = f"{time.time_ns() // 1_000_000}-{next(self._numbers):07d}"
+        partial = self.directory / f"{name}.partial"  # so that whoever lists the folder sees whole messages only
+        content = envelope.content or b""
+        recipients = f"X-Envelope-To: {', '.join(envelope.rcpt_tos)}\r\n"
+        partial.write_bytes(recipients.encode() + (content.encode() if isinstance(content, str) else content))
+        partial.rename(partial.with_suffix(".eml"))
+        # Nothing is awaited from here until aiosmtpd has written the answer to the socket. SIGTERM, and with it the end
+        # of every session, comes between two steps of the loop: a mail is kept and answered, or neither.
+        return "250 OK"
+
+
+def _refusal(server: _Session, stage: str) -> str | None:
+    """The temporary refusal that is due at this stage, which is DATA at the latest."""
+    due, reply = server.refusal
+    return reply if server.fault == "4xx" and stage in (due, "DATA") else None
+
+
+def _fault(order: Path) -> str | None:
+    try:
+        return order.read_text() or None
+    except FileNotFoundError:
+        return None
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
@@ -101,7 +210,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         return AuthResult(success=login == expected, handled=False)  # the server answers
 
     def session() -> SMTP:
-        return SMTP(
+        return _Session(
             keeper,
             hostname="mailbox.localhost",
             tls_context=tls,
@@ -112,8 +221,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
         )
 
     server = await loop.create_server(session, "127.0.0.1", arguments.port)
-    async with server:
-        await stop.wait()
+    await stop.wait()
+    server.close()  # and not wait_closed(): clients that keep their connections, or hang, would be waited for
 
 
 def main() -> int:
@@ -126,6 +235,7 @@ def main() -> int:
     parser.add_argument("--certificate", type=Path)
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
+    (arguments.directory / _ORDER).unlink(missing_ok=True)  # of an earlier run
     asyncio.run(_serve(arguments))
     return 0
 

@@ -2,7 +2,9 @@
 
 GET /current-transactions answers JSON whose value is a JSON string in pandas' split form, one row or more. Each row is
 served once, in order; like the real one it has no acknowledgement, so a row counts as served when its answer was
-written. Without a rate, each call draws one fresh transaction that happens now.
+written. With --confirmed it counts only when its client came back on the same connection, so what counts is what the
+client has; rows of a connection that ends before that come again. Without a rate, each call draws one fresh transaction
+that happens now.
 """
 
 import argparse
@@ -18,8 +20,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from heapq import heappop, heappush
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Annotated, Any, Literal, Protocol, get_args
@@ -43,6 +46,7 @@ _ROWS_REMEMBERED = 1000
 _REPEATED_ROWS = 5
 
 Row = Sequence[Any]
+Numbered = tuple[int, Row]  # by the order in which they are first served
 
 
 class SourceError(Exception):
@@ -56,7 +60,8 @@ class Queue:
     rows: Iterator[Row]
     rate: float | None  # rows a second that fall due; 0 all at once; None one a call, at the time of the call
     limit: float = float("inf")  # rows in all that may be served for now
-    returned: deque[Row] = field(default_factory=deque)
+    numbers: Iterator[int] = field(default_factory=count)
+    returned: list[Numbered] = field(default_factory=list)  # a heap
     remembered: deque[Row] = field(default_factory=lambda: deque(maxlen=_ROWS_REMEMBERED))
     identities: set[tuple[str, int]] = field(default_factory=set)
     served: int = 0
@@ -66,7 +71,7 @@ class Queue:
     began: float | None = None
     lock: Lock = field(default_factory=Lock)
 
-    def take(self, most: int) -> list[Row]:
+    def take(self, most: int) -> list[Numbered]:
         """The rows that are due, at most so many. They must be given to `done` or `put_back`."""
         with self.lock:
             now = time.monotonic()
@@ -78,29 +83,30 @@ class Queue:
                 due = min(due, 1)
             elif self.rate > 0:
                 due = min(due, 1 + (now - (self.began or now)) * self.rate - given)
-            count = int(max(0, min(most, due)))
-            rows = [self.returned.popleft() for _ in range(min(count, len(self.returned)))]
-            fresh = list(islice(self.rows, count - len(rows)))
-            self.ended = self.ended or len(rows) + len(fresh) < count
+            wanted = int(max(0, min(most, due)))
+            again = [heappop(self.returned) for _ in range(min(wanted, len(self.returned)))]
+            fresh = list(islice(self.rows, wanted - len(again)))
+            self.ended = self.ended or len(again) + len(fresh) < wanted
             if self.rate is None:
                 fresh = [[*row[:-1], time.time_ns() // 1_000_000] for row in fresh]
-            self.in_flight += len(rows) + len(fresh)
-            return rows + fresh
+            self.in_flight += len(again) + len(fresh)
+            return [*again, *zip(self.numbers, fresh, strict=False)]
 
-    def done(self, rows: Sequence[Row], repeats: int) -> None:
-        """Account for an answer that was written, `repeats` older rows among it."""
+    def done(self, rows: Sequence[Numbered], repeats: int) -> None:
+        """Account for an answer that the client has, `repeats` older rows among it."""
         with self.lock:
             known = len(self.identities)
-            self.identities.update((row[-5], row[-1] // 1000) for row in rows)
+            self.identities.update((row[-5], row[-1] // 1000) for _, row in rows)
             self.served += len(self.identities) - known
             self.sent += len(rows) + repeats
             self.in_flight -= len(rows)
-            self.remembered.extend(rows)
+            self.remembered.extend(row for _, row in rows)
 
-    def put_back(self, rows: Sequence[Row]) -> None:
-        """The client is gone: these come first at the next call."""
+    def put_back(self, rows: Sequence[Numbered]) -> None:
+        """The client is gone: these come first at the next call, in their order."""
         with self.lock:
-            self.returned.extendleft(reversed(rows))
+            for each in rows:
+                heappush(self.returned, each)
             self.in_flight -= len(rows)
 
     def earlier(self, most: int) -> list[Row]:
@@ -108,18 +114,27 @@ class Queue:
         with self.lock:
             return list(islice(self.remembered, most))
 
+    def all_served(self) -> list[tuple[str, int]]:
+        """The identities of all rows that were served."""
+        with self.lock:
+            return list(self.identities)
+
     def hold(self, limit: float) -> None:
         """From now on, serve no more than so many rows in all."""
         with self.lock:
             self.limit = limit
 
     def status(self) -> dict[str, int | bool | None]:
-        """The account: distinct rows `served`, rows `sent` with the `repeats` among them, and what is still to come."""
+        """The account: distinct rows `served`, rows `sent` with the `repeats` among them, and what is still to come.
+
+        Rows `in_flight` are those of answers that do not count yet.
+        """
         with self.lock:
             return {
                 "served": self.served,
                 "sent": self.sent,
                 "repeats": self.sent - self.served,
+                "in_flight": self.in_flight,
                 "exhausted": self.ended and not self.in_flight and not self.returned,
                 "limit": None if self.limit == float("inf") else int(self.limit),
             }
@@ -151,11 +166,14 @@ class _Faults(msgspec.Struct):
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], queue: Queue, misbehaviour: Misbehaviour, max_rows: int) -> None:
+    def __init__(
+        self, address: tuple[str, int], queue: Queue, misbehaviour: Misbehaviour, max_rows: int, *, confirmed: bool
+    ) -> None:
         super().__init__(address, _Handler)
         self.queue = queue
         self.misbehaviour = misbehaviour
         self.max_rows = max_rows
+        self.confirmed = confirmed
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no news."""
@@ -164,21 +182,33 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else an answer's body waits 40 ms for the acknowledgement of its head
     server: _Server
+    _answered: tuple[Sequence[Numbered], int] = ((), 0)  # rows and repeats of the answer that does not count yet
+
+    def finish(self) -> None:
+        rows, _ = self._answered
+        self.server.queue.put_back(rows)
+        super().finish()
 
     def do_GET(self) -> None:
+        self._count_answer()
         if self.path == PATH:
             self._serve()
         elif self.path == "/status":
             self._answer(json.dumps(self.server.queue.status()).encode())
+        elif self.path == "/served":
+            self._answer(json.dumps(self.server.queue.all_served()).encode())
         elif self.path == "/health":
             self._answer(b'"ok"')
         else:
             self._answer(b'"not found"', status=404)
 
     def do_POST(self) -> None:
+        self._count_answer()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
             if self.path == "/limit":
@@ -210,14 +240,20 @@ class _Handler(BaseHTTPRequestHandler):
         while not (rows := queue.take(self.server.max_rows)) and time.monotonic() < deadline:
             time.sleep(0.005)
         again = queue.earlier(_REPEATED_ROWS) if fault == "repeats" else []
+        self._answered = rows, len(again)
         try:
             self._check_client()
-            self._answer(_encode([*again, *rows]))
+            self._answer(_encode([*again, *(row for _, row in rows)]))
         except OSError:
-            queue.put_back(rows)
             self.close_connection = True
         else:
-            queue.done(rows, len(again))
+            if not self.server.confirmed:
+                self._count_answer()
+
+    def _count_answer(self) -> None:
+        """Account for the answer that does not count yet, if there is one: who asks again has read it."""
+        (rows, repeats), self._answered = self._answered, ((), 0)
+        self.server.queue.done(rows, repeats)
 
     def _check_client(self) -> None:
         """Raise OSError if the client went away while it waited: the kernel would take the answer all the same."""
@@ -303,9 +339,14 @@ class PaymentsApi(Process):
         return f"http://127.0.0.1:{self._port}{PATH}"
 
     def status(self) -> dict[str, Any]:
-        """`served` (distinct rows), `sent` (with `repeats`), `exhausted` and `limit` (None where there is none)."""
+        """What `Queue.status` tells: `served`, `sent`, `repeats`, `in_flight`, `exhausted` and `limit` (None: none)."""
         answer: dict[str, Any] = requests.get(f"http://127.0.0.1:{self._port}/status", timeout=10).json()
         return answer
+
+    def identities(self) -> set[tuple[str, int]]:
+        """`trans_num` and `unix_time` (seconds) of every row that was served."""
+        answer = requests.get(f"http://127.0.0.1:{self._port}/served", timeout=30).json()
+        return {(trans_num, unix_time) for trans_num, unix_time in answer}
 
     def limit(self, rows: int | None) -> None:
         """Serve no more than so many rows in all until told otherwise; None lifts the limit."""
@@ -354,6 +395,12 @@ def main() -> int:
     parser.add_argument("--rate", type=float, help="rows a second; 0 as fast as they are asked for")
     parser.add_argument("--transactions", type=int, help="how many rows in all")
     parser.add_argument("--held", action="store_true", help="serve nothing before a limit is set")
+    parser.add_argument(
+        "--confirmed",
+        action="store_true",
+        help="count an answer's rows as served when its client calls again on the same connection, which it must keep; "
+        "serve them again if the connection ends before",
+    )
     parser.add_argument("--max-rows", type=int, default=500, help="rows in one answer")
     parser.add_argument("--misbehave", default="", help=f"of {','.join(FAULTS)}")
     parser.add_argument("--misbehave-share", type=float, default=0.2)
@@ -367,7 +414,8 @@ def main() -> int:
     rate = 0.0 if options.source and options.rate is None else options.rate
     queue = Queue(_rows(options), rate=rate, limit=0 if options.held else float("inf"))
     misbehaviour = Misbehaviour(kinds, options.misbehave_share, random.Random(options.misbehave_seed))
-    server = _Server((options.host, options.port), queue, misbehaviour, options.max_rows)
+    address = (options.host, options.port)
+    server = _Server(address, queue, misbehaviour, options.max_rows, confirmed=options.confirmed)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: Thread(target=server.shutdown).start())
     sys.stdout.write(f"listening on http://{options.host}:{server.server_port}\n")

@@ -65,6 +65,11 @@ class Process:
         """True from start to exit."""
         return self._child is not None and self._child.poll() is None
 
+    @property
+    def ready(self) -> bool:
+        """True if it runs and says that it is ready."""
+        return self.running and self._ready()
+
     def spawn(self) -> None:
         """Start the child without waiting until it is ready."""
         if self.running:

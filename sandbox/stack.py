@@ -147,12 +147,19 @@ def _training(directory: Path, registry: Registry) -> Process:
     return Process("training", python("fraudctl", "train", "--seed", "1"), env=environment, log=log, cwd=directory)
 
 
-def service(name: str, directory: Path, environment: Mapping[str, str]) -> Process:
-    """One of the four services as a process, logging to `logs/<name>.log`; ready when it has work to do."""
+def service(name: str, directory: Path, environment: Mapping[str, str], *, replica: int = 1) -> Process:
+    """One of the four services as a process, logging to `logs/<name>.log`; ready when it has work to do.
+
+    Further replicas have a number, in their logs' names and in their own.
+    """
     directory = directory.resolve()
-    log = directory / "logs" / f"{name}.log"
+    full_name = name if replica == 1 else f"{name}-{replica}"
     sign = "event='started'" if name == "producer" else "event='assigned'"
+    own = dict(environment)
+    if replica > 1:
+        own["REPLICA"] = f"{environment['REPLICA']}-{replica}"
+    log = directory / "logs" / f"{full_name}.log"
     process = Process(
-        name, python(f"services.{name}"), env=environment, log=log, cwd=directory, ready=lambda: process.said(sign)
+        full_name, python(f"services.{name}"), env=own, log=log, cwd=directory, ready=lambda: process.said(sign)
     )
     return process

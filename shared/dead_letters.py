@@ -1,19 +1,51 @@
 """Dead letters: bad messages kept with their original bytes and where they came from, on `<topic>.dlq`."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import TypeVar
 
 from confluent_kafka import Message
 
-from shared.errors import Poison
+from shared.errors import Outage, Poison
 from shared.kafka import Headers, Record, coordinates, headers
 
 SUFFIX = ".dlq"
 _MAX_REASON = 1000
+_WINDOW = 1000  # rows
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class Limit:
+    """Tells rows that are bad from a model, a table or a mail server that is: the latter refuses row after row.
+
+    Such are `consecutive` refusals in a row, or a share above `ratio` of the last thousand rows. A refusal is a row
+    that could be read and was then not accepted.
+    """
+
+    def __init__(self, *, ratio: float, consecutive: int) -> None:
+        self._ratio = ratio
+        self._consecutive = consecutive
+        self._refused: deque[bool] = deque(maxlen=_WINDOW)
+
+    def check(self, results: Sequence[object]) -> None:
+        """Take in what became of the rows of a batch, in order: those that are Poison were refused.
+
+        Raises Outage if it is not the rows; these are then not taken in, since they are to come again.
+        """
+        refused = [isinstance(result, Poison) for result in results]
+        if not any(refused):
+            self._refused.extend(refused)
+            return
+        seen = [*self._refused, *refused][-_WINDOW:]
+        longest = max(len(list(run)) for was_refused, run in groupby(seen) if was_refused)
+        if longest >= self._consecutive or (len(seen) >= self._consecutive and sum(seen) > self._ratio * len(seen)):
+            first = next(result for result in results if isinstance(result, Poison))
+            raise Outage(f"{sum(refused)} of {len(refused)} rows refused, it is not the rows: {first}")
+        self._refused.extend(refused)
 
 
 def refusal(topic: str, reason: str, *, by: str) -> Headers:

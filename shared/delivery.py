@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from threading import Event
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -10,6 +10,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 from shared.errors import Outage
 from shared.kafka import Record, coordinates
 from shared.kafka import producer as make_producer
+from shared.retry import until_over
+from shared.settings import DeliveryGuarantee
 
 log = structlog.get_logger()
 
@@ -25,14 +27,26 @@ _NOT_OURS = frozenset(
 )
 
 
+class Member(NamedTuple):
+    """Who read a batch: the consumer, and its group's generation at that time."""
+
+    consumer: Consumer
+    generation: object
+
+
 class Delivery(Protocol):
     """Makes a batch final."""
 
-    def deliver(self, records: Sequence[Record], offsets: Sequence[TopicPartition], member: object) -> None:
+    def open(self) -> None:
+        """Take over from a predecessor that died: what it left half-done is undone. Raises Outage."""
+
+    def deliver(
+        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), member: Member | None = None
+    ) -> None:
         """Write `records` and commit `offsets`, the next to be read. Raises Outage: the batch is to be given again.
 
-        `member` is the consumer's group metadata of the time when the batch was read. May block for as long as the
-        broker is away; ends with an Outage soon after the shutdown event is set.
+        What does not come from Kafka has neither offsets nor a member that read it. May block for as long as the broker
+        is away; ends with an Outage soon after the shutdown event is set.
         """
 
     def close(self) -> None:
@@ -42,13 +56,17 @@ class Delivery(Protocol):
 class AtLeastOnce:
     """Outputs first, offsets after: a crash between the two repeats a batch, and never loses one."""
 
-    def __init__(self, *, consumer: Consumer, properties: Mapping[str, str], shutdown: Event) -> None:
-        self._consumer = consumer
+    def __init__(self, *, properties: Mapping[str, str], shutdown: Event) -> None:
         self._shutdown = shutdown
         self._failed: list[str] = []
         self._producer = make_producer(properties, on_failure=lambda error, _: self._failed.append(error.str()))
 
-    def deliver(self, records: Sequence[Record], offsets: Sequence[TopicPartition], _member: object) -> None:
+    def open(self) -> None:
+        """Nothing is ever half-done."""
+
+    def deliver(
+        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), member: Member | None = None
+    ) -> None:
         # 1. Outputs and dead letters go into the producer's queue.
         try:
             for record in records:
@@ -64,24 +82,20 @@ class AtLeastOnce:
             self._failed.clear()
             raise Outage(f"a record was not written: {reason}")
         # 3. The offsets are committed.
-        self._commit(list(offsets))
+        if member:
+            _insist(lambda: self._commit(member.consumer, list(offsets)), self._shutdown)
 
     def close(self) -> None:
         self._producer.flush(_WAIT_S)
 
-    def _commit(self, offsets: list[TopicPartition]) -> None:
-        while True:
-            try:
-                self._consumer.commit(offsets=offsets, asynchronous=False)
-                return
-            except KafkaException as exception:
-                error = exception.args[0]
-                if error.code() in _NOT_OURS:
-                    log.warning("commit_too_late", reason=error.str())
-                    return
-                log.warning("commit_failed", reason=error.str())
-                if self._shutdown.wait(_WAIT_S):
-                    raise Outage("stopping before the offsets were committed") from None
+    def _commit(self, consumer: Consumer, offsets: list[TopicPartition]) -> None:
+        try:
+            consumer.commit(offsets=offsets, asynchronous=False)
+        except KafkaException as exception:
+            error = exception.args[0]
+            if error.code() not in _NOT_OURS:
+                raise Outage(f"offsets not committed: {error.str()}") from None
+            log.warning("commit_too_late", reason=error.str())
 
 
 class ExactlyOnce:
@@ -93,7 +107,12 @@ class ExactlyOnce:
         self._fresh: Producer | None = self._make()  # a wrong setting is told at the start
         self._producer: Producer | None = None
 
-    def deliver(self, records: Sequence[Record], offsets: Sequence[TopicPartition], member: object) -> None:
+    def open(self) -> None:
+        self._ready()
+
+    def deliver(
+        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), member: Member | None = None
+    ) -> None:
         producer = self._ready()
         try:
             # 1. The transaction begins, and outputs and dead letters go into it.
@@ -101,9 +120,11 @@ class ExactlyOnce:
             for record in records:
                 enqueue(producer, record, self._shutdown)
             # 2. So do the offsets, under the generation that read the batch: who lost its partitions is fenced here.
-            self._insist(lambda: producer.send_offsets_to_transaction(list(offsets), member, _TRANSACTION_WAIT_S))
+            if member:
+                generation = member.generation
+                self._step(lambda: producer.send_offsets_to_transaction(list(offsets), generation, _TRANSACTION_WAIT_S))
             # 3. All of it becomes visible at once.
-            self._insist(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
+            self._step(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
         except KafkaException as exception:
             self._abort(producer, exception.args[0])
             raise Outage(f"transaction aborted: {exception.args[0].str()}") from None
@@ -113,34 +134,54 @@ class ExactlyOnce:
 
     def _ready(self) -> Producer:
         if self._producer is None:
-            fresh = self._fresh or self._make()
-            self._fresh = None
+            self._fresh = self._fresh or self._make()
             try:
-                self._insist(lambda: fresh.init_transactions(_TRANSACTION_WAIT_S))
+                self._fresh.init_transactions(_TRANSACTION_WAIT_S)
             except KafkaException as exception:
+                if not exception.args[0].retriable():
+                    self._fresh = None
                 raise Outage(f"no transactions: {exception.args[0].str()}") from None
-            self._producer = fresh
+            self._producer, self._fresh = self._fresh, None
         return self._producer
 
-    def _insist(self, step: Callable[[], None]) -> None:
-        """Try a step of the transaction again for as long as that can help."""
-        while True:
+    def _step(self, step: Callable[[], None]) -> None:
+        """A step of the transaction, tried again for as long as that can help. Raises Outage, KafkaException."""
+
+        def attempt() -> None:
             try:
-                return step()
+                step()
             except KafkaException as exception:
-                if not exception.args[0].retriable() or self._shutdown.is_set():
-                    raise
-                log.warning("transaction_retried", reason=exception.args[0].str())
-                self._shutdown.wait(0.2)
+                if exception.args[0].retriable():
+                    raise Outage(f"transaction: {exception.args[0].str()}") from None
+                raise
+
+        _insist(attempt, self._shutdown)
 
     def _abort(self, producer: Producer, error: KafkaError) -> None:
         if not error.fatal():
             try:
-                self._insist(lambda: producer.abort_transaction(_TRANSACTION_WAIT_S))
+                self._step(lambda: producer.abort_transaction(_TRANSACTION_WAIT_S))
                 return
             except KafkaException as exception:
                 log.warning("abort_failed", reason=exception.args[0].str())
         self._producer = None  # this one is beyond repair; the next delivery starts afresh and fences it
+
+
+def delivery(
+    guarantee: DeliveryGuarantee,
+    *,
+    properties: Mapping[str, str],
+    transactional_id: str,
+    shutdown: Event,
+) -> Delivery:
+    """The delivery that keeps the guarantee. Raises SettingsError."""
+    if guarantee == "exactly_once":
+        return ExactlyOnce(properties=properties, transactional_id=transactional_id, shutdown=shutdown)
+    return AtLeastOnce(properties=properties, shutdown=shutdown)
+
+
+def _insist(step: Callable[[], None], shutdown: Event) -> None:
+    until_over(step, shutdown=shutdown, initial_s=0.1, max_s=2.0)
 
 
 def enqueue(producer: Producer, record: Record, shutdown: Event) -> None:

@@ -1,18 +1,21 @@
 """Kafka clients: `client.properties` under this project's defaults, with what the promises need laid over both."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from confluent_kafka import Consumer, KafkaException, Message, Producer
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from shared.errors import SettingsError
+from shared.errors import Outage, SettingsError
 
 Headers = list[tuple[str, str | bytes | None]]
 
 # A dead letter is larger than the record it keeps, and topics take records of 1 MiB by default.
 MAX_RECORD_BYTES = 2 * 1024 * 1024
+_READ_TIMEOUT_S = 10.0
+
+_DEFAULTS = {"reconnect.backoff.max.ms": "2000"}  # a broker that is back is soon noticed
 
 _CONSUMER_ONLY = (
     "group.",
@@ -66,12 +69,17 @@ def headers(message: Message) -> Headers:
     return list(found.items()) if isinstance(found, dict) else found
 
 
-def consumer(properties: Mapping[str, str], *, group: str) -> Consumer:
-    """A consumer that sees committed records only and commits nothing by itself. Raises SettingsError."""
+def consumer(properties: Mapping[str, str], *, group: str, replica: str | None = None) -> Consumer:
+    """A consumer that sees committed records only and commits nothing by itself. Raises SettingsError.
+
+    With a `replica` name it is a static member (KIP-345): restarted under that name it has its partitions back at once,
+    without the group waiting for the session of the dead one to end.
+    """
     defaults = {
         "auto.offset.reset": "earliest",
         "partition.assignment.strategy": "cooperative-sticky",
         "session.timeout.ms": "10000",
+        "heartbeat.interval.ms": "1000",  # by which the others learn of a rebalance
     }
     promised = {
         "group.id": group,
@@ -79,8 +87,10 @@ def consumer(properties: Mapping[str, str], *, group: str) -> Consumer:
         "enable.auto.offset.store": "false",
         "isolation.level": "read_committed",
     }
+    if replica:
+        promised["group.instance.id"] = replica
     own = {key: value for key, value in properties.items() if not key.startswith(_PRODUCER_ONLY)}
-    client: Consumer = _client(Consumer, {**defaults, **own, **promised})
+    client: Consumer = _client(Consumer, {**_DEFAULTS, **defaults, **own, **promised})
     return client
 
 
@@ -109,7 +119,7 @@ def producer(
     if on_failure:
         promised["on_delivery"] = on_failure
     own = {key: value for key, value in properties.items() if not key.startswith(_CONSUMER_ONLY)}
-    client: Producer = _client(Producer, {**defaults, **own, **promised})
+    client: Producer = _client(Producer, {**_DEFAULTS, **defaults, **own, **promised})
     return client
 
 
@@ -118,6 +128,31 @@ def admin(properties: Mapping[str, str]) -> AdminClient:
     own = {key: value for key, value in properties.items() if not key.startswith((*_CONSUMER_ONLY, *_PRODUCER_ONLY))}
     client: AdminClient = _client(AdminClient, own)
     return client
+
+
+def read_to_end(properties: Mapping[str, str], starts: Sequence[TopicPartition], *, group: str) -> Iterator[Message]:
+    """Every committed record from these offsets to the present end of their partitions. Raises Outage."""
+    reader = consumer({**properties, "enable.partition.eof": "true"}, group=group)
+    unread = {(start.topic, start.partition) for start in starts}
+    problem = "no answer"
+    try:
+        reader.assign(list(starts))
+        while unread:
+            first = reader.poll(_READ_TIMEOUT_S)
+            if first is None:
+                raise Outage(f"Kafka: {problem} in {_READ_TIMEOUT_S:.0f} s")
+            for message in (first, *reader.consume(1000, 0)):
+                error = message.error()
+                if error is None:
+                    yield message
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    unread.discard((message.topic(), message.partition()))
+                else:
+                    problem = error.str()  # it may come back: the client tries on
+    except KafkaException as error:
+        raise Outage(f"Kafka: {error.args[0].str()}") from None
+    finally:
+        reader.close()
 
 
 def _client(kind: Callable[..., Any], configuration: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+import time
 from typing import Any
 
 import structlog
@@ -10,6 +11,7 @@ from structlog.typing import EventDict, Processor
 
 from shared.settings import ServiceSettings
 
+_REMINDER_S = 60.0
 _CARD = re.compile(r"(?<![\d.])\d{11,19}(?!\d)")
 
 
@@ -47,13 +49,36 @@ def configure(service: str, settings: ServiceSettings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level)
+    librdkafka = logging.getLogger("librdkafka")
+    librdkafka.filters[:] = [Sparingly()]
     for chatty in ("mlflow", "urllib3", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+class Sparingly(logging.Filter):
+    """Lets each kind of line pass once a minute: librdkafka repeats itself many times a second in an outage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said_at: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = re.sub(r"\d+", "#", record.getMessage())
+        now = time.monotonic()
+        if now - self._said_at.get(kind, -_REMINDER_S) < _REMINDER_S:
+            return False
+        self._said_at[kind] = now
+        return True
 
 
 def mask_cards(_logger: object, _method: str, event: EventDict) -> EventDict:
     """Hide every run of 11 to 19 digits that passes the Luhn test, whoever logged it."""
     return {key: _masked(value) for key, value in event.items()}
+
+
+def without_cards(text: str) -> str:
+    """The text with every run of 11 to 19 digits that passes the Luhn test as `**** 1234`."""
+    return _CARD.sub(lambda run: f"**** {run[0][-4:]}" if passes_luhn(run[0]) else run[0], text)
 
 
 def passes_luhn(digits: str) -> bool:
@@ -69,5 +94,5 @@ def _masked(value: Any) -> Any:
     text = value if isinstance(value, str) else str(value) if isinstance(value, int) and abs(value) >= 10**10 else None
     if text is None:
         return value
-    masked = _CARD.sub(lambda run: f"**** {run[0][-4:]}" if passes_luhn(run[0]) else run[0], text)
+    masked = without_cards(text)
     return value if masked == text else masked

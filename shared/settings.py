@@ -1,5 +1,6 @@
 """Settings from the environment, `secrets.env` and `client.properties`; a wrong one is one line and exit code 2."""
 
+import socket
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -37,8 +38,17 @@ class ServiceSettings(BaseSettings):
 class StreamSettings(ServiceSettings):
     """What every consumer reads on top: how large its batches grow, and how long it waits when something is away."""
 
+    replica: str = Field(
+        default_factory=socket.gethostname,
+        pattern=r"^[A-Za-z0-9._-]{1,200}$",
+        description="Stable over restarts, and unique among the replicas of a service; the host name tells a container",
+    )
     max_batch_size: int = Field(1000, ge=1, le=100_000, description="Most records in a batch")
     max_batch_wait_ms: Milliseconds = Field(5, description="Longest wait, in ms, for a batch to fill")
+    dead_letter_limit_ratio: float = Field(
+        0.5, gt=0, le=1, description="Share of refused rows above which it is not the rows that are bad: wait"
+    )
+    dead_letter_limit_consecutive: int = Field(20, ge=1, description="The same, as refused rows one after the other")
     backoff_initial_seconds: Backoff = Field(0.2, description="First wait after a failure; doubled each time")
     backoff_max_seconds: Backoff = Field(10.0, description="Longest wait between two tries")
 

@@ -7,17 +7,18 @@ that the loop can keep polling, and thus its place in the group, however long th
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import takewhile
 from threading import Event
 from typing import NamedTuple
 
 import structlog
-from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from shared.dead_letters import reason_of
-from shared.delivery import Delivery, next_offsets
+from shared.delivery import Delivery, Member, next_offsets
 from shared.errors import Outage
 from shared.flow import Flow
-from shared.kafka import Record
+from shared.kafka import Record, coordinates
 from shared.retry import until_over
 from shared.settings import StreamSettings
 
@@ -26,6 +27,9 @@ log = structlog.get_logger()
 _IDLE_POLL_S = 0.5
 _KEEPALIVE_S = 1.0
 _REVOKE_WAIT_S = 60.0
+_COMMITTED_WAIT_S = 5.0
+# A static member is fenced by another process of its name, or by itself, when the broker forgets that it has let it in.
+_FATAL = frozenset({KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID})
 
 
 class Outcome(NamedTuple):
@@ -45,22 +49,26 @@ Handler = Callable[[Sequence[Message]], Outcome]
 away: the batch comes again later, so what it did before must bear repeating."""
 
 
+Submit = Callable[[list[Message], Member], Future[int]]
+
+
 class Stream:
-    """One consumer, one handler, one delivery."""
+    """One place in a consumer group, one handler, one delivery."""
 
     def __init__(
         self,
         *,
-        consumer: Consumer,
+        make_consumer: Callable[[], Consumer],
         topic: str,
-        handle: Handler,
         delivery: Delivery,
         settings: StreamSettings,
         shutdown: Event,
     ) -> None:
-        self._consumer = consumer
+        """Raises SettingsError if `make_consumer` does."""
+        self._make_consumer = make_consumer
+        self._consumer = make_consumer()
+        self._lost: str | None = None  # why this consumer is beyond repair
         self._topic = topic
-        self._handle = handle
         self._delivery = delivery
         self._settings = settings
         self._shutdown = shutdown
@@ -68,24 +76,37 @@ class Stream:
         self._gone: set[tuple[str | None, int | None]] = set()  # revoked since the batch in flight was handed over
         self._running: Future[int] | None = None
         self._paused = False
+        self._in_doubt = False  # a delivery failed, and perhaps only its answer was lost
         self._flow = Flow("processed")
 
-    def run(self) -> None:
-        """Turn until the shutdown event is set, then finish the batch in flight and leave the group."""
-        self._consumer.subscribe(
-            [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
-        )
+    def run(self, handle: Handler) -> None:
+        """Hand over batch after batch until the shutdown event is set, then finish the one in flight."""
         try:
+            self._until_over(self._delivery.open)
             with ThreadPoolExecutor(1, thread_name_prefix="batch") as worker:
                 while not self._shutdown.is_set():
-                    self._fill()
-                    self._process(worker)
+                    self._consume(lambda batch, member: worker.submit(self._complete, handle, batch, member))
         except Outage as outage:
             log.warning("stopped_in_outage", reason=str(outage), left_for_later=len(self._waiting))
         finally:
             self._flow.report()
             self._delivery.close()
             self._consumer.close()
+
+    def _consume(self, submit: Submit) -> None:
+        """Hold a place in the group until the shutdown, or until the consumer is lost; then have a new one."""
+        self._consumer.subscribe(
+            [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+        )
+        while not self._shutdown.is_set() and not self._lost:
+            self._fill()
+            self._process(submit)
+        if self._lost:
+            log.warning("consumer_lost", reason=self._lost, hint="is REPLICA unique among the replicas?")
+            self._consumer.close()
+            self._waiting.clear()
+            self._shutdown.wait(self._settings.backoff_initial_seconds)
+            self._consumer, self._lost, self._paused = self._make_consumer(), None, False
 
     def _fill(self) -> None:
         """Grow the batch until it is full or has waited long enough; at backlog it is full at once."""
@@ -98,29 +119,32 @@ class Stream:
         if self._waiting and room > 0:
             self._accept(self._consumer.consume(room, wait_s))
 
-    def _process(self, worker: ThreadPoolExecutor) -> None:
+    def _process(self, submit: Submit) -> None:
         """Bring the batch to its end: final, or forgotten because its partitions went to another member."""
-        until_over(
-            lambda: self._attempt(worker),
-            shutdown=self._shutdown,
-            initial_s=self._settings.backoff_initial_seconds,
-            max_s=self._settings.backoff_max_seconds,
-            wait=self._wait_out,
-        )
-        if self._paused:
+        self._until_over(lambda: self._attempt(submit), wait=self._wait_out)
+        if self._paused and not self._lost:
             self._paused = False
             self._consumer.resume(self._consumer.assignment())
             log.info("resumed")
 
-    def _attempt(self, worker: ThreadPoolExecutor) -> None:
+    def _until_over(self, step: Callable[[], None], *, wait: Callable[[float], None] | None = None) -> None:
+        until_over(
+            step,
+            shutdown=self._shutdown,
+            initial_s=self._settings.backoff_initial_seconds,
+            max_s=self._settings.backoff_max_seconds,
+            wait=wait,
+        )
+
+    def _attempt(self, submit: Submit) -> None:
         """Hand one batch to the worker and keep polling until it is through. Raises Outage; the batch then waits on."""
-        if not self._waiting:
+        if not self._waiting or self._lost:
             return
         size = self._settings.max_batch_size
         batch, self._waiting = self._waiting[:size], self._waiting[size:]
         self._gone.clear()
         done = 0
-        self._running = worker.submit(self._complete, batch, self._consumer.consumer_group_metadata())
+        self._running = submit(batch, Member(self._consumer, self._consumer.consumer_group_metadata()))
         try:
             while not wait([self._running], _KEEPALIVE_S).done:
                 self._keep_place(0)
@@ -129,26 +153,48 @@ class Stream:
             self._running = None
             self._waiting = [m for m in batch[done:] if (m.topic(), m.partition()) not in self._gone] + self._waiting
 
-    def _complete(self, batch: list[Message], member: object) -> int:
-        """In the worker: handle the batch and make what is done of it final."""
+    def _complete(self, handle: Handler, batch: list[Message], member: Member) -> int:
+        """In the worker: handle the batch and make what is done of it final. Returns how many of it, from the front."""
         began = time.monotonic()
-        outcome = self._handle(batch)
+        if self._in_doubt:
+            self._delivery.open()
+            if final := self._final_already(batch):
+                return final
+        outcome = handle(batch)
         finished = batch[: outcome.done]
         if finished:
+            self._in_doubt = True
             self._delivery.deliver([*outcome.outputs, *outcome.dead], next_offsets(finished), member)
+            self._in_doubt = False
         if outcome.dead:
             log.warning("dead_letters", records=len(outcome.dead), first_reason=reason_of(outcome.dead[0]))
         busy_ms = round((time.monotonic() - began) * 1000)
         self._flow.add(records=len(finished), dead_letters=len(outcome.dead), busy_ms=busy_ms)
         return outcome.done
 
+    def _final_already(self, batch: list[Message]) -> int:
+        """How many, from the front, a delivery made final whose answer was lost: it committed all of them or none."""
+        places = [coordinates(message) for message in batch]
+        partitions = [TopicPartition(topic, partition) for topic, partition in {place[:2] for place in places}]
+        try:
+            committed = self._consumer.committed(partitions, timeout=_COMMITTED_WAIT_S)
+        except KafkaException as exception:
+            raise Outage(f"committed offsets: {exception.args[0].str()}") from None
+        if failed := next((each.error for each in committed if each.error), None):
+            raise Outage(f"committed offsets: {failed.str()}")
+        self._in_doubt = False
+        following = {(each.topic, each.partition): each.offset for each in committed}
+        return len(list(takewhile(lambda place: place[2] < following[place[:2]], places)))
+
     def _wait_out(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        while self._waiting and not self._shutdown.is_set() and (left := until - time.monotonic()) > 0:
+        while self._waiting and not (self._shutdown.is_set() or self._lost) and (left := until - time.monotonic()) > 0:
             self._keep_place(min(left, _IDLE_POLL_S))
 
     def _keep_place(self, timeout_s: float) -> None:
         """Poll with the partitions paused, so that the group does not think this member dead."""
+        if self._lost:
+            return
         if not self._paused:
             self._paused = True
             log.info("paused", waiting=len(self._waiting))
@@ -162,8 +208,8 @@ class Stream:
             error = message.error()
             if error is None:
                 self._waiting.append(message)
-            elif error.fatal():
-                raise KafkaException(error)
+            elif error.fatal() or error.code() in _FATAL:
+                self._lost = error.str()
             else:
                 log.warning("consumer_error", reason=error.str())
 

@@ -109,7 +109,8 @@ def _rig(directory: Path, properties: Mapping[str, str], environment: Mapping[st
         "TOPIC_1": rig.topic_1,
         "TOPIC_2": rig.topic_2,
         "CLIENT_PROPERTIES": str(directory / "client.properties"),
-        "TRANSACTIONAL_ID": f"predictor-{name}",
+        "REPLICA": "first",
+        "JOURNAL_DIRECTORY": str(directory / "journal"),
         **{group: f"{group}-{name}" for group in ("PREDICTOR_GROUP", "ALERTER_GROUP", "DB_SINK_GROUP")},
     }
     (topics.use if embedded else topics.create)(properties, [rig.topic_1, rig.topic_2])

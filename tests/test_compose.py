@@ -75,9 +75,9 @@ def test_the_file_is_what_the_compose_specification_allows(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_service_can_be_scaled(name: str) -> None:
     assert not {"container_name", "ports"} & CONTAINERS[name].keys()
-    # The predictor's replicas tell themselves apart by their host names: one name would have them fence each other.
+    # Replicas tell themselves apart by their host names: one name would have them take each other's place.
     assert "hostname" not in CONTAINERS[name]
-    assert "TRANSACTIONAL_ID" not in variables(name)
+    assert "REPLICA" not in variables(name)
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
@@ -202,7 +202,11 @@ def machine(tmp_path: Path, apache: ApacheKafka, mailbox: Mailbox) -> Iterator[M
     with Postgres(tmp_path / "database") as database:
         places: dict[str, object] = {"8080": free_port(), "5000": free_port(), "1025": mailbox.port}
         places |= {"9092": urlsplit(f"//{apache.bootstrap}").port, "5432": urlsplit(database.url).port}
-        places |= {"/etc/fraud-alarm": tmp_path, "/var/lib/mlflow": tmp_path / "mlflow"}
+        places |= {
+            "/etc/fraud-alarm": tmp_path,
+            "/var/lib/mlflow": tmp_path / "mlflow",
+            "/var/lib/fraud-alarm": tmp_path / "state",
+        }
         made = Machine(tmp_path, places)
         for folder in "app", "mlflow":
             (tmp_path / folder).mkdir()

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(240)
 
 COUNTED = (
     "served", "fetched", "skipped_repeats", "topic_1", "topic_2", "predicted_frauds", "emails", "mailed_frauds", "rows",
-    "dead_letters", "lost", "duplicates", "seconds", "latency_ms",
+    "repeated_mails", "dead_letters", "lost", "duplicates", "out_of_order", "seconds", "latency_ms",
 )  # fmt: skip
 
 

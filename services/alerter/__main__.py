@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
 from services.alerter.mail import Mailer, SmtpTls, compose
+from services.alerter.mailed import Mailed
 from shared import kafka, service
 from shared.dead_letters import dead_letter
 from shared.delivery import AtLeastOnce
@@ -23,6 +24,8 @@ from shared.stream import Outcome, Stream
 
 log = structlog.get_logger()
 
+_REMEMBERED = 10_000  # frauds; every mail is followed by a commit, so that few can come again
+
 Address = Annotated[str, Field(pattern=r"^[^\s@<>,]+@[^\s@<>,]+$")]
 
 
@@ -33,6 +36,7 @@ class AlerterSettings(StreamSettings):
     smtp_host: str = Field(min_length=1, description="Mail server")
     smtp_port: int = Field(587, ge=1, le=65535, description="Its port")
     smtp_tls: SmtpTls = Field("starttls", description="starttls, implicit or none")
+    smtp_timeout_seconds: float = Field(20.0, gt=0, description="Longest wait for one of its answers")
     smtp_username: str | None = Field(None, pattern=r"^[ -~]+$", description="Login, if the server wants one")
     smtp_password: SecretStr | None = Field(None, description="Its password")
     alert_from: Address = Field(description="Sender of the alarms")
@@ -56,27 +60,28 @@ class AlerterSettings(StreamSettings):
 def serve(settings: AlerterSettings, shutdown: Event) -> None:
     """Mail until shutdown."""
     properties = kafka_properties(settings)
-    consumer = kafka.consumer(properties, group=settings.alerter_group)
+    stream = Stream(
+        make_consumer=lambda: kafka.consumer(properties, group=settings.alerter_group, replica=settings.replica),
+        topic=settings.topic_2,
+        delivery=AtLeastOnce(properties=properties, shutdown=shutdown),
+        settings=settings,
+        shutdown=shutdown,
+    )
     mailer = Mailer(
         host=settings.smtp_host,
         port=settings.smtp_port,
         tls=settings.smtp_tls,
+        timeout_s=settings.smtp_timeout_seconds,
         username=settings.smtp_username,
         password=settings.smtp_password.get_secret_value() if settings.smtp_password else None,
     )
-    Stream(
-        consumer=consumer,
-        topic=settings.topic_2,
-        handle=lambda messages: alert(messages, mailer, settings),
-        delivery=AtLeastOnce(consumer=consumer, properties=properties, shutdown=shutdown),
-        settings=settings,
-        shutdown=shutdown,
-    ).run()
+    mailed = Mailed(_REMEMBERED)
+    stream.run(lambda messages: alert(messages, mailer, mailed, settings))
     mailer.close()
 
 
-def alert(messages: Sequence[Message], mailer: Mailer, settings: AlerterSettings) -> Outcome:
-    """Mail the first fraud of the batch; what comes after it is left for the next round.
+def alert(messages: Sequence[Message], mailer: Mailer, mailed: Mailed, settings: AlerterSettings) -> Outcome:
+    """Mail the first fraud of the batch that is not `mailed` yet; what comes after it is left for the next round.
 
     So every accepted mail is followed by a commit at once, and a crash repeats one alarm at the most. Raises Outage.
     """
@@ -85,6 +90,9 @@ def alert(messages: Sequence[Message], mailer: Mailer, settings: AlerterSettings
         try:
             prediction = decode_prediction(message.value())
             if not prediction.prediction:
+                continue
+            if prediction.identity in mailed:
+                log.info("alarm_repeat_skipped", id=prediction.trans_num)
                 continue
             if dead:  # these go first: were they not accepted, the mail would be repeated with them
                 return Outcome(number - 1, dead=dead)
@@ -101,6 +109,7 @@ def alert(messages: Sequence[Message], mailer: Mailer, settings: AlerterSettings
         except Poison as poison:
             dead.append(dead_letter(message, str(poison), group=settings.alerter_group))
             continue
+        mailed.add(prediction.identity)
         log.info("alarm_mailed", card=mask_card(prediction.cc_num), amount=prediction.amt, id=prediction.trans_num)
         return Outcome(number)
     return Outcome(len(messages), dead=dead)

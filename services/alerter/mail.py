@@ -32,7 +32,6 @@ _TEMPLATES = jinja2.Environment(
 # Long headers stay on one line, as RFC 5322 allows up to 998 characters: folded ones gain a space in some readers.
 _WIDE = policy.SMTP.clone(max_line_length=990)
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +105,7 @@ class Mailer:
     host: str
     port: int
     tls: SmtpTls
+    timeout_s: float  # for each answer
     username: str | None = None
     password: str | None = None
     _connection: smtplib.SMTP | None = None
@@ -120,13 +120,13 @@ class Mailer:
             self._send(message)
         except smtplib.SMTPServerDisconnected as error:
             self.close()
-            if not reused:
+            if not reused or isinstance(error.__context__, TimeoutError):
                 raise Outage(f"mail server: {error}") from None
             self.send(message)  # servers hang up on idle clients
         except smtplib.SMTPDataError as error:
             self.close()
             reason = f"mail server: {error.smtp_code} {_text(error.smtp_error)}"
-            raise (Poison(reason) if _about_this_message(error) else Outage(reason)) from None
+            raise (Outage(reason) if _about_this_message(error) else Outage(reason)) from None
         except smtplib.SMTPRecipientsRefused as error:
             self.close()
             code, text = next(iter(error.recipients.values()))
@@ -153,9 +153,9 @@ class Mailer:
     def _connect(self) -> smtplib.SMTP:
         context = ssl.create_default_context()
         if self.tls == "implicit":
-            connection: smtplib.SMTP = smtplib.SMTP_SSL(self.host, self.port, timeout=_TIMEOUT_S, context=context)
+            connection: smtplib.SMTP = smtplib.SMTP_SSL(self.host, self.port, timeout=self.timeout_s, context=context)
         else:
-            connection = smtplib.SMTP(self.host, self.port, timeout=_TIMEOUT_S)
+            connection = smtplib.SMTP(self.host, self.port, timeout=self.timeout_s)
         try:
             if self.tls == "starttls":
                 connection.starttls(context=context)

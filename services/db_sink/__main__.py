@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr
 
 from services.db_sink.table import Row, connect, migrate, upsert
 from shared import kafka, service
-from shared.dead_letters import dead_letter, isolate
+from shared.dead_letters import Limit, dead_letter, isolate
 from shared.delivery import AtLeastOnce
 from shared.errors import Outage, Poison, SettingsError
 from shared.kafka import headers
@@ -37,7 +37,13 @@ def serve(settings: SinkSettings, shutdown: Event) -> None:
         engine = connect(settings.database_url.get_secret_value())
     except ValueError as error:
         raise SettingsError(f"DATABASE_URL: {error}") from None
-    consumer = kafka.consumer(properties, group=settings.db_sink_group)
+    stream = Stream(
+        make_consumer=lambda: kafka.consumer(properties, group=settings.db_sink_group, replica=settings.replica),
+        topic=settings.topic_2,
+        delivery=AtLeastOnce(properties=properties, shutdown=shutdown),
+        settings=settings,
+        shutdown=shutdown,
+    )
     try:
         until_over(
             lambda: migrate(engine),
@@ -48,18 +54,12 @@ def serve(settings: SinkSettings, shutdown: Event) -> None:
     except Outage:
         return
     log.info("schema_ready")
-    Stream(
-        consumer=consumer,
-        topic=settings.topic_2,
-        handle=lambda messages: store(messages, engine, group=settings.db_sink_group),
-        delivery=AtLeastOnce(consumer=consumer, properties=properties, shutdown=shutdown),
-        settings=settings,
-        shutdown=shutdown,
-    ).run()
+    limit = Limit(ratio=settings.dead_letter_limit_ratio, consecutive=settings.dead_letter_limit_consecutive)
+    stream.run(lambda messages: store(messages, engine, group=settings.db_sink_group, limit=limit))
     engine.dispose()
 
 
-def store(messages: Sequence[Message], engine: sa.Engine, *, group: str) -> Outcome:
+def store(messages: Sequence[Message], engine: sa.Engine, *, group: str, limit: Limit) -> Outcome:
     """Store the batch; a message that cannot be read or that PostgreSQL rejects is a dead letter. Raises Outage."""
     rows: list[Row] = []
     sources: list[Message] = []
@@ -72,6 +72,7 @@ def store(messages: Sequence[Message], engine: sa.Engine, *, group: str) -> Outc
             dead.append(dead_letter(message, str(poison), group=group))
     if rows:
         results = isolate(rows, lambda part: _stored(engine, part))
+        limit.check(results)
         dead += [
             dead_letter(message, str(result), group=group)
             for message, result in zip(sources, results, strict=True)

@@ -20,6 +20,7 @@ from shared.records import Prediction
 TABLE = "transactions"
 FEATURES_2: tuple[str, ...] = Prediction.__struct_fields__
 PROVENANCE: tuple[str, ...] = ("model_name", "model_version", "probability", "predicted_at", *Provenance._fields[4:])
+_LOCK_TIMEOUT_S = 10
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -71,7 +72,7 @@ def upsert(engine: sa.Engine, rows: Sequence[Row]) -> None:
     """Store the rows in one transaction: COPY into a temporary table, from there into the table by identity.
 
     A row that is there already gets the newer prediction; a label that somebody confirmed stays as it is. Raises Poison
-    if PostgreSQL rejects a row, Outage for everything else.
+    if PostgreSQL rejects a row, Outage for everything else: a lost connection, a lock, a full disk, a missing table.
     """
     latest = {row.prediction.identity: row for row in rows}
     try:
@@ -80,14 +81,18 @@ def upsert(engine: sa.Engine, rows: Sequence[Row]) -> None:
             cursor.execute(_STAGING)
             cursor.copy_expert(_COPY, _as_csv(latest.values()))
             cursor.execute(_UPSERT)
-    except (psycopg2.DataError, psycopg2.IntegrityError) as error:
-        raise Poison(f"database: {reason(error)}") from None
     except (SQLAlchemyError, psycopg2.Error) as error:
+        if _sqlstate(error).startswith(_REJECTED):
+            raise Poison(f"database: {reason(error)}") from None
         raise Outage(f"database: {reason(error)}") from None
 
 
 _COLUMNS = ", ".join(f'"{name}"' for name in (*FEATURES_2, *PROVENANCE))
+# SQLSTATE: data exceptions, violated constraints and views' check options, and what a trigger raises.
+_REJECTED = ("22", "23", "44", "P0001")
+# A lock that somebody holds for long is an outage with a name, not a silence.
 _STAGING = f"""
+SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s';
 CREATE TEMPORARY TABLE IF NOT EXISTS staging (LIKE {TABLE} INCLUDING DEFAULTS) ON COMMIT DELETE ROWS
 """
 _COPY = f"""
@@ -122,6 +127,10 @@ def _provenance(provenance: Provenance) -> tuple[object, ...]:
     name, version, probability, predicted_at_ms, partition, offset = provenance
     predicted_at = None if predicted_at_ms is None else datetime.fromtimestamp(predicted_at_ms / 1000, UTC).isoformat()
     return name, version, probability, predicted_at, partition, offset
+
+
+def _sqlstate(error: Exception) -> str:
+    return getattr(getattr(error, "orig", None) or error, "pgcode", None) or ""
 
 
 def reason(error: Exception) -> str:

@@ -1,10 +1,10 @@
 """The predictor: topic_1 to topic_2, a batch at a time, with the champion in memory."""
 
 import os
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from threading import Event
 
 # Before anything imports numpy or scikit-learn: replicas, not threads, use more cores.
@@ -17,11 +17,10 @@ import structlog
 from confluent_kafka import Message
 from pydantic import Field, SecretStr
 
-from services.predictor import registry
 from services.predictor.model import REFERENCE, Model, Score, UnusableModel, score
-from shared import kafka, service
-from shared.dead_letters import dead_letter, isolate
-from shared.delivery import AtLeastOnce, Delivery, ExactlyOnce
+from services.predictor.registry import Registry
+from shared import delivery, kafka, service
+from shared.dead_letters import Limit, dead_letter, isolate
 from shared.errors import Outage, Poison
 from shared.kafka import Record, coordinates
 from shared.provenance import Provenance, to_headers
@@ -43,45 +42,104 @@ class PredictorSettings(StreamSettings):
     model_alias: str = Field("champion", min_length=1, description="Alias of the version to serve")
     predictor_group: str = Field("predictor", min_length=1, description="Consumer group on topic_1")
     delivery: DeliveryGuarantee = Field("exactly_once", description="exactly_once or at_least_once")
-    transactional_id: str = Field(
-        default_factory=lambda: f"predictor-{socket.gethostname()}",
-        min_length=1,
-        description="Stable over restarts and unique to a replica; the host name tells a container",
+    model_cache_directory: Path = Field(
+        Path("models"), description="Where the last good model is kept; outlives a container"
     )
 
 
 def serve(settings: PredictorSettings, shutdown: Event) -> None:
     """Wait for the champion, then predict until shutdown."""
     properties = kafka_properties(settings)
-    consumer = kafka.consumer(properties, group=settings.predictor_group)
-    delivery: Delivery
-    if settings.delivery == "exactly_once":
-        delivery = ExactlyOnce(properties=properties, transactional_id=settings.transactional_id, shutdown=shutdown)
-    else:
-        delivery = AtLeastOnce(consumer=consumer, properties=properties, shutdown=shutdown)
+    stream = Stream(
+        make_consumer=lambda: kafka.consumer(properties, group=settings.predictor_group, replica=settings.replica),
+        topic=settings.topic_1,
+        delivery=delivery.delivery(
+            settings.delivery,
+            properties=properties,
+            transactional_id=f"{settings.predictor_group}-{settings.replica}",
+            shutdown=shutdown,
+        ),
+        settings=settings,
+        shutdown=shutdown,
+    )
+    if settings.mlflow_tracking_username and settings.mlflow_tracking_password:  # which MLflow wants in its environment
+        os.environ["MLFLOW_TRACKING_USERNAME"] = settings.mlflow_tracking_username
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = settings.mlflow_tracking_password.get_secret_value()
+    registry = Registry(
+        tracking_uri=settings.mlflow_tracking_uri,
+        name=settings.model_name,
+        alias=settings.model_alias,
+        cache=settings.model_cache_directory,
+    )
     try:
         model = until_over(
-            lambda: _champion(settings),
+            lambda: first_model(registry),
             shutdown=shutdown,
             initial_s=settings.backoff_initial_seconds,
             max_s=settings.backoff_max_seconds,
         )
     except Outage:
         return
+    stream.run(Scorer(model, registry, settings).handle)
+
+
+def first_model(registry: Registry) -> Model:
+    """The champion, or the last good model while there is none to be had. Raises Outage if there is neither."""
+    try:
+        model = _champion(registry)
+    except Outage as outage:
+        last_good = registry.last_good()
+        if last_good is None:
+            raise
+        log.warning("last_good_model", model=last_good.name, version=last_good.version, reason=str(outage))
+        return last_good
     log.info("model_loaded", model=model.name, version=model.version, columns=len(model.columns))
-    Stream(
-        consumer=consumer,
-        topic=settings.topic_1,
-        handle=lambda messages: predict(
-            model, messages, topic=settings.topic_2, group=settings.predictor_group, now_ms=time.time_ns() // 1_000_000
-        ),
-        delivery=delivery,
-        settings=settings,
-        shutdown=shutdown,
-    ).run()
+    return model
 
 
-def predict(model: Model, messages: Sequence[Message], *, topic: str, group: str, now_ms: int) -> Outcome:
+class Scorer:
+    """Scores batch after batch with one model, until that turns out to be broken."""
+
+    def __init__(self, model: Model, registry: Registry, settings: PredictorSettings) -> None:
+        self._model = model
+        self._registry = registry
+        self._settings = settings
+        self._broken: Outage | None = None
+        self._limit = self._new_limit()
+
+    def handle(self, messages: Sequence[Message]) -> Outcome:
+        """Predict the batch. Raises Outage while the model is broken and the registry has no other champion."""
+        if self._broken:
+            self._replace(self._broken)
+        try:
+            return predict(
+                self._model,
+                messages,
+                topic=self._settings.topic_2,
+                group=self._settings.predictor_group,
+                now_ms=time.time_ns() // 1_000_000,
+                limit=self._limit,
+            )
+        except Outage as outage:
+            self._broken = outage
+            raise
+
+    def _replace(self, broken: Outage) -> None:
+        try:
+            self._model = _champion(self._registry, but_not=self._model.version)
+        except Outage as outage:
+            raise Outage(f"{broken}; {outage}") from None
+        self._broken = None
+        self._limit = self._new_limit()
+        log.info("model_replaced", model=self._model.name, version=self._model.version)
+
+    def _new_limit(self) -> Limit:
+        return Limit(
+            ratio=self._settings.dead_letter_limit_ratio, consecutive=self._settings.dead_letter_limit_consecutive
+        )
+
+
+def predict(model: Model, messages: Sequence[Message], *, topic: str, group: str, now_ms: int, limit: Limit) -> Outcome:
     """A prediction for every transaction of the batch, a dead letter for every message that holds what is none.
 
     Raises Outage if it is the model that is broken, not the rows.
@@ -99,9 +157,11 @@ def predict(model: Model, messages: Sequence[Message], *, topic: str, group: str
         sources += [number] * len(rows.transactions)
         for row in rows.bad:
             faults[number].append(row.reason)
+    results = _scores(model, transactions)
+    limit.check(results)
     records = []
     common = to_headers(Provenance(model_name=model.name, model_version=model.version, predicted_at_ms=now_ms))
-    for number, transaction, result in zip(sources, transactions, _scores(model, transactions), strict=True):
+    for number, transaction, result in zip(sources, transactions, results, strict=True):
         if isinstance(result, Poison):
             faults[number].append(str(result))
         else:
@@ -131,14 +191,9 @@ def _check(model: Model) -> None:
         raise Outage(f"the model fails on the reference transaction: {poison}") from None
 
 
-def _champion(settings: PredictorSettings) -> Model:
-    if settings.mlflow_tracking_username and settings.mlflow_tracking_password:  # which MLflow wants in its environment
-        os.environ["MLFLOW_TRACKING_USERNAME"] = settings.mlflow_tracking_username
-        os.environ["MLFLOW_TRACKING_PASSWORD"] = settings.mlflow_tracking_password.get_secret_value()
+def _champion(registry: Registry, *, but_not: str | None = None) -> Model:
     try:
-        return registry.load(
-            tracking_uri=settings.mlflow_tracking_uri, name=settings.model_name, alias=settings.model_alias
-        )
+        return registry.champion(but_not=but_not)
     except UnusableModel as error:
         raise Outage(f"no usable model: {error}") from None
 

@@ -10,7 +10,7 @@ from conftest import Rig
 from rich.console import Console
 
 from fraudctl import demo
-from sandbox.stack import Stack
+from fraudctl.demo import Scene
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400)]
 
@@ -23,7 +23,8 @@ def passing(seconds: float) -> Iterator[None]:
         yield
 
 
-def outages(parts: Stack) -> Iterator[None]:
+def outages(scene: Scene) -> Iterator[None]:
+    parts = scene.stack
     assert parts.database is not None
     parts.api.stop()  # before the services start: the API is down from the start
     yield from passing(AWAY_S)

@@ -71,14 +71,13 @@ def test_each_card_keeps_its_order(predictor_rig: Rig) -> None:
 
 
 def test_two_share_the_work_and_one_takes_over(predictor_rig: Rig) -> None:
-    predictor_rig.environment["TRANSACTIONAL_ID"] = "first-" + predictor_rig.topic_1
     first = predictor_rig.start("predictor")
     second_log = predictor_rig.directory / "second"
     second_log.mkdir()
     second = Rig(
         second_log,
         predictor_rig.properties,
-        predictor_rig.environment | {"TRANSACTIONAL_ID": "second-" + predictor_rig.topic_1},
+        predictor_rig.environment | {"REPLICA": "second"},
         predictor_rig.topic_1,
         predictor_rig.topic_2,
         predictor_rig.processes,

@@ -18,7 +18,7 @@ def test_a_topic_that_is_missing_is_waited_for(apache_rig: Rig) -> None:
         apache_rig.start(
             *("producer",), API_URL=api.url, TOPIC_1=absent, POLL_INTERVAL_SECONDS="0", BACKOFF_MAX_SECONDS="1"
         )
-        until(lambda: "are not delivered" in apache_rig.log("producer"), what="the refusal in the log")
+        until(lambda: "Unknown topic or partition" in apache_rig.log("producer"), what="the refusal in the log")
         topics.create(apache_rig.properties, [absent])
 
         messages = apache_rig.read(absent, 50, timeout_s=60, extra_s=2)

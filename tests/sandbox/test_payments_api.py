@@ -2,10 +2,13 @@
 
 import json
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
+from http.client import HTTPConnection
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -40,9 +43,9 @@ def api(tmp_path: Path) -> Iterator[Start]:
         each.stop()
 
 
-def rows(url: str) -> list[list[Any]]:
-    """What one call brings."""
-    table = json.loads(requests.get(url, timeout=10).json())
+def rows(url: str, client: Any = requests) -> list[list[Any]]:
+    """What one call brings, of a session or on a connection of its own."""
+    table = json.loads(client.get(url, timeout=10).json())
     assert tuple(table["columns"]) == RAW_COLUMNS
     assert len(table["index"]) == len(table["data"])
     return list(table["data"])
@@ -57,6 +60,18 @@ def rows_until_empty(url: str) -> list[list[Any]]:
 
 def generated(count: int) -> list[list[Any]]:
     return list(islice(transactions(seed=1, start=START), count))
+
+
+def account(**changes: object) -> dict[str, object]:
+    """The source's status when `served` rows went out once each, save for the changes."""
+    return {
+        "sent": changes.get("served", 0),
+        "repeats": 0,
+        "in_flight": 0,
+        "exhausted": False,
+        "limit": None,
+        **changes,
+    }
 
 
 def write_source(path: Path, count: int = 30, *, row_numbers: bool = True, **changes: Any) -> pd.DataFrame:
@@ -92,7 +107,7 @@ def test_every_row_comes_once_and_in_order_and_then_none(api: Start) -> None:
 
     assert [len(call) for call in calls] == [500, 500, 200, 0]
     assert list(chain.from_iterable(calls)) == generated(1200)
-    assert source.status() == {"served": 1200, "sent": 1200, "repeats": 0, "exhausted": True, "limit": None}
+    assert source.status() == account(served=1200, exhausted=True)
 
 
 def test_many_clients_share_the_rows(api: Start) -> None:
@@ -275,6 +290,105 @@ def test_rows_meant_for_a_client_that_went_away_come_again(api: Start) -> None:
 
     assert sorted(row[TRANS_NUM] for row in found) == sorted(row[TRANS_NUM] for row in generated(20))
     assert source.status()["served"] == 20
+
+
+def test_confirmed_rows_are_those_whose_client_came_back(api: Start) -> None:
+    source = api(*ALL_AT_ONCE, "--confirmed", "--transactions", "25", "--max-rows", "10")
+    with requests.Session() as client:
+        assert rows(source.url, client) == generated(10)
+        assert source.status() == account(served=0, in_flight=10)
+
+        assert rows(source.url, client) == generated(20)[10:]
+        assert source.status() == account(served=10, in_flight=10)
+
+        assert rows(source.url, client) == generated(25)[20:]
+        assert source.status() == account(served=20, in_flight=5)
+
+        assert rows(source.url, client) == []
+        assert source.status() == account(served=25, exhausted=True)
+
+
+def test_any_request_on_the_connection_confirms_and_one_on_another_does_not(api: Start) -> None:
+    source = api(*ALL_AT_ONCE, "--confirmed", "--max-rows", "10")
+    with requests.Session() as client, requests.Session() as other:
+        assert len(rows(source.url, client)) == 10
+        assert len(rows(source.url, other)) == 10
+        assert source.status() == account(served=0, in_flight=20)
+
+        client.get(source.url.replace(PATH, "/health"), timeout=10)
+        assert source.status() == account(served=10, in_flight=10)
+
+        other.post(source.url.replace(PATH, "/limit"), json={"rows": 20}, timeout=10)
+        assert source.status() == account(served=20, limit=20)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_unconfirmed_rows_come_again_first_and_in_order(api: Start, reset: bool) -> None:
+    source = api(*ALL_AT_ONCE, "--confirmed", "--transactions", "45", "--max-rows", "10")
+    address = urlsplit(source.url)
+    clients = [HTTPConnection(str(address.hostname), address.port, timeout=10) for _ in range(3)]
+    for number, client in enumerate(clients):
+        client.request("GET", PATH)
+        answer = json.loads(json.loads(client.getresponse().read()))
+        assert answer["data"] == generated(30)[10 * number : 10 * number + 10]
+    for taken, client in ((20, clients[1]), (10, clients[0]), (0, clients[2])):
+        if reset:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        until(lambda taken=taken: source.status() == account(served=0, in_flight=taken))
+
+    with requests.Session() as client:
+        assert [row for _ in range(5) for row in rows(source.url, client)] == generated(45)
+        assert rows(source.url, client) == []
+    assert source.status() == account(served=45, exhausted=True)
+
+
+def test_it_is_exhausted_only_when_the_last_row_is_confirmed(api: Start) -> None:
+    source = api(*ALL_AT_ONCE, "--confirmed", "--transactions", "5")
+    with requests.Session() as first:
+        assert len(rows(source.url, first)) == 5
+        assert rows(source.url) == []
+        assert not source.status()["exhausted"]
+    until(lambda: source.status() == account(served=0), what="the rows put back")
+
+    with requests.Session() as second:
+        assert rows(source.url, second) == generated(5)
+        assert not source.status()["exhausted"]
+        assert rows(source.url, second) == []
+        assert source.status() == account(served=5, exhausted=True)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_client_that_comes_back_confirms_whatever_it_gets_for_it(api: Start, fault: str) -> None:
+    source = api(*ALL_AT_ONCE, "--confirmed", "--max-rows", "10")
+    with requests.Session() as client:
+        assert rows(source.url, client) == generated(10)
+        source.misbehave(fault, share=1)
+        with suppress(requests.Timeout):
+            client.get(source.url, timeout=0.5)
+
+        assert source.status() == account(served=10, in_flight=10 if fault == "repeats" else 0)
+
+        source.misbehave()
+        assert rows(source.url, client) == (generated(30)[20:] if fault == "repeats" else generated(20)[10:])
+
+
+def test_repeats_are_counted_when_they_are_confirmed(api: Start) -> None:
+    source = api(*ALL_AT_ONCE, "--confirmed", "--transactions", "20", "--max-rows", "10")
+    with requests.Session() as client:
+        first = rows(source.url, client)
+        source.misbehave("repeats", share=1)
+        assert rows(source.url, client) == first[:5] + generated(20)[10:]
+    until(lambda: source.status() == account(served=10), what="the rows put back")
+    source.misbehave()
+
+    with requests.Session() as client:
+        assert rows(source.url, client) == generated(20)[10:]
+        source.misbehave("repeats", share=1)
+        assert rows(source.url, client) == first[:5]
+        source.misbehave()
+        assert rows(source.url, client) == []
+        assert source.status() == account(served=20, sent=25, repeats=5, exhausted=True)
 
 
 def test_a_wrong_order_is_refused_and_changes_nothing(api: Start) -> None:

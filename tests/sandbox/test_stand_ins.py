@@ -2,15 +2,19 @@
 
 import os
 import signal
+import smtplib
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from conftest import until
 
+from sandbox.mailbox import FAULTS, Mailbox, messages
 from sandbox.postgres import Postgres
 from sandbox.processes import Process, StandInError, python
 
@@ -102,3 +106,199 @@ def test_postgresql_keeps_its_rows_over_stop_and_kill(tmp_path: Path) -> None:
     assert database.pid is not None
     assert not alive(database.pid)
     assert os.getpid() != database.pid
+
+
+def client(mailbox: Mailbox, *, timeout_s: float = 10.0) -> smtplib.SMTP:
+    return smtplib.SMTP("127.0.0.1", mailbox.port, timeout=timeout_s)
+
+
+def deliver(session: smtplib.SMTP, subject: str, *recipients: str) -> dict[str, tuple[int, bytes]]:
+    """Have a mail accepted; returns the recipients that were refused."""
+    return session.sendmail("a@bank.example", recipients or ("b@bank.example",), f"Subject: {subject}\r\n\r\ntext\r\n")
+
+
+def kept(mailbox: Mailbox) -> list[str]:
+    return [str(mail.message["Subject"]) for mail in messages(mailbox.directory)]
+
+
+def test_a_mail_tells_whom_it_went_to_and_is_kept_byte_for_byte(mailbox: Mailbox) -> None:
+    with client(mailbox) as session:
+        deliver(session, "one", "b@bank.example", "c@bank.example")
+
+    (mail,) = messages(mailbox.directory)
+    assert mail.message["X-Envelope-To"] == "b@bank.example, c@bank.example"
+    assert mail.path.read_bytes().partition(b"\r\n")[2] == b"Subject: one\r\n\r\ntext\r\n"
+
+
+def test_a_refusal_for_now_comes_at_any_stage_with_any_code_and_nothing_is_kept(mailbox: Mailbox) -> None:
+    mailbox.misbehave("4xx")
+    refusals = set()
+    for number in range(12):
+        with client(mailbox) as session:
+            try:
+                deliver(session, str(number), "b@bank.example", "c@bank.example")
+            except smtplib.SMTPRecipientsRefused as refused:
+                refusals |= {("RCPT", code) for code, _ in refused.recipients.values()}
+            except smtplib.SMTPSenderRefused as refused:
+                refusals.add(("MAIL", refused.smtp_code))
+            except smtplib.SMTPDataError as refused:
+                refusals.add(("DATA", refused.smtp_code))
+
+    assert refusals == {(stage, code) for stage in ("MAIL", "RCPT", "DATA") for code in (421, 450, 451, 452)}
+    mailbox.misbehave(None)
+    with client(mailbox) as session:
+        deliver(session, "at last")
+    assert kept(mailbox) == ["at last"]
+
+
+@pytest.mark.parametrize("refused_before", [False, True])
+def test_a_mail_under_way_is_refused_for_now_too(mailbox: Mailbox, refused_before: bool) -> None:
+    with client(mailbox) as session:
+        session.ehlo()
+        if refused_before:
+            mailbox.misbehave("4xx")
+            with pytest.raises(smtplib.SMTPSenderRefused), client(mailbox) as other:
+                deliver(other, "at MAIL")
+            with pytest.raises(smtplib.SMTPRecipientsRefused):
+                deliver(session, "at RCPT")
+            mailbox.misbehave(None)
+        session.mail("a@bank.example")
+        session.rcpt("b@bank.example")
+        mailbox.misbehave("4xx")
+
+        assert session.data("Subject: caught\r\n\r\n")[0] // 10 == 45
+    assert kept(mailbox) == []
+
+
+def test_421_hangs_up(mailbox: Mailbox) -> None:
+    mailbox.misbehave("4xx")
+    with client(mailbox) as session:
+        session.ehlo()
+        assert session.mail("a@bank.example")[0] == 421
+
+        with pytest.raises(smtplib.SMTPServerDisconnected):
+            session.noop()
+
+
+def test_who_is_gone_is_refused_and_the_others_get_the_mail(mailbox: Mailbox) -> None:
+    mailbox.misbehave("5xx-one-recipient")
+    with client(mailbox) as session:
+        refused = deliver(session, "one", "gone.analyst@bank.example", "b@bank.example")
+        with pytest.raises(smtplib.SMTPRecipientsRefused):
+            deliver(session, "two", "gone@bank.example")
+
+    assert refused == {"gone.analyst@bank.example": (550, b"5.1.1 No such user")}
+    (mail,) = messages(mailbox.directory)
+    assert (mail.message["Subject"], mail.message["X-Envelope-To"]) == ("one", "b@bank.example")
+
+
+def test_a_hanging_server_takes_connections_and_says_nothing(mailbox: Mailbox) -> None:
+    with client(mailbox) as before:
+        before.ehlo()
+        mailbox.misbehave("hang")
+
+        before.sock.settimeout(0.3)
+        with pytest.raises(smtplib.SMTPServerDisconnected, match="timed out"):
+            before.noop()
+        with pytest.raises(smtplib.SMTPServerDisconnected, match="timed out"):
+            client(mailbox, timeout_s=0.3)
+
+    mailbox.misbehave(None)
+    with client(mailbox) as session:
+        deliver(session, "one")
+    assert kept(mailbox) == ["one"]
+
+
+@pytest.mark.parametrize("then", [None, "4xx"])
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_mail_under_way_when_the_server_hangs_is_never_kept(
+    mailbox: Mailbox, patient: bool, then: str | None
+) -> None:
+    session = client(mailbox)
+    session.ehlo()
+    session.mail("a@bank.example")
+    session.rcpt("b@bank.example")
+    assert session.docmd("DATA")[0] == 354
+    session.send(b"Subject: caught\r\n")
+    mailbox.misbehave("hang")
+    session.send(b"\r\ntext\r\n.\r\n")
+    session.sock.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        session.sock.recv(1)
+    if not patient:
+        session.close()
+
+    mailbox.misbehave(then)
+
+    if patient:
+        session.sock.settimeout(10)
+        assert session.sock.recv(1) == b""
+        session.close()
+    mailbox.misbehave(None)
+    with client(mailbox) as later:
+        deliver(later, "next")
+    mailbox.stop()
+    assert kept(mailbox) == ["next"]
+
+
+def test_a_mail_that_began_to_arrive_while_the_server_hung_is_never_kept(mailbox: Mailbox) -> None:
+    with client(mailbox) as session:
+        session.ehlo()
+        session.mail("a@bank.example")
+        session.rcpt("b@bank.example")
+        session.docmd("DATA")
+        mailbox.misbehave("hang")
+        session.send(b"Subject: caught\r\n")
+        session.sock.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            session.sock.recv(1)
+        mailbox.misbehave(None)
+
+        session.send(b"\r\ntext\r\n.\r\n")
+
+        session.sock.settimeout(10)
+        assert session.sock.recv(1) == b""
+        session.close()
+    assert kept(mailbox) == []
+
+
+def test_a_bad_day_ends_with_the_process(mailbox: Mailbox) -> None:
+    mailbox.misbehave("hang")
+    with pytest.raises(smtplib.SMTPServerDisconnected):
+        client(mailbox, timeout_s=0.1)
+
+    assert mailbox.stop() == 0
+    mailbox.start()
+
+    with client(mailbox) as session:
+        deliver(session, "one")
+    assert kept(mailbox) == ["one"]
+
+
+def test_an_unknown_bad_day_is_refused(mailbox: Mailbox) -> None:
+    assert FAULTS == ("4xx", "5xx-one-recipient", "hang")
+    with pytest.raises(ValueError, match="no such fault: fire"):
+        mailbox.misbehave("fire")
+
+
+def test_a_mail_server_that_is_stopped_keeps_what_it_accepted_and_nothing_else(mailbox: Mailbox) -> None:
+    accepted: list[str] = []
+    numbers = count()
+
+    def deliver_until_it_ends(_: int) -> None:
+        with pytest.raises((smtplib.SMTPException, OSError)), client(mailbox) as session:
+            while True:
+                subject = str(next(numbers))
+                deliver(session, subject)
+                accepted.append(subject)
+
+    for _ in range(5):
+        before = len(accepted)
+        with ThreadPoolExecutor(8) as pool:
+            clients = pool.map(deliver_until_it_ends, range(8))
+            until(lambda before=before: len(accepted) > before + 50)
+            assert mailbox.stop() == 0
+            list(clients)
+        mailbox.start()
+
+    assert sorted(kept(mailbox)) == sorted(accepted)

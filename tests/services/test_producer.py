@@ -14,8 +14,9 @@ from conftest import Rig, dead_letter_topic, make_transactions, until
 
 from sandbox.payments_api import PATH, PaymentsApi
 from services.producer.api import retry_after_s
-from services.producer.recent import Recent
-from shared.kafka import headers
+from services.producer.journal import Journal, open_journal
+from shared.errors import Outage, SettingsError
+from shared.kafka import Record, headers
 from shared.records import RAW_COLUMNS, encode_transaction, read_split, read_topic_1
 
 QUICK = {"BACKOFF_INITIAL_SECONDS": "0.05", "BACKOFF_MAX_SECONDS": "0.1", "API_TIMEOUT_SECONDS": "1"}
@@ -181,7 +182,7 @@ def test_sigterm_flushes_what_was_fetched(rig: Rig, api: Callable[..., PaymentsA
     assert process.stop() == 0
 
     assert len(rig.read(rig.topic_1, source.status()["served"])) == source.status()["served"]
-    assert "undelivered" not in rig.log("producer")
+    assert "left_for_later" not in rig.log("producer")
 
 
 def test_it_polls_at_its_interval(rig: Rig, api: Callable[..., PaymentsApi]) -> None:
@@ -193,23 +194,92 @@ def test_it_polls_at_its_interval(rig: Rig, api: Callable[..., PaymentsApi]) -> 
     assert 1.5 <= time.monotonic() - began <= 5
 
 
-def test_repeats_are_remembered_up_to_a_bound() -> None:
-    batch = make_transactions(4)
-    recent = Recent(3)
-
-    assert recent.new([batch[0], batch[0], batch[1]]) == [batch[0], batch[1]]
-    assert recent.new([batch[1], batch[2], batch[3]]) == [batch[2], batch[3]]
-    assert recent.new([batch[3], batch[0]]) == [batch[0]]
+def entry(number: int) -> tuple[bytes, Record]:
+    return str(number).encode(), Record("topic", str(number).encode(), b"key", [("header", b"value")])
 
 
-def test_without_a_broker_it_stays_and_says_at_the_end_what_it_could_not_deliver(
+def test_the_journal_keeps_what_is_new_in_order_until_it_is_written(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "file", remembered=10)
+    assert journal.add([entry(1), entry(1), entry(2)]) == 2
+    assert journal.add([entry(2), entry(3)]) == 1
+    first, *others = journal.waiting()
+    assert [first.record, *(each.record for each in others)] == [entry(1)[1], entry(2)[1], entry(3)[1]]
+    journal.written([first])
+    journal.close()
+
+    again = Journal(tmp_path / "file", remembered=10)
+    assert again.id == journal.id
+    assert [each.number for each in again.waiting()] == [each.number for each in others]
+    assert len(again) == 2
+    assert again.add([entry(1)]) == 0
+    again.close()
+
+
+def test_the_journal_forgets_the_oldest_that_are_written(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "file", remembered=3)
+    journal.add([entry(number) for number in range(5)])
+    assert len(journal) == 5  # whatever waits is kept
+    journal.written(journal.waiting())
+    assert journal.add([entry(5)]) == 1
+    assert journal.add([entry(4)]) == 0
+    assert journal.add([entry(0)]) == 1
+    journal.close()
+
+
+def test_each_replica_has_a_journal_of_its_own(tmp_path: Path) -> None:
+    first, second = (open_journal(tmp_path / "new", remembered=10) for _ in range(2))
+    assert first.id != second.id
+    first.close()
+    third = open_journal(tmp_path / "new", remembered=10)
+    assert third.id == first.id
+    for each in (second, third):
+        each.close()
+
+
+def test_an_unusable_journal_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(SettingsError, match=r"JOURNAL_DIRECTORY: .*file"):
+        open_journal(tmp_path / "file", remembered=10)
+    (tmp_path / "producer-0.sqlite").write_text("not a database, and long enough to be looked at as one" * 100)
+    with pytest.raises(SettingsError, match=r"JOURNAL_DIRECTORY: .*producer-0.sqlite: file is not a database"):
+        open_journal(tmp_path, remembered=10)
+
+
+def test_what_a_full_disk_does_not_take_is_an_outage(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "file", remembered=10)
+    journal._file.execute("PRAGMA max_page_count = 8")  # the way SQLite itself tests it
+    with pytest.raises(Outage, match="journal: database or disk is full"):
+        journal.add([(str(number).encode(), Record("topic", b"x" * 5000, None, [])) for number in range(20)])
+    assert len(journal) == 0
+    journal.close()
+
+
+def test_repeats_are_known_after_a_kill(rig: Rig, answering: Callable[..., str]) -> None:
+    url = answering([answer(row(0), row(1))])
+    process = rig.start("producer", API_URL=url, POLL_INTERVAL_SECONDS="0.1")
+    rig.read(rig.topic_1, 2)
+    process.kill()
+    process = rig.start("producer", API_URL=url, POLL_INTERVAL_SECONDS="0.1")
+    until(lambda: "repeats=" in rig.log("producer").partition("left_by")[2] or process.said("repeats="), what="a poll")
+
+    assert len(rig.read(rig.topic_1, 2, extra_s=1)) == 2
+
+
+def test_without_a_broker_it_goes_on_polling_up_to_a_bound_and_delivers_once_after(
     rig: Rig, api: Callable[..., PaymentsApi]
 ) -> None:
-    (rig.directory / "client.properties").write_text("bootstrap.servers=127.0.0.1:9\n")
-    source = api("--transactions", "10", "--rate", "0", "--seed", "3")
-    process = rig.start("producer", API_URL=source.url)
-    until(lambda: source.status()["served"] == 10, what="the polls")
+    file = rig.directory / "client.properties"
+    good = file.read_text()
+    file.write_text("bootstrap.servers=127.0.0.1:9\n")
+    source = api("--transactions", "300", "--rate", "0", "--seed", "3", "--max-rows", "50")
+    process = rig.start("producer", API_URL=source.url, MAX_WAITING_RECORDS="100", **QUICK)
+    until(lambda: process.said("100 records wait to be written"), what="an end of polling")
 
-    assert process.running
+    assert source.status()["served"] == 100
     assert process.stop(timeout_s=20) == 0
-    assert "event='undelivered' records=10" in rig.log("producer")
+    assert process.said("left_for_later=100")
+
+    file.write_text(good)
+    rig.start("producer", API_URL=source.url)
+    messages = rig.read(rig.topic_1, 300, extra_s=1)
+    assert len({message.value() for message in messages}) == len(messages) == 300

@@ -8,10 +8,10 @@ from threading import Event
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 from conftest import Rig, until
 
-from shared.delivery import AtLeastOnce
+from shared.delivery import AtLeastOnce, Delivery, Member
 from shared.errors import Outage
 from shared.kafka import Record, consumer
 from shared.settings import StreamSettings
@@ -20,16 +20,30 @@ from shared.stream import Handler, Outcome, Stream
 SETTINGS = StreamSettings(max_batch_size=10, max_batch_wait_ms=200, backoff_initial_seconds=0.1)
 
 
+def make_stream(
+    rig: Rig,
+    shutdown: Event,
+    *,
+    settings: StreamSettings = SETTINGS,
+    delivery: Delivery | None = None,
+    make_consumer: Callable[[], Any] | None = None,
+    **properties: str,
+) -> Stream:
+    return Stream(
+        make_consumer=make_consumer or (lambda: consumer({**rig.properties, **properties}, group=rig.topic_1)),
+        topic=rig.topic_1,
+        delivery=delivery or AtLeastOnce(properties=rig.properties, shutdown=shutdown),
+        settings=settings,
+        shutdown=shutdown,
+    )
+
+
 @contextmanager
 def streaming(rig: Rig, handle: Handler, *, settings: StreamSettings = SETTINGS, **properties: str) -> Iterator[Event]:
     """A stream over topic_1 in a thread of its own; yields its shutdown event, and sets it at the end."""
     shutdown = Event()
-    client = consumer({**rig.properties, **properties}, group=rig.topic_1)
-    delivery = AtLeastOnce(consumer=client, properties=rig.properties, shutdown=shutdown)
-    stream = Stream(
-        consumer=client, topic=rig.topic_1, handle=handle, delivery=delivery, settings=settings, shutdown=shutdown
-    )
-    thread = threading.Thread(target=stream.run)
+    stream = make_stream(rig, shutdown, settings=settings, **properties)
+    thread = threading.Thread(target=stream.run, args=[handle])
     thread.start()
     try:
         yield shutdown
@@ -142,18 +156,12 @@ def test_a_handler_may_take_longer_than_the_group_waits_for_a_poll(rig: Rig, com
 
 def test_a_broken_handler_ends_the_service_and_commits_nothing(rig: Rig, committed: Callable[[], int]) -> None:
     rig.put(rig.topic_1, numbers(5), key=b"one card")
-    client = consumer(rig.properties, group=rig.topic_1)
-    shutdown = Event()
 
     def handle(_batch: Sequence[Message]) -> Outcome:
         raise ZeroDivisionError
 
-    delivery = AtLeastOnce(consumer=client, properties=rig.properties, shutdown=shutdown)
-    stream = Stream(
-        consumer=client, topic=rig.topic_1, handle=handle, delivery=delivery, settings=SETTINGS, shutdown=shutdown
-    )
     with pytest.raises(ZeroDivisionError):
-        stream.run()
+        make_stream(rig, Event()).run(handle)
 
     assert committed() == 0
 
@@ -183,12 +191,9 @@ def test_what_a_rebalance_brings_in_an_outage_waits_on_the_broker(rig: Rig) -> N
     def away(_batch: Sequence[Message]) -> Outcome:
         raise Outage("away")
 
-    delivery = AtLeastOnce(consumer=client, properties=rig.properties, shutdown=shutdown)
-    stream = Stream(
-        consumer=client, topic=rig.topic_1, handle=away, delivery=delivery, settings=SETTINGS, shutdown=shutdown
-    )
+    stream = make_stream(rig, shutdown, make_consumer=lambda: client)
     with streaming(rig, away):
-        thread = threading.Thread(target=stream.run)
+        thread = threading.Thread(target=stream.run, args=[away])
         thread.start()
         until(lambda: client.assignment(), what="a part of the partitions")
     try:
@@ -199,3 +204,89 @@ def test_what_a_rebalance_brings_in_an_outage_waits_on_the_broker(rig: Rig) -> N
     finally:
         shutdown.set()
         thread.join(20)
+
+
+class AnswerLost:
+    """A delivery whose first answer is lost on its way: what it was given is final all the same."""
+
+    def __init__(self, inner: Delivery) -> None:
+        self._inner = inner
+        self._answers = 0
+
+    def open(self) -> None:
+        self._inner.open()
+
+    def deliver(
+        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), member: Member | None = None
+    ) -> None:
+        self._inner.deliver(records, offsets, member)
+        self._answers += 1
+        if self._answers == 1:
+            raise Outage("the answer was lost")
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def test_what_was_made_final_without_an_answer_is_not_handled_again(rig: Rig, committed: Callable[[], int]) -> None:
+    rig.put(rig.topic_1, numbers(25), key=b"one card")
+    handled: list[bytes] = []
+    shutdown = Event()
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        handled.extend(message.value() or b"" for message in batch[:4])
+        return Outcome(min(4, len(batch)))
+
+    delivery = AnswerLost(AtLeastOnce(properties=rig.properties, shutdown=shutdown))
+    thread = threading.Thread(target=make_stream(rig, shutdown, delivery=delivery).run, args=[handle])
+    thread.start()
+    until(lambda: committed() == 25, what="all of it committed")
+    shutdown.set()
+    thread.join(20)
+
+    assert handled == numbers(25)
+
+
+class Fenced:
+    """A consumer whose place in the group somebody else takes after the first message."""
+
+    def __init__(self, client: Consumer) -> None:
+        self._client = client
+        self.given = 0
+        self.closed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def poll(self, timeout: float) -> Any:
+        self.given += 1
+        return self._client.poll(timeout) if self.given == 1 else FatalMessage()
+
+    def close(self) -> None:
+        self.closed = True
+        self._client.close()
+
+
+class FatalMessage:
+    def error(self) -> KafkaError:
+        return KafkaError(KafkaError._FATAL, "fenced")
+
+
+def test_a_lost_consumer_is_replaced_and_the_stream_goes_on(rig: Rig, committed: Callable[[], int]) -> None:
+    first = Fenced(consumer(rig.properties, group=rig.topic_1))
+    consumers: list[Any] = [first]
+    shutdown = Event()
+
+    def make_consumer() -> Any:
+        return consumers.pop() if consumers else consumer(rig.properties, group=rig.topic_1)
+
+    thread = threading.Thread(
+        target=make_stream(rig, shutdown, make_consumer=make_consumer).run, args=[lambda batch: Outcome(len(batch))]
+    )
+    thread.start()
+    until(lambda: first.closed, what="the end of the first consumer")
+    rig.put(rig.topic_1, numbers(30), key=b"one card")
+    until(lambda: committed() == 30, what="all of it committed")
+    shutdown.set()
+    thread.join(20)
+    assert not thread.is_alive()

@@ -1,0 +1,415 @@
+"""Dead letters as an operator meets them: which there are, what one holds, and putting them back exactly once.
+
+Records cannot be changed, so a letter that was put back is marked by a small record after it, in the same partition:
+retention takes the letter first.
+"""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
+from rich.table import Table
+from rich.text import Text
+
+from fraudctl.readable import readable_header, readable_key, readable_value
+from fraudctl.topics import ends
+from shared.dead_letters import SUFFIX
+from shared.errors import Outage, Poison
+from shared.kafka import Headers, admin, coordinates, headers, producer, read_to_end
+from shared.records import format_time, read_topic_1
+from shared.settings import ServiceSettings
+
+UNASKED = 1000  # so many are put back without --yes
+
+_MARK = "dlq-replayed"
+_TRANSACTIONAL_ID = "fraudctl-dead-letters"
+_GROUP = "fraudctl"
+_TIMEOUT_S = 15.0
+_OPEN_S = 60.0  # brokers end a service's transaction within twenty seconds
+_TRANSACTION_LETTERS = 1000
+_TRANSACTION_BYTES = 16 * 1024 * 1024  # the broker gives a transaction ten seconds
+_FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
+
+_AGE = re.compile(r"(\d{1,9})([mhd])", re.ASCII).fullmatch
+_UNIT_MS = {"m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_ID = re.compile(r"(.+):(\d{1,10}):(\d{1,19})", re.ASCII).fullmatch
+_EPOCH_MS = re.compile(r"\d{1,13}", re.ASCII).fullmatch
+
+
+class CallError(Exception):
+    """What was asked for cannot be done: one line that says why."""
+
+
+class Fenced(Exception):
+    """Somebody else has begun to put dead letters back."""
+
+
+class LetterId(NamedTuple):
+    """Where a dead letter lies."""
+
+    topic: str
+    partition: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}:{self.partition}:{self.offset}"
+
+
+class Letter(NamedTuple):
+    """A dead letter: the bytes as they were, and what is known of its refusal."""
+
+    id: LetterId
+    value: bytes | None
+    key: bytes | None
+    headers: Headers
+    at_ms: int  # epoch
+    replayed_at_ms: int | None = None
+
+    @property
+    def topic(self) -> str:
+        """Where it was before."""
+        return self._header("dlq-topic") or self.id.topic.removesuffix(SUFFIX)
+
+    @property
+    def reason(self) -> str:
+        """Why it was refused."""
+        return self._header("dlq-reason")
+
+    @property
+    def group(self) -> str:
+        """Who refused it."""
+        return self._header("dlq-group")
+
+    @property
+    def original_headers(self) -> Headers:
+        """The headers that it had before."""
+        return [header for header in self.headers if not header[0].startswith("dlq-")]
+
+    def _header(self, name: str) -> str:
+        return _text(dict(self.headers).get(name))
+
+
+class Selection(NamedTuple):
+    """Which dead letters are meant: those of these topics, and of them those that everything else given fits."""
+
+    topics: Sequence[str]  # where the letters were before
+    ids: Collection[LetterId] = ()
+    reason: str = ""
+    since_ms: int = 0  # epoch
+
+    def holds(self, letter: Letter) -> bool:
+        """Whether it is one of them."""
+        return (
+            (not self.ids or letter.id in self.ids)
+            and self.reason.casefold() in letter.reason.casefold()
+            and letter.at_ms >= self.since_ms
+        )
+
+
+class Replayed(NamedTuple):
+    """What a replay did."""
+
+    put_back: int
+    skipped: int  # because they had been put back before
+
+
+def select(
+    settings: ServiceSettings,
+    *,
+    ids: Collection[str] = (),
+    topic: str | None = None,
+    reason: str = "",
+    since: str | None = None,
+) -> Selection:
+    """The selection in an operator's words. Raises CallError."""
+    known = (settings.topic_1, settings.topic_2)
+    if ids:
+        wanted = {parse_id(each, known) for each in ids}
+        return Selection(sorted({each.topic.removesuffix(SUFFIX) for each in wanted}), wanted)
+    return Selection(
+        known if topic is None else (parse_topic(topic, known),),
+        reason=reason,
+        since_ms=0 if since is None else parse_since(since, now_ms=time.time_ns() // 1_000_000),
+    )
+
+
+def parse_id(text: str, topics: Sequence[str]) -> LetterId:
+    """Read `topic_1.dlq:3:17`. Raises CallError, also if that is none of the topics' dead letters."""
+    found = _ID(text)
+    if not found:
+        raise CallError(f"{text!r} is no dead letter's id, such as {topics[0]}{SUFFIX}:3:17")
+    return LetterId(parse_topic(found[1], topics) + SUFFIX, int(found[2]), int(found[3]))
+
+
+def parse_topic(text: str, topics: Sequence[str]) -> str:
+    """The one of the topics that the text names, by itself or by its dead-letter topic. Raises CallError."""
+    name = text.removesuffix(SUFFIX)
+    if name not in topics:
+        raise CallError(f"{text!r} is not among the topics: {', '.join(topics)}")
+    return name
+
+
+def parse_since(text: str, *, now_ms: int) -> int:
+    """Epoch ms of an ISO date or time, UTC unless it says otherwise, or of an age such as 90m. Raises CallError."""
+    if age := _AGE(text):
+        return now_ms - int(age[1]) * _UNIT_MS[age[2]]
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise CallError(f"--since: {text!r} is neither a time (2026-01-31T21:30) nor an age (90m, 2h, 3d)") from None
+    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+def read(properties: Mapping[str, str], selection: Selection) -> list[Letter]:
+    """The selected dead letters, oldest first. Raises CallError for a topic or an id that is not there, Outage."""
+    letters: dict[str, Letter] = {}
+    marks: dict[str, int] = {}
+    starts = [
+        TopicPartition(end.topic, end.partition, 0)
+        for end in _ends(properties, [topic + SUFFIX for topic in selection.topics])
+    ]
+    for message in read_to_end(properties, starts, group=_GROUP):
+        letter = _letter(message)
+        if marked := dict(letter.headers).get(_MARK):
+            marks[f"{letter.id.topic}:{_text(marked)}"] = letter.at_ms
+        elif selection.holds(letter):
+            letters[str(letter.id)] = letter
+    for wanted in selection.ids:
+        if str(wanted) not in letters:
+            raise CallError(f"there is no dead letter {wanted}")
+    found = (letter._replace(replayed_at_ms=marks.get(name)) for name, letter in letters.items())
+    return sorted(found, key=lambda letter: (letter.at_ms, letter.id))
+
+
+def replay(
+    properties: Mapping[str, str],
+    selection: Selection,
+    *,
+    limit: int | None = None,
+    more: bool = False,
+    mended: bytes | None = None,
+) -> Replayed:
+    """Put the selected dead letters back where they were, each exactly once, and mark them.
+
+    Those that are marked are left alone. `limit` bounds how many are put back, the oldest first; for more than
+    `UNASKED` there has to be `more`. `mended` takes the place of the value. Raises CallError, and has written nothing
+    then; Fenced; Outage.
+    """
+    names = [topic + SUFFIX for topic in selection.topics]
+    _ends(properties, [*names, *selection.topics])
+    client = producer(properties, transactional_id=_TRANSACTIONAL_ID)
+    # 1. Whoever else is putting letters back is fenced, and what they had open is aborted.
+    try:
+        client.init_transactions(_TIMEOUT_S)
+    except KafkaException as exception:
+        raise _verdict(exception) from None
+    # 2. All marks are read, those too that lie behind an open transaction.
+    _wait_for_open_transactions(properties, names)
+    letters = read(properties, selection)
+    waiting = [letter for letter in letters if letter.replayed_at_ms is None]
+    chosen = waiting[:limit]
+    if len(chosen) > UNASKED and not more:
+        raise CallError(f"{len(chosen):,} dead letters would be put back: more than {UNASKED:,} need --yes")
+    if mended is not None:
+        chosen = [_mended(letter, mended) for letter in chosen]
+    # 3. Record and mark become visible together.
+    put_back = 0
+    for batch in batches(chosen):
+        _put_back(client, batch, done=put_back)
+        put_back += len(batch)
+    return Replayed(put_back, len(letters) - len(waiting))
+
+
+def batches(letters: Iterable[Letter]) -> Iterator[list[Letter]]:
+    """The letters of one transaction each, in order."""
+    batch: list[Letter] = []
+    size = 0
+    for letter in letters:
+        length = len(letter.value or b"")
+        if batch and (len(batch) == _TRANSACTION_LETTERS or size + length > _TRANSACTION_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(letter)
+        size += length
+    if batch:
+        yield batch
+
+
+def save(letter: Letter, path: Path) -> None:
+    """Write the value to a new file that nobody else can read. Raises CallError, OSError if it is there already."""
+    if letter.value is None:
+        raise CallError(f"{letter.id} has no value to save")
+    path.touch(mode=0o600, exist_ok=False)
+    path.write_bytes(letter.value)
+
+
+def overview(letters: Iterable[Letter]) -> Table:
+    """The letters as a table."""
+    table = Table()
+    table.add_column("id", no_wrap=True)
+    table.add_column("when (UTC)")
+    table.add_column("refused by", overflow="fold")
+    table.add_column("reason", overflow="fold", ratio=1)
+    table.add_column("replayed")
+    for letter in letters:
+        replayed = "no" if letter.replayed_at_ms is None else _time(letter.replayed_at_ms)
+        row = (
+            str(letter.id),
+            _time(letter.at_ms),
+            letter.group,
+            readable_header("dlq-reason", letter.reason),
+            replayed,
+        )
+        table.add_row(*map(Text, row))
+    return table
+
+
+def totals(letters: Sequence[Letter]) -> list[str]:
+    """How many there are, and how many of each kind if there are several kinds."""
+    if not letters:
+        return ["no dead letters"]
+    reasons = Counter(map(_reason, letters))
+    kinds = [f"{count:7,}  {reason}" for reason, count in reasons.most_common()] if len(reasons) > 1 else []
+    return [counted(len(letters)), *kinds]
+
+
+def counted(number: int) -> str:
+    """`1 dead letter`, `2 dead letters`."""
+    return f"{number:,} dead letter{'' if number == 1 else 's'}"
+
+
+def description(letter: Letter) -> str:
+    """What a letter holds, without card number and birth date."""
+    replayed = "no" if letter.replayed_at_ms is None else f"{_time(letter.replayed_at_ms)} UTC"
+    size = "" if letter.value is None else f" ({len(letter.value):,} bytes)"
+    return "\n".join(
+        [
+            f"{letter.id}, refused {_time(letter.at_ms)} UTC, replayed: {replayed}",
+            "",
+            "headers:",
+            *(f"  {readable_header('', name)}: {readable_header(name, value)}" for name, value in letter.headers),
+            f"key: {readable_key(letter.key)}",
+            f"value{size}:",
+            readable_value(letter.value),
+        ]
+    )
+
+
+def _letter(message: Message) -> Letter:
+    found = headers(message)
+    at = _text(dict(found).get("dlq-at-ms"))
+    return Letter(
+        LetterId(*coordinates(message)),
+        message.value(),
+        message.key(),
+        found,
+        int(at) if _EPOCH_MS(at) else message.timestamp()[1],
+    )
+
+
+def _put_back(client: Producer, letters: Sequence[Letter], *, done: int) -> None:
+    """In one transaction. Raises Fenced, Outage: `done` have been put back before."""
+    try:
+        client.begin_transaction()
+        for letter in letters:
+            _enqueue(client, letter.topic, letter.value, letter.key, letter.original_headers)
+            mark: Headers = [
+                (_MARK, f"{letter.id.partition}:{letter.id.offset}".encode()),
+                ("dlq-at-ms", str(time.time_ns() // 1_000_000).encode()),
+            ]
+            _enqueue(client, letter.id.topic, None, None, mark, partition=letter.id.partition)
+        client.commit_transaction(_TIMEOUT_S)
+    except KafkaException as exception:
+        problem = exception
+        try:
+            client.abort_transaction(_TIMEOUT_S)
+        except KafkaException as another:
+            if another.args[0].code() in _FENCED:
+                problem = another
+        raise _verdict(problem, put_back=done) from None
+
+
+def _enqueue(
+    client: Producer,
+    topic: str,
+    value: bytes | None,
+    key: bytes | None,
+    headers: Headers,
+    *,
+    partition: int = -1,  # any, by the key
+) -> None:
+    while True:
+        try:
+            return client.produce(topic, value=value, key=key, headers=headers, partition=partition)
+        except BufferError:
+            client.poll(1.0)
+
+
+def _verdict(exception: KafkaException, *, put_back: int = 0) -> Exception:
+    error = exception.args[0]
+    if error.code() in _FENCED:
+        return Fenced(f"another replay has begun and goes on where this one stopped, after {counted(put_back)}")
+    reason = f"no answer in {_TIMEOUT_S:.0f} s" if error.code() == KafkaError._TIMED_OUT else error.str()
+    return Outage(f"Kafka: {reason} (put back before that: {counted(put_back)})")
+
+
+def _wait_for_open_transactions(properties: Mapping[str, str], names: Sequence[str]) -> None:
+    """Until all that is written by now is committed or aborted: what lies behind an open transaction is not seen yet.
+
+    Raises Outage.
+    """
+    client = admin(properties)  # which answers for as long as it is kept
+    latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+    partitions = [TopicPartition(end.topic, end.partition) for end in ends(properties, names)]
+    try:
+        answers = client.list_offsets(
+            dict.fromkeys(partitions, latest),
+            isolation_level=IsolationLevel.READ_UNCOMMITTED,
+            request_timeout=_TIMEOUT_S,
+        )
+        written = {(asked.topic, asked.partition): answer.result().offset for asked, answer in answers.items()}
+    except KafkaException as exception:
+        raise _verdict(exception) from None
+    deadline = time.monotonic() + _OPEN_S
+    while any(end.offset < written[end.topic, end.partition] for end in ends(properties, names)):
+        if time.monotonic() > deadline:
+            raise Outage(f"Kafka: a transaction on {' or '.join(names)} has been open for {_OPEN_S:.0f} s")
+        time.sleep(0.2)
+
+
+def _ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicPartition]:
+    """The end of what is committed in every partition. Raises CallError if a topic is missing, Outage."""
+    found = ends(properties, names)
+    for name in names:
+        if not any(end.topic == name for end in found):
+            raise CallError(f"there is no topic {name}: fraudctl topics create makes it")
+    return found
+
+
+def _mended(letter: Letter, value: bytes) -> Letter:
+    """The letter with this value; one without a key gets the transaction's, if the value is one transaction."""
+    key = letter.key
+    if key is None:
+        with suppress(Poison):
+            transactions, bad = read_topic_1(value)
+            key = transactions[0].key if len(transactions) == 1 and not bad else None
+    return letter._replace(value=value, key=key)
+
+
+def _reason(letter: Letter) -> str:
+    return readable_header("dlq-reason", letter.reason)
+
+
+def _text(value: str | bytes | None) -> str:
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value or ""
+
+
+def _time(epoch_ms: int) -> str:
+    return format_time(epoch_ms // 1000)
