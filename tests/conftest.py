@@ -111,6 +111,7 @@ def _rig(directory: Path, properties: Mapping[str, str], environment: Mapping[st
         "CLIENT_PROPERTIES": str(directory / "client.properties"),
         "REPLICA": "first",
         "JOURNAL_DIRECTORY": str(directory / "journal"),
+        "MODEL_CACHE_DIRECTORY": str(directory / "models"),
         **{group: f"{group}-{name}" for group in ("PREDICTOR_GROUP", "ALERTER_GROUP", "DB_SINK_GROUP")},
     }
     (topics.use if embedded else topics.create)(properties, [rig.topic_1, rig.topic_2])

@@ -126,7 +126,7 @@ class Mailer:
         except smtplib.SMTPDataError as error:
             self.close()
             reason = f"mail server: {error.smtp_code} {_text(error.smtp_error)}"
-            raise (Outage(reason) if _about_this_message(error) else Outage(reason)) from None
+            raise (Poison(reason) if _about_this_message(error) else Outage(reason)) from None
         except smtplib.SMTPRecipientsRefused as error:
             self.close()
             code, text = next(iter(error.recipients.values()))

@@ -12,7 +12,7 @@ from conftest import Rig, dead_letter_topic, make_transactions, until
 from sandbox.postgres import Postgres
 from sandbox.stack import service
 from services.db_sink.table import Row, connect, migrate, upsert
-from shared.errors import Poison
+from shared.errors import Outage, Poison
 from shared.provenance import Provenance, from_headers, to_headers
 from shared.records import FEATURES, Prediction, Transaction, encode_prediction
 
@@ -171,10 +171,94 @@ def test_a_poisonous_row_is_a_dead_letter_and_its_neighbours_are_stored(sink_rig
     assert {message.value() for message in dead} == {encode_prediction(batch[42], 0), b"rubbish"}
 
 
+def refuse(engine: sa.Engine, condition: str, sqlstate: str) -> None:
+    """Have PostgreSQL itself refuse the rows that the condition holds for."""
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text(f"""
+                CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+                BEGIN
+                  IF {condition} THEN RAISE EXCEPTION 'refused' USING ERRCODE = '{sqlstate}'; END IF;
+                  RETURN NEW;
+                END $$;
+                CREATE OR REPLACE TRIGGER refuse BEFORE INSERT ON transactions FOR EACH ROW EXECUTE FUNCTION refuse()
+            """)
+        )
+
+
+@pytest.mark.parametrize("sqlstate", ["P0001", "23514", "22003", "44000"])
+def test_a_row_that_a_rule_of_the_database_refuses_is_poison(engine: sa.Engine, sqlstate: str) -> None:
+    migrate(engine)
+    refuse(engine, "NEW.amt > 1e6", sqlstate)
+    (transaction,) = make_transactions(1)
+
+    with pytest.raises(Poison, match="refused"):
+        upsert(engine, [row(transaction, amt=2e6)])
+
+
+@pytest.mark.parametrize("sqlstate", ["53100", "53200", "55P03", "57014", "40P01", "57P03", "42501", "XX000"])
+def test_what_is_no_row_s_fault_is_an_outage(engine: sa.Engine, sqlstate: str) -> None:
+    migrate(engine)
+    refuse(engine, "true", sqlstate)
+    (transaction,) = make_transactions(1)
+
+    with pytest.raises(Outage, match="refused"):
+        upsert(engine, [row(transaction)])
+
+
+def test_a_lock_is_waited_for_and_said(sink_rig: Rig, engine: sa.Engine) -> None:
+    migrate(engine)
+    sink_rig.start("db_sink", BACKOFF_MAX_SECONDS="0.5")
+    with engine.begin() as connection:
+        connection.execute(sa.text("LOCK TABLE transactions IN ACCESS EXCLUSIVE MODE"))
+        put_predictions(sink_rig, make_transactions(20))
+        until(lambda: "lock timeout" in sink_rig.log("db_sink"), what="the lock in the log")
+
+    until(lambda: count(engine) == 20, what="20 rows")
+    assert "dead_letters=0" in sink_rig.log("db_sink")
+
+
+def test_connections_cut_by_the_server_cost_nothing(sink_rig: Rig, engine: sa.Engine) -> None:
+    sink_rig.start("db_sink", MAX_BATCH_SIZE="20", BACKOFF_MAX_SECONDS="0.2")
+    cut = (
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    for number in range(5):
+        put_predictions(sink_rig, make_transactions(500)[100 * number : 100 * number + 100])
+        query(engine, cut)
+
+    until(lambda: count(engine) == 500, what="500 rows")
+    assert "event='dead_letters'" not in sink_rig.log("db_sink")
+
+
+def test_when_every_row_is_refused_it_is_the_table(sink_rig: Rig, engine: sa.Engine) -> None:
+    migrate(engine)
+    refuse(engine, "true", "23514")
+    put_predictions(sink_rig, make_transactions(100))
+    process = sink_rig.start("db_sink", BACKOFF_MAX_SECONDS="0.2")
+    until(lambda: process.said("100 of 100 rows refused, it is not the rows"), what="the refusal in the log")
+
+    with engine.begin() as connection:
+        connection.execute(sa.text("DROP TRIGGER refuse ON transactions"))
+
+    until(lambda: count(engine) == 100, what="100 rows")
+    assert not process.said("event='dead_letters'")
+
+
+def test_who_takes_a_replica_s_name_takes_its_place(sink_rig: Rig, engine: sa.Engine) -> None:
+    first = sink_rig.start("db_sink", BACKOFF_INITIAL_SECONDS="60")
+    second = service("db_sink", sink_rig.directory / "second", sink_rig.environment)
+    sink_rig.processes.append(second.start())
+    put_predictions(sink_rig, make_transactions(100))
+
+    until(lambda: count(engine) == 100, what="100 rows")
+    until(lambda: first.said("is REPLICA unique among the replicas?"), what="a word on the name")
+    assert first.running
+
+
 def test_several_may_start_at_once_on_an_empty_database(sink_rig: Rig, engine: sa.Engine) -> None:
-    processes = [service("db_sink", sink_rig.directory / str(number), sink_rig.environment) for number in range(3)]
-    for number in range(3):
-        Path(sink_rig.directory / str(number)).mkdir()
+    processes = [service("db_sink", sink_rig.directory, sink_rig.environment, replica=number) for number in (1, 2, 3)]
     sink_rig.processes += processes
     for process in processes:
         process.spawn()

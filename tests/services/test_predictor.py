@@ -1,13 +1,19 @@
 """topic_1 to topic_2, on a real broker with a real registry."""
 
 import json
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import cloudpickle
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import Rig, dead_letter_topic, make_transactions, until
+from mlflow.models import infer_signature
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
@@ -156,6 +162,110 @@ def test_a_model_made_by_hand_is_served_as_it_was_logged(rig: Rig, registry: Reg
         assert prediction.prediction == wanted[prediction.identity]
         assert from_headers(headers(message)).probability == pytest.approx(likely[prediction.identity])
     assert not np.isclose(probabilities, probabilities[0]).all()
+
+
+@pytest.fixture
+def own_registry(tmp_path: Path) -> Iterator[Registry]:
+    """A registry of this test's own, to be stopped or given other models."""
+    with Registry(tmp_path / "own-registry") as server:
+        yield server
+
+
+def promote(registry: Registry, model: Any) -> str:
+    """Log the model as the champion of `fraud`; returns its version."""
+    mlflow.set_tracking_uri(registry.uri)
+    with mlflow.start_run():
+        mlflow.sklearn.log_model(
+            model,
+            name="model",
+            signature=infer_signature(frame(make_transactions(2))[NUMERIC]),
+            registered_model_name="fraud",
+            pip_requirements=[],
+            serialization_format="cloudpickle",
+        )
+    version = str(mlflow.MlflowClient().search_model_versions("name='fraud'")[0].version)
+    mlflow.MlflowClient().set_registered_model_alias("fraud", "champion", version)
+    return version
+
+
+class Fussy:
+    """A model that scores the reference transaction and raises for other amounts above its limit."""
+
+    def __init__(self, most: float) -> None:
+        self.most = most
+
+    def predict(self, rows: pd.DataFrame) -> "np.ndarray[Any, Any]":
+        if ((rows["amt"] > self.most) & (rows["amt"] != 104.32)).any():
+            raise ValueError("too large")
+        return np.zeros(len(rows), dtype=int)
+
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def test_a_broken_model_is_not_taken_out_on_the_rows(rig: Rig, own_registry: Registry) -> None:
+    promote(own_registry, Fussy(-1.0))
+    batch = make_transactions(200)
+    rig.put_transactions(batch)
+    process = rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri, BACKOFF_MAX_SECONDS="0.5")
+    until(lambda: process.said("rows refused, it is not the rows: ValueError: too large"), what="a word on the model")
+    assert process.running
+
+    version = promote(own_registry, Fussy(1e9))
+
+    messages = rig.read(rig.topic_2, len(batch), extra_s=1)
+    assert {from_headers(headers(message)).model_version for message in messages} == {version}
+    assert len(messages) == len(batch)
+    assert not process.said("event='dead_letters'")
+
+
+def test_rows_that_a_model_refuses_now_and_then_are_bad_rows(rig: Rig, own_registry: Registry) -> None:
+    batch = make_transactions(300)
+    dear = sorted(batch, key=lambda each: each.amt)[-5:]
+    promote(own_registry, Fussy(sorted(each.amt for each in batch)[-6]))
+    rig.put_transactions(batch)
+    rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri)
+
+    assert len(rig.read(rig.topic_2, len(batch) - 5)) == len(batch) - 5
+    dead = rig.read(dead_letter_topic(rig.topic_1), 5)
+    assert {message.value() for message in dead} == {encode_transaction(each) for each in dear}
+
+
+def test_while_the_registry_is_away_the_last_good_model_serves(rig: Rig, own_registry: Registry) -> None:
+    version = promote(own_registry, Fussy(1e9))
+    first = rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri)
+    first.kill()
+    own_registry.stop()
+    batch = make_transactions(50)
+    rig.put_transactions(batch)
+
+    process = rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri)
+
+    messages = rig.read(rig.topic_2, len(batch))
+    assert {from_headers(headers(message)).model_version for message in messages} == {version}
+    assert process.said("event='last_good_model'")
+
+
+def test_a_last_good_model_that_was_changed_is_not_served(rig: Rig, own_registry: Registry) -> None:
+    promote(own_registry, Fussy(1e9))
+    first = rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri)
+    first.kill()
+    own_registry.stop()
+    (pickle,) = (rig.directory / "models").rglob("model.pkl")
+    pickle.write_bytes(pickle.read_bytes() + b".")
+
+    process = rig.start("predictor", ready=False, MLFLOW_TRACKING_URI=own_registry.uri)
+
+    until(lambda: process.said("event='outage'"), what="the outage in the log")
+    assert not process.said("event='last_good_model'")
+
+
+def test_a_cache_that_cannot_be_written_is_named(rig: Rig) -> None:
+    (rig.directory / "file").write_text("no folder")
+    process = rig.start("predictor", ready=False, MODEL_CACHE_DIRECTORY=str(rig.directory / "file"))
+
+    assert process.wait(30) == 2
+    assert "MODEL_CACHE_DIRECTORY: " in process.last_line()
 
 
 def test_without_a_registry_it_waits_and_then_catches_up(rig: Rig, session_registry_port: Registry) -> None:
