@@ -5,6 +5,7 @@ What was promised must then hold, by identity.
 """
 
 import json
+import logging
 import random
 import subprocess
 import time
@@ -314,7 +315,10 @@ class Rubbish:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._numbers = count(1)
-        self._producer: Producer = kafka.producer(run.scene.stack.properties)
+        self._producer = Producer(  # which, other than the services', hears of its successes
+            {**run.scene.stack.properties, "enable.idempotence": True, "message.timeout.ms": 0, "linger.ms": 5},
+            logger=logging.getLogger("librdkafka"),
+        )
         self.cut_off: dict[Place, bytes] = {}
 
     def write(self) -> None:

@@ -1,7 +1,8 @@
 """What makes a batch final: its outputs, its dead letters and its offsets, in an order that keeps the promise."""
 
 from collections.abc import Callable, Mapping, Sequence
-from threading import Event
+from concurrent.futures import Future, wait
+from threading import Event, Thread
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -17,6 +18,7 @@ log = structlog.get_logger()
 
 _WAIT_S = 1.0
 _TRANSACTION_WAIT_S = 5.0
+_STUCK_S = 8.0
 # Another member owns these partitions by now: it will commit them, this commit has come too late.
 _NOT_OURS = frozenset(
     {
@@ -128,6 +130,9 @@ class ExactlyOnce:
         except KafkaException as exception:
             self._abort(producer, exception.args[0])
             raise Outage(f"transaction aborted: {exception.args[0].str()}") from None
+        except _Stuck:
+            self._producer = None  # the next one fences it
+            raise Outage(f"the Kafka client did not return in {_STUCK_S:.0f} s, another takes its place") from None
 
     def close(self) -> None:
         self._producer = None
@@ -145,11 +150,11 @@ class ExactlyOnce:
         return self._producer
 
     def _step(self, step: Callable[[], None]) -> None:
-        """A step of the transaction, tried again for as long as that can help. Raises Outage, KafkaException."""
+        """A step of the transaction, again for as long as that can help. Raises KafkaException, _Stuck or Outage."""
 
         def attempt() -> None:
             try:
-                step()
+                _bounded(step)
             except KafkaException as exception:
                 if exception.args[0].retriable():
                     raise Outage(f"transaction: {exception.args[0].str()}") from None
@@ -162,9 +167,35 @@ class ExactlyOnce:
             try:
                 self._step(lambda: producer.abort_transaction(_TRANSACTION_WAIT_S))
                 return
-            except KafkaException as exception:
-                log.warning("abort_failed", reason=exception.args[0].str())
+            except (KafkaException, _Stuck) as exception:
+                log.warning("abort_failed", reason=str(exception))
         self._producer = None  # this one is beyond repair; the next delivery starts afresh and fences it
+
+
+class _Stuck(Exception):
+    """The client hangs in a call."""
+
+
+def _bounded(step: Callable[[], None]) -> None:
+    """Run the step in a thread that can be left behind: librdkafka 2.16 may ignore a call's own timeout for ever.
+
+    https://github.com/confluentinc/librdkafka/issues/5456 is about send_offsets_to_transaction. Raises what the step
+    raises, or _Stuck.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            step()
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    Thread(target=run, daemon=True, name="transaction").start()
+    if not wait([done], _STUCK_S).done:
+        raise _Stuck
+    done.result()
 
 
 def delivery(

@@ -246,17 +246,6 @@ def test_when_every_row_is_refused_it_is_the_table(sink_rig: Rig, engine: sa.Eng
     assert not process.said("event='dead_letters'")
 
 
-def test_who_takes_a_replica_s_name_takes_its_place(sink_rig: Rig, engine: sa.Engine) -> None:
-    first = sink_rig.start("db_sink", BACKOFF_INITIAL_SECONDS="60")
-    second = service("db_sink", sink_rig.directory / "second", sink_rig.environment)
-    sink_rig.processes.append(second.start())
-    put_predictions(sink_rig, make_transactions(100))
-
-    until(lambda: count(engine) == 100, what="100 rows")
-    until(lambda: first.said("is REPLICA unique among the replicas?"), what="a word on the name")
-    assert first.running
-
-
 def test_several_may_start_at_once_on_an_empty_database(sink_rig: Rig, engine: sa.Engine) -> None:
     processes = [service("db_sink", sink_rig.directory, sink_rig.environment, replica=number) for number in (1, 2, 3)]
     sink_rig.processes += processes

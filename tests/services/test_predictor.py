@@ -174,6 +174,7 @@ def own_registry(tmp_path: Path) -> Iterator[Registry]:
 def promote(registry: Registry, model: Any) -> str:
     """Log the model as the champion of `fraud`; returns its version."""
     mlflow.set_tracking_uri(registry.uri)
+    mlflow.set_experiment("fraud")
     with mlflow.start_run():
         mlflow.sklearn.log_model(
             model,
