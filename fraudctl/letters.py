@@ -380,7 +380,10 @@ def _wait_for_open_transactions(properties: Mapping[str, str], names: Sequence[s
     deadline = time.monotonic() + _OPEN_S
     while any(end.offset < written[end.topic, end.partition] for end in ends(properties, names)):
         if time.monotonic() > deadline:
-            raise Outage(f"Kafka: a transaction on {' or '.join(names)} has been open for {_OPEN_S:.0f} s")
+            raise Outage(
+                f"Kafka: a transaction on {' or '.join(names)} has been open for {_OPEN_S:.0f} s:"
+                " kafka-transactions.sh names and ends what hangs"
+            )
         time.sleep(0.2)
 
 

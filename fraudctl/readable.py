@@ -19,7 +19,7 @@ _SHOWN = frozenset(FEATURES) - {_CARD, _BIRTH} | {"current_time", "prediction"}
 _HIDDEN = "****"
 
 _LABELLED = re.compile(rf"({_CARD}|{_BIRTH})(\W{{0,6}}?[:=]\s*)(\\*\"[^\"]*\"?|[^,;}}\]\n]*)", re.IGNORECASE)
-_LONG_NUMBER = re.compile(r"(?<![\d.])\d(?:[ \-\0]?\d){10,}")
+_LONG_NUMBER = re.compile(r"(?<![\d.])\d(?:[ /\-\0]?\d){10,}")
 _SCIENTIFIC = re.compile(r"(?<![\d.])\d+(?:\.\d+)?[eE]\+?\d\d")
 _DATE = re.compile(r"(?<!\d)(?:\d{4}[-/]\d{1,2}(?:[-/]\d{0,2})?|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}|(?:19|20)\d{6})(?!\d)")
 

@@ -17,8 +17,8 @@ from shared.settings import DeliveryGuarantee
 log = structlog.get_logger()
 
 _WAIT_S = 1.0
-_TRANSACTION_WAIT_S = 5.0
-_STUCK_S = 8.0
+_TRANSACTION_WAIT_S = 8.0  # after ten, the broker ends it
+_STUCK_S = 10.0
 # Another member owns these partitions by now: it will commit them, this commit has come too late.
 _NOT_OURS = frozenset(
     {
@@ -85,7 +85,8 @@ class AtLeastOnce:
             raise Outage(f"a record was not written: {reason}")
         # 3. The offsets are committed.
         if member:
-            _insist(lambda: self._commit(member.consumer, list(offsets)), self._shutdown)
+            consumer = member.consumer
+            until_over(lambda: self._commit(consumer, list(offsets)), shutdown=self._shutdown, initial_s=0.1, max_s=2.0)
 
     def close(self) -> None:
         self._producer.flush(_WAIT_S)
@@ -101,11 +102,18 @@ class AtLeastOnce:
 
 
 class ExactlyOnce:
-    """Outputs, dead letters and offsets in one Kafka transaction: readers of what is committed see all or nothing."""
+    """Outputs, dead letters and offsets in one Kafka transaction: readers of what is committed see all or nothing.
+
+    A transaction that fails in whatever way is given up together with its client. The next client takes the same
+    transactional id: the broker then ends what the other left open, and the committed offsets tell how.
+    """
 
     def __init__(self, *, properties: Mapping[str, str], transactional_id: str, shutdown: Event) -> None:
         self._shutdown = shutdown
-        self._make: Callable[[], Producer] = lambda: make_producer(properties, transactional_id=transactional_id)
+        self._shaken = False  # a connection broke: the client may hang in its next transaction, see _bounded
+        self._make: Callable[[], Producer] = lambda: make_producer(
+            properties, transactional_id=transactional_id, on_error=self._on_error
+        )
         self._fresh: Producer | None = self._make()  # a wrong setting is told at the start
         self._producer: Producer | None = None
 
@@ -124,52 +132,36 @@ class ExactlyOnce:
             # 2. So do the offsets, under the generation that read the batch: who lost its partitions is fenced here.
             if member:
                 generation = member.generation
-                self._step(lambda: producer.send_offsets_to_transaction(list(offsets), generation, _TRANSACTION_WAIT_S))
+                _bounded(lambda: producer.send_offsets_to_transaction(list(offsets), generation, _TRANSACTION_WAIT_S))
             # 3. All of it becomes visible at once.
-            self._step(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
+            _bounded(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
         except KafkaException as exception:
-            self._abort(producer, exception.args[0])
-            raise Outage(f"transaction aborted: {exception.args[0].str()}") from None
+            self._producer = None
+            raise Outage(f"transaction given up: {exception.args[0].str()}") from None
         except _Stuck:
-            self._producer = None  # the next one fences it
-            raise Outage(f"the Kafka client did not return in {_STUCK_S:.0f} s, another takes its place") from None
+            self._producer = None
+            raise Outage(f"transaction given up: the client did not return in {_STUCK_S:.0f} s") from None
 
     def close(self) -> None:
         self._producer = None
 
     def _ready(self) -> Producer:
-        if self._producer is None:
-            self._fresh = self._fresh or self._make()
-            try:
-                self._fresh.init_transactions(_TRANSACTION_WAIT_S)
-            except KafkaException as exception:
-                if not exception.args[0].retriable():
-                    self._fresh = None
-                raise Outage(f"no transactions: {exception.args[0].str()}") from None
-            self._producer, self._fresh = self._fresh, None
-        return self._producer
+        if self._producer:
+            self._producer.poll(0)  # hear of broken connections
+            if not self._shaken:
+                return self._producer
+        producer, self._fresh, self._producer, self._shaken = self._fresh or self._make(), None, None, False
+        try:
+            producer.init_transactions(_TRANSACTION_WAIT_S)
+        except KafkaException as exception:
+            if exception.args[0].retriable():
+                self._fresh = producer
+            raise Outage(f"no transactions: {exception.args[0].str()}") from None
+        self._producer = producer
+        return producer
 
-    def _step(self, step: Callable[[], None]) -> None:
-        """A step of the transaction, again for as long as that can help. Raises KafkaException, _Stuck or Outage."""
-
-        def attempt() -> None:
-            try:
-                _bounded(step)
-            except KafkaException as exception:
-                if exception.args[0].retriable():
-                    raise Outage(f"transaction: {exception.args[0].str()}") from None
-                raise
-
-        _insist(attempt, self._shutdown)
-
-    def _abort(self, producer: Producer, error: KafkaError) -> None:
-        if not error.fatal():
-            try:
-                self._step(lambda: producer.abort_transaction(_TRANSACTION_WAIT_S))
-                return
-            except (KafkaException, _Stuck) as exception:
-                log.warning("abort_failed", reason=str(exception))
-        self._producer = None  # this one is beyond repair; the next delivery starts afresh and fences it
+    def _on_error(self, _error: KafkaError) -> None:
+        self._shaken = True
 
 
 class _Stuck(Exception):
@@ -209,10 +201,6 @@ def delivery(
     if guarantee == "exactly_once":
         return ExactlyOnce(properties=properties, transactional_id=transactional_id, shutdown=shutdown)
     return AtLeastOnce(properties=properties, shutdown=shutdown)
-
-
-def _insist(step: Callable[[], None], shutdown: Event) -> None:
-    until_over(step, shutdown=shutdown, initial_s=0.1, max_s=2.0)
 
 
 def enqueue(producer: Producer, record: Record, shutdown: Event) -> None:

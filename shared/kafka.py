@@ -99,11 +99,13 @@ def producer(
     *,
     transactional_id: str | None = None,
     on_failure: Callable[[Any, Message], None] | None = None,
+    on_error: Callable[[KafkaError], None] | None = None,
 ) -> Producer:
     """An idempotent producer: in order, once, acknowledged by all in-sync replicas. Raises SettingsError.
 
     Without a transaction it tries for ever (`message.timeout.ms` 0): a broker that is away is an outage, not an error.
-    `on_failure(error, message)` hears of the deliveries that failed for good, and of no other.
+    `on_failure(error, message)` hears of the deliveries that failed for good, and of no other; `on_error(error)` of
+    connections that broke.
     """
     defaults = {
         "compression.type": "lz4",
@@ -118,6 +120,8 @@ def producer(
         promised |= {"message.timeout.ms": "0"}
     if on_failure:
         promised["on_delivery"] = on_failure
+    if on_error:
+        promised["error_cb"] = on_error
     own = {key: value for key, value in properties.items() if not key.startswith(_CONSUMER_ONLY)}
     client: Producer = _client(Producer, {**_DEFAULTS, **defaults, **own, **promised})
     return client

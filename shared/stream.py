@@ -76,6 +76,7 @@ class Stream:
         self._gone: set[tuple[str | None, int | None]] = set()  # revoked since the batch in flight was handed over
         self._running: Future[int] | None = None
         self._paused = False
+        self._assigned = False  # just now: what was paused when it was taken away comes back paused
         self._in_doubt = False  # a delivery failed, and perhaps only its answer was lost
         self._flow = Flow("processed")
 
@@ -110,6 +111,8 @@ class Stream:
 
     def _fill(self) -> None:
         """Grow the batch until it is full or has waited long enough; at backlog it is full at once."""
+        if self._assigned:
+            self._resume()
         wait_s = 0.0  # a batch that comes again has waited long enough
         if not self._waiting:
             # consume() sits out its whole timeout on a partial batch: the idle wait is for one message only.
@@ -123,8 +126,7 @@ class Stream:
         """Bring the batch to its end: final, or forgotten because its partitions went to another member."""
         self._until_over(lambda: self._attempt(submit), wait=self._wait_out)
         if self._paused and not self._lost:
-            self._paused = False
-            self._consumer.resume(self._consumer.assignment())
+            self._resume()
             log.info("resumed")
 
     def _until_over(self, step: Callable[[], None], *, wait: Callable[[float], None] | None = None) -> None:
@@ -201,6 +203,10 @@ class Stream:
         self._consumer.pause(self._consumer.assignment())  # each time: a rebalance may have brought more
         self._accept([self._consumer.poll(timeout_s)])
 
+    def _resume(self) -> None:
+        self._paused = self._assigned = False
+        self._consumer.resume(self._consumer.assignment())
+
     def _accept(self, messages: Sequence[Message | None]) -> None:
         for message in messages:
             if message is None:
@@ -215,6 +221,7 @@ class Stream:
 
     def _on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         log.info("assigned", partitions=[partition.partition for partition in partitions])
+        self._assigned = True
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Finish the batch in flight while these partitions are still ours; forget what else is waiting of them."""

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from shared.records import RAW_COLUMNS, encode_transaction
 
 CARD = 4497913965512794052  # fails the Luhn test, as many of the API's do
 BORN = "1955-11-07"
+ODD = {"cc_num": "4497/9139/6551/2794/052", "dob": "7 November 1955"}
 NOW_MS = 1_767_225_600_000  # 2026-01-01T00:00Z
 TOPICS = ("topic_1", "topic_2")
 
@@ -33,13 +35,13 @@ def canonical(**changes: object) -> dict[str, object]:
     return {**transaction, "cc_num": CARD, "dob": BORN, **changes}
 
 
-def split(**changes: object) -> dict[str, object]:
+def split(**changes: object) -> dict[str, list[Any]]:
     row = {**dict.fromkeys(RAW_COLUMNS, 1), "cc_num": CARD, "dob": BORN, "current_time": NOW_MS, **changes}
     return {"columns": list(row), "index": [0], "data": [list(row.values())]}
 
 
-def without_a_cell(table: dict[str, object]) -> dict[str, object]:
-    return {**table, "data": [row[1:] for row in table["data"]]}  # type: ignore[attr-defined]
+def without_a_cell(table: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {**table, "data": [row[1:] for row in table["data"]]}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,9 @@ def without_a_cell(table: dict[str, object]) -> dict[str, object]:
         pytest.param(json.dumps(canonical(amt="x"))[:-9], id="cut off"),
         pytest.param(f'{{"dob": "{BORN[:8]}', id="cut off in the birth date"),
         pytest.param(json.dumps(split()), id="split form"),
+        pytest.param(json.dumps(canonical(**ODD)), id="unusual forms"),
+        pytest.param(json.dumps(canonical(**ODD))[:-2], id="unusual forms cut off"),
+        pytest.param(json.dumps(json.dumps(canonical(**ODD)))[:-2], id="unusual forms in a string cut off"),
         pytest.param(json.dumps(json.dumps(split())), id="split form in a string"),
         pytest.param(json.dumps(split())[:-2], id="split form cut off"),
         pytest.param(json.dumps(json.dumps(split()))[:-2], id="split form in a string cut off"),
@@ -73,6 +78,17 @@ def test_no_value_shows_a_card_number_or_a_birth_date(value: str, garbage: bytes
     digits = "".join(char for char in shown if char.isdigit())
     assert str(CARD)[:11] not in digits
     assert "1955" not in shown
+
+
+def test_a_column_is_hidden_whatever_it_holds() -> None:
+    (row,) = json.loads(readable_value(json.dumps(split(**ODD)).encode()))["data"]
+
+    assert dict(zip(split()["columns"], row, strict=True)) == {
+        **dict.fromkeys(RAW_COLUMNS, 1),
+        "cc_num": "**** 4052",
+        "dob": "****",
+        "current_time": NOW_MS,
+    }
 
 
 def test_what_is_neither_stays_as_it_is() -> None:
