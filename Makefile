@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SERVICES := producer predictor alerter db_sink
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
-.PHONY: demo test lint format bench kafka lock clean
+.PHONY: demo test lint format bench chaos kafka lock clean
 
 ## A stream of transactions through everything, on this machine. Options: make demo ARGS="--broker embedded"
 demo: $(VENV)/.ready
@@ -28,6 +28,11 @@ format: $(VENV)/.ready
 ## Throughput, against the limits of the parts, in the same run
 bench: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks.predictor $(ARGS)
+
+## The fault campaign, three quarters of an hour. Options: make chaos ARGS="--scenario everything --seed 7"
+chaos: $(VENV)/.ready
+	@mkdir -p build
+	@$(BIN)/fraudctl chaos --report build/chaos.json $(ARGS)
 
 ## Fetch Apache Kafka's jars once (needs Java 17 and Maven)
 kafka: $(VENV)/.ready

@@ -80,7 +80,8 @@ def demo(
 
 @app.command()
 def chaos(
-    scenario: Annotated[list[str] | None, typer.Option(help="Which; without it, all.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="More scenarios.")] = None,
+    scenario: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Which; without it, all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the faults; without it, drawn.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="How long each streams; without it, as needed.")] = None,
     report: Annotated[Path | None, typer.Option(help="Where the results go as JSON.")] = None,
@@ -90,7 +91,7 @@ def chaos(
     from fraudctl import chaos as runner
     from sandbox.processes import StandInError
 
-    names = scenario or list(runner.SCENARIOS)
+    names = [*(scenario or []), *(more or [])] or list(runner.SCENARIOS)
     if unknown := [name for name in names if name not in runner.SCENARIOS]:
         _refuse(SettingsError(f"--scenario: no {', '.join(unknown)}; there are {', '.join(runner.SCENARIOS)}"))
     chosen = random.randrange(10**6) if seed is None else seed  # noqa: S311 - makes faults, guards nothing

@@ -323,8 +323,9 @@ class Rubbish:
 
     def write(self) -> None:
         """One more on topic_1."""
-        kind, content = self._run.dice.choice(_RUBBISH)
-        value = content(next(self._numbers))
+        number = next(self._numbers)
+        kind, content = _CUT_OFF if number == 1 else self._run.dice.choice(_RUBBISH)
+        value = content(number)
         self._producer.produce(demo.TOPICS[0], value, on_delivery=partial(self._written, kind))
         self._producer.poll(0)
 
@@ -352,7 +353,7 @@ class Rubbish:
         place = kafka.coordinates(message)
         self._run.rubbish.add(place)
         self._run.faults["rubbish"] += 1
-        if kind == "cut off":
+        if kind == _CUT_OFF[0]:
             self.cut_off[place] = message.value() or b""
 
 
@@ -362,7 +363,11 @@ def _flawed(number: int, **flaws: object) -> bytes:
     return msgspec.json.encode(whole | flaws)
 
 
-_RUBBISH: tuple[tuple[str, Callable[[int], bytes | None]], ...] = (
+_Kind = tuple[str, Callable[[int], bytes | None]]
+
+_CUT_OFF: _Kind = ("cut off", lambda number: _flawed(number)[:-1])
+_RUBBISH: tuple[_Kind, ...] = (
+    _CUT_OFF,
     ("nothing", lambda _: None),
     ("empty", lambda _: b""),
     ("no text", lambda number: b"\xff\xfe" + number.to_bytes(4, "big")),
@@ -372,7 +377,6 @@ _RUBBISH: tuple[tuple[str, Callable[[int], bytes | None]], ...] = (
     ("large", lambda number: str(number).encode() * 50_000),
     ("another thing", lambda number: msgspec.json.encode({"degrees": number})),
     ("other columns", lambda number: msgspec.json.encode({"columns": ["degrees"], "index": [0], "data": [[number]]})),
-    ("cut off", lambda number: _flawed(number)[:-1]),
     ("amount as text", lambda number: _flawed(number, amt="12.50")),
     ("no merchant", lambda number: _flawed(number, merchant=None)),
     ("long card", lambda number: _flawed(number, cc_num=10**19 + number)),
@@ -408,7 +412,7 @@ def _one_recipient_has_all(run: Run, ledger: Ledger) -> list[str]:
 
 
 SCENARIOS: dict[str, Scenario] = {
-    "kill-predictor": Scenario(faults=kills("predictor"), minutes=2.5),
+    "kill-predictor": Scenario(faults=kills("predictor"), minutes=3.0),
     "kill-sink": Scenario(faults=kills("db_sink")),
     "kill-alerter": Scenario(faults=kills("alerter")),
     "kill-producer": Scenario(faults=kills("producer")),
@@ -504,13 +508,15 @@ def _play(name: str, *, seed: int, minutes: float | None, work_dir: Path, consol
         rubbish=len(run.rubbish),
         evictions=evictions,
         figures=run.figures,
-        broken=[*_broken(run, ledger, logs), *scenario.broken(run, ledger)],
+        broken=[*broken_promises(run, ledger, logs), *scenario.broken(run, ledger)],
     )
 
 
-def _broken(run: Run, ledger: Ledger, logs: Sequence[str]) -> list[str]:
+def broken_promises(run: Run, ledger: Ledger, logs: Sequence[str]) -> list[str]:
     """The promises that did not hold, each in a line with the identities."""
     broken = [f"{what}: {_some(identities)}" for what, identities in ledger.suspects.items()]
+    if ledger.mailed_frauds != ledger.predicted_frauds and not broken:
+        broken.append(f"{ledger.mailed_frauds} of {ledger.predicted_frauds} frauds mailed")
     if ledger.repeated_mails > run.kills["alerter"]:
         broken.append(f"{ledger.repeated_mails} mails repeated, the alerter was killed {run.kills['alerter']} times")
     kept = ledger.dead_letter_places

@@ -8,6 +8,7 @@ from confluent_kafka import Producer
 from conftest import Rig, dead_letter_topic, make_transactions, until
 
 from sandbox.registry import Registry
+from sandbox.stack import service
 from shared.records import decode_prediction
 
 pytestmark = pytest.mark.kafka
@@ -52,6 +53,55 @@ def test_killed_in_the_middle_again_and_again_it_loses_and_doubles_nothing(predi
     identities = [decode_prediction(message.value()).identity for message in messages]
     assert len(identities) == len(set(identities)) == len(batch)
     assert set(identities) == {each.identity for each in batch}
+
+
+def test_killed_and_restarted_it_delays_nobody_for_long(predictor_rig: Rig) -> None:
+    batch = make_transactions(3600)
+    predictor_rig.put_transactions(batch[:3000])
+    first = predictor_rig.start("predictor", MAX_BATCH_SIZE="50")
+    until(lambda: first.said("event='processed'"), what="some work")
+    first.kill()  # with a transaction open, as a rule
+    predictor_rig.put_transactions(batch[3000:])
+    second = predictor_rig.start("predictor", ready=False, MAX_BATCH_SIZE="50")
+    until(lambda: second.said("event='model_loaded'"), what="the restarted process")
+    began = time.monotonic()
+
+    messages = predictor_rig.read(predictor_rig.topic_2, len(batch), extra_s=0)
+
+    assert time.monotonic() - began < 5
+    assert len(messages) == len(batch)
+
+
+def test_killed_for_good_another_takes_over_before_long(predictor_rig: Rig) -> None:
+    batch = make_transactions(6600)
+    settings = predictor_rig.environment | {"MAX_BATCH_SIZE": "50"}
+    first, second = (service("predictor", predictor_rig.directory, settings, replica=number) for number in (1, 2))
+    predictor_rig.processes += [first.start(), second.start()]
+    until(lambda: first.said("event='revoked'"), what="a share for the second")
+    predictor_rig.put_transactions(batch[:6000])
+    until(lambda: first.said("event='processed'"), what="some work")
+    first.kill()
+    predictor_rig.put_transactions(batch[6000:])
+    began = time.monotonic()
+
+    messages = predictor_rig.read(predictor_rig.topic_2, len(batch), extra_s=1, timeout_s=60)
+
+    assert time.monotonic() - began < 25
+    assert len(messages) == len({decode_prediction(each.value()).identity for each in messages}) == len(batch)
+
+
+def test_who_takes_a_replica_s_name_takes_its_place(predictor_rig: Rig) -> None:
+    first, second = (service("predictor", predictor_rig.directory, predictor_rig.environment) for _ in range(2))
+    predictor_rig.processes += [first.start(), second]
+    second.spawn()
+    until(lambda: "is REPLICA unique among the replicas?" in predictor_rig.log("predictor"), what="a word on the name")
+    predictor_rig.put_transactions(make_transactions(500))
+
+    messages = predictor_rig.read(predictor_rig.topic_2, 500, extra_s=2, timeout_s=60)
+
+    assert len(messages) == 500
+    assert first.running
+    assert second.running
 
 
 def test_each_card_keeps_its_order(predictor_rig: Rig) -> None:
