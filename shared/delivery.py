@@ -30,10 +30,11 @@ _NOT_OURS = frozenset(
 
 
 class Member(NamedTuple):
-    """Who read a batch: the consumer, and its group's generation at that time."""
+    """Who read a batch: the consumer, its group's generation at that time, and whether its place was lost since."""
 
     consumer: Consumer
     generation: object
+    lost: Event
 
 
 class Delivery(Protocol):
@@ -84,19 +85,18 @@ class AtLeastOnce:
             self._failed.clear()
             raise Outage(f"a record was not written: {reason}")
         # 3. The offsets are committed.
-        if member:
-            consumer = member.consumer
-            until_over(lambda: self._commit(consumer, list(offsets)), shutdown=self._shutdown, initial_s=0.1, max_s=2.0)
+        if reader := member:
+            until_over(lambda: self._commit(reader, list(offsets)), shutdown=self._shutdown, initial_s=0.1, max_s=2.0)
 
     def close(self) -> None:
         self._producer.flush(_WAIT_S)
 
-    def _commit(self, consumer: Consumer, offsets: list[TopicPartition]) -> None:
+    def _commit(self, member: Member, offsets: list[TopicPartition]) -> None:
         try:
-            consumer.commit(offsets=offsets, asynchronous=False)
+            member.consumer.commit(offsets=offsets, asynchronous=False)
         except KafkaException as exception:
             error = exception.args[0]
-            if error.code() not in _NOT_OURS:
+            if error.code() not in _NOT_OURS and not member.lost.is_set():
                 raise Outage(f"offsets not committed: {error.str()}") from None
             log.warning("commit_too_late", reason=error.str())
 
@@ -111,8 +111,12 @@ class ExactlyOnce:
     def __init__(self, *, properties: Mapping[str, str], transactional_id: str, shutdown: Event) -> None:
         self._shutdown = shutdown
         self._shaken = False  # a connection broke: the client may hang in its next transaction, see _bounded
+        self._failed: list[str] = []
         self._make: Callable[[], Producer] = lambda: make_producer(
-            properties, transactional_id=transactional_id, on_error=self._on_error
+            properties,
+            transactional_id=transactional_id,
+            on_failure=lambda error, _: self._failed.append(error.str()),
+            on_error=self._on_error,
         )
         self._fresh: Producer | None = self._make()  # a wrong setting is told at the start
         self._producer: Producer | None = None
@@ -137,7 +141,10 @@ class ExactlyOnce:
             _bounded(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
         except KafkaException as exception:
             self._producer = None
-            raise Outage(f"transaction given up: {exception.args[0].str()}") from None
+            producer.poll(0)  # hear of records that were not written
+            reason = self._failed[0] if self._failed else exception.args[0].str()
+            self._failed.clear()
+            raise Outage(f"transaction given up: {reason}") from None
         except _Stuck:
             self._producer = None
             raise Outage(f"transaction given up: the client did not return in {_STUCK_S:.0f} s") from None

@@ -7,6 +7,7 @@ that the loop can keep polling, and thus its place in the group, however long th
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from itertools import takewhile
 from threading import Event
 from typing import NamedTuple
@@ -26,7 +27,7 @@ log = structlog.get_logger()
 
 _IDLE_POLL_S = 0.5
 _KEEPALIVE_S = 1.0
-_REVOKE_WAIT_S = 60.0
+_REVOKE_WAIT_S = 30.0
 _COMMITTED_WAIT_S = 5.0
 # A static member is fenced by another process of its name, or by itself, when the broker forgets that it has let it in.
 _FATAL = frozenset({KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID})
@@ -75,6 +76,7 @@ class Stream:
         self._waiting: list[Message] = []  # consumed, not final
         self._gone: set[tuple[str | None, int | None]] = set()  # revoked since the batch in flight was handed over
         self._running: Future[int] | None = None
+        self._too_late = Event()  # what the batch in flight was read under is lost
         self._paused = False
         self._assigned = False  # just now: what was paused when it was taken away comes back paused
         self._in_doubt = False  # a delivery failed, and perhaps only its answer was lost
@@ -97,11 +99,14 @@ class Stream:
     def _consume(self, submit: Submit) -> None:
         """Hold a place in the group until the shutdown, or until the consumer is lost; then have a new one."""
         self._consumer.subscribe(
-            [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+            [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
         while not self._shutdown.is_set() and not self._lost:
             self._fill()
             self._process(submit)
+            if self._in_doubt and not self._waiting:  # its partitions are gone; who has them waits for the end of it
+                with suppress(Outage):
+                    self._delivery.open()
         if self._lost:
             log.warning("consumer_lost", reason=self._lost, hint="is REPLICA unique among the replicas?")
             self._consumer.close()
@@ -146,7 +151,8 @@ class Stream:
         batch, self._waiting = self._waiting[:size], self._waiting[size:]
         self._gone.clear()
         done = 0
-        self._running = submit(batch, Member(self._consumer, self._consumer.consumer_group_metadata()))
+        self._too_late.clear()
+        self._running = submit(batch, Member(self._consumer, self._consumer.consumer_group_metadata(), self._too_late))
         try:
             while not wait([self._running], _KEEPALIVE_S).done:
                 self._keep_place(0)
@@ -216,6 +222,7 @@ class Stream:
                 self._waiting.append(message)
             elif error.fatal() or error.code() in _FATAL:
                 self._lost = error.str()
+                self._too_late.set()
             else:
                 log.warning("consumer_error", reason=error.str())
 
@@ -227,6 +234,14 @@ class Stream:
         """Finish the batch in flight while these partitions are still ours; forget what else is waiting of them."""
         if self._running:
             wait([self._running], _REVOKE_WAIT_S)
+        self._forget(partitions)
+
+    def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """These partitions are others' already: there is nothing to wait for."""
+        self._too_late.set()
+        self._forget(partitions)
+
+    def _forget(self, partitions: list[TopicPartition]) -> None:
         log.info("revoked", partitions=[partition.partition for partition in partitions])
         self._gone |= {(partition.topic, partition.partition) for partition in partitions}
         self._waiting = [m for m in self._waiting if (m.topic(), m.partition()) not in self._gone]

@@ -8,7 +8,7 @@ from threading import Event
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from conftest import Rig, until
 
 from shared.delivery import AtLeastOnce, Delivery, Member
@@ -289,4 +289,25 @@ def test_a_lost_consumer_is_replaced_and_the_stream_goes_on(rig: Rig, committed:
     until(lambda: committed() == 30, what="all of it committed")
     shutdown.set()
     thread.join(20)
+    assert not thread.is_alive()
+
+
+class Away:
+    """A consumer whose group cannot be reached."""
+
+    def commit(self, **_: object) -> None:
+        raise KafkaException(KafkaError(KafkaError._WAIT_COORD, "waiting for coordinator"))
+
+
+def test_a_commit_is_insisted_on_until_its_member_is_lost(rig: Rig) -> None:
+    delivery = AtLeastOnce(properties=rig.properties, shutdown=Event())
+    member = Member(Away(), None, Event())
+    thread = threading.Thread(target=delivery.deliver, args=[[], [TopicPartition(rig.topic_1, 0, 5)], member])
+    thread.start()
+    thread.join(1)
+    assert thread.is_alive()
+
+    member.lost.set()
+
+    thread.join(10)
     assert not thread.is_alive()
