@@ -205,7 +205,7 @@ def draw_up(
         "missing in the mailbox": topics.frauds - mailed_ms.keys() - topics.dead,
         "missing in the table": predicted - ingested_ms.keys() - topics.dead,
     }
-    if len(missing["missing on topic_1"]) <= topics.refused_rows:  # which have no identity
+    if len(missing["missing on topic_1"]) == topics.refused_rows:  # which have no identity
         del missing["missing on topic_1"]
     suspects = {**missing, "repeated": topics.repeated, "out of order": topics.misplaced}
     return Ledger(

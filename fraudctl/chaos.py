@@ -282,6 +282,7 @@ def api_troubles(run: Run) -> Iterator[None]:
 def poison(run: Run) -> Iterator[None]:
     """Rubbish of many kinds on topic_1, in between; one that was cut off is mended and put back."""
     rubbish = Rubbish(run)
+    rubbish.write()
     while not run.over:
         if run.dice.random() < RATE * _POISON_SHARE * _TICK_S:
             rubbish.write()

@@ -127,8 +127,9 @@ def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Le
             pump.stream(interrupted, steps)
             pump.drain()
         console.print()
-        for each in services.values():
-            each.stop()
+        for name, each in services.items():
+            if each.stop():
+                raise StandInError(f"{name} did not stop as it should: {each.last_line()}")
         status = parts.api.status()
         return draw_up(
             reader.stop(),

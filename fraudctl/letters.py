@@ -13,16 +13,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message, Producer, TopicPartition
-from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 from rich.table import Table
 from rich.text import Text
 
 from fraudctl.readable import readable_header, readable_key, readable_value
 from fraudctl.topics import ends
+from shared import kafka
 from shared.dead_letters import SUFFIX
 from shared.errors import Outage, Poison
-from shared.kafka import Headers, admin, coordinates, headers, producer, read_to_end
+from shared.kafka import Headers, coordinates, headers, producer, read_to_end
 from shared.records import format_time, read_topic_1
 from shared.settings import ServiceSettings
 
@@ -365,18 +365,8 @@ def _wait_for_open_transactions(properties: Mapping[str, str], names: Sequence[s
 
     Raises Outage.
     """
-    client = admin(properties)  # which answers for as long as it is kept
-    latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
     partitions = [TopicPartition(end.topic, end.partition) for end in ends(properties, names)]
-    try:
-        answers = client.list_offsets(
-            dict.fromkeys(partitions, latest),
-            isolation_level=IsolationLevel.READ_UNCOMMITTED,
-            request_timeout=_TIMEOUT_S,
-        )
-        written = {(asked.topic, asked.partition): answer.result().offset for asked, answer in answers.items()}
-    except KafkaException as exception:
-        raise _verdict(exception) from None
+    written = kafka.ends(properties, partitions, committed=False)
     deadline = time.monotonic() + _OPEN_S
     while any(end.offset < written[end.topic, end.partition] for end in ends(properties, names)):
         if time.monotonic() > deadline:

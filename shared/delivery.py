@@ -62,7 +62,10 @@ class AtLeastOnce:
     def __init__(self, *, properties: Mapping[str, str], shutdown: Event) -> None:
         self._shutdown = shutdown
         self._failed: list[str] = []
-        self._producer = make_producer(properties, on_failure=lambda error, _: self._failed.append(error.str()))
+        self._make: Callable[[], Producer] = lambda: make_producer(
+            properties, on_failure=lambda error, _: self._failed.append(error.str())
+        )
+        self._producer = self._make()
 
     def open(self) -> None:
         """Nothing is ever half-done."""
@@ -76,6 +79,8 @@ class AtLeastOnce:
                 enqueue(self._producer, record, self._shutdown)
         except KafkaException as exception:
             self._failed.append(exception.args[0].str())
+            if exception.args[0].fatal() or exception.args[0].code() == KafkaError._FATAL:
+                self._producer = self._make()
         # 2. Every one is acknowledged. The producer itself tries for ever: handing over twice would write twice.
         while self._producer.flush(_WAIT_S):
             if self._shutdown.is_set():
@@ -143,7 +148,6 @@ class ExactlyOnce:
             self._producer = None
             producer.poll(0)  # hear of records that were not written
             reason = self._failed[0] if self._failed else exception.args[0].str()
-            self._failed.clear()
             raise Outage(f"transaction given up: {reason}") from None
         except _Stuck:
             self._producer = None
@@ -157,6 +161,7 @@ class ExactlyOnce:
             self._producer.poll(0)  # hear of broken connections
             if not self._shaken:
                 return self._producer
+        self._failed.clear()
         producer, self._fresh, self._producer, self._shaken = self._fresh or self._make(), None, None, False
         try:
             producer.init_transactions(_TRANSACTION_WAIT_S)

@@ -4,8 +4,16 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import (
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Message,
+    Producer,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from shared.errors import Outage, SettingsError
 
@@ -132,6 +140,24 @@ def admin(properties: Mapping[str, str]) -> AdminClient:
     own = {key: value for key, value in properties.items() if not key.startswith((*_CONSUMER_ONLY, *_PRODUCER_ONLY))}
     client: AdminClient = _client(AdminClient, own)
     return client
+
+
+def ends(
+    properties: Mapping[str, str], partitions: Sequence[TopicPartition], *, committed: bool
+) -> dict[tuple[str, int], int]:
+    """The next offset of each partition: of all that is written, or before an open transaction. Raises Outage."""
+    client = admin(properties)  # which answers for as long as it is kept
+    latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+    level = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
+    try:
+        answers = client.list_offsets(
+            {TopicPartition(each.topic, each.partition): latest for each in partitions},
+            isolation_level=level,
+            request_timeout=_READ_TIMEOUT_S,
+        )
+        return {(asked.topic, asked.partition): answer.result().offset for asked, answer in answers.items()}
+    except KafkaException as error:
+        raise Outage(f"Kafka: {error.args[0].str()}") from None
 
 
 def read_to_end(properties: Mapping[str, str], starts: Sequence[TopicPartition], *, group: str) -> Iterator[Message]:

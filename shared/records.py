@@ -7,7 +7,8 @@ transactions.
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -22,6 +23,7 @@ Text = Annotated[str, Meta(max_length=1000)]
 Key = Annotated[str, Meta(max_length=200)]  # it goes into a database index
 
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000").search  # not an escaped backslash before u0000
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}").fullmatch
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}").fullmatch
 MAX_CARD_DIGITS = 19
@@ -85,6 +87,10 @@ _decode_transaction = msgspec.json.Decoder(Transaction).decode
 _decode_prediction = msgspec.json.Decoder(Prediction).decode
 
 
+class NotJson(Poison):
+    """It is not even JSON: an error page, as a rule."""
+
+
 class BadRow(NamedTuple):
     """A row that could not be read: why, and the row by itself as a value in split form."""
 
@@ -114,7 +120,7 @@ def decode_prediction(value: bytes | None) -> Prediction:
     if not value:
         raise Poison("empty value")
     try:
-        return _checked(_decode_prediction(value))
+        return _checked(_decode_prediction(_without_nul(value)))
     except ValueError as error:
         raise Poison(without_digits(str(error))) from None
 
@@ -124,7 +130,7 @@ def read_topic_1(value: bytes | None) -> Rows:
     if not value:
         raise Poison("empty value")
     try:
-        transaction = _decode_transaction(value)
+        transaction = _decode_transaction(_without_nul(value))
     except ValueError as error:
         try:
             payload = _parse(value)
@@ -159,21 +165,36 @@ def mask_card(cc_num: int) -> str:
 
 def _parse(body: bytes) -> Any:
     try:
-        payload = msgspec.json.decode(body)
-        return msgspec.json.decode(payload) if isinstance(payload, str) else payload
+        payload = msgspec.json.decode(_without_nul(body))
+        return msgspec.json.decode(_without_nul(payload.encode())) if isinstance(payload, str) else payload
     except (ValueError, RecursionError) as error:
-        raise Poison(f"not JSON: {error}") from None
+        raise NotJson(f"not JSON: {error}") from None
 
 
 def _checked(transaction: _T) -> _T:
     """What msgspec's types leave open. Words such as `yesterday` are times to PostgreSQL, and must not get there."""
     if transaction.cc_num >= 10**MAX_CARD_DIGITS:
         raise Poison(f"Expected `int` of at most {MAX_CARD_DIGITS} digits - at `$.cc_num`")
-    if not _TIME(transaction.trans_date_trans_time):
+    if not _exists(transaction.trans_date_trans_time, _TIME):
         raise Poison("Expected YYYY-MM-DD HH:MM:SS - at `$.trans_date_trans_time`")
-    if not _DATE(transaction.dob):
+    if not _exists(transaction.dob, _DATE):
         raise Poison("Expected YYYY-MM-DD - at `$.dob`")
     return transaction
+
+
+def _exists(moment: str, form: Callable[[str], object]) -> bool:
+    """Whether it has this form, and there is such a date."""
+    try:
+        return bool(form(moment) and datetime.fromisoformat(moment))
+    except ValueError:
+        return False
+
+
+def _without_nul(text: bytes) -> bytes:
+    """The JSON, if no text in it has the one character that PostgreSQL does not take. Raises Poison."""
+    if b"\\u0000" in text and _NUL(text):
+        raise Poison("NUL in a text")
+    return text
 
 
 def _rows(payload: Any) -> Rows:
@@ -190,7 +211,7 @@ def _rows(payload: Any) -> Rows:
                 raise Poison(f"expected a list of {len(columns)} values")
             transactions.append(_from_row(dict(zip(columns, row, strict=True))))
         except Poison as error:
-            alone = msgspec.json.encode({"columns": columns, "index": [number], "data": [row]})
+            alone = msgspec.json.encode({"columns": columns, "index": [0], "data": [row]})
             bad.append(BadRow(f"row {number}: {error}", alone))
     return Rows(transactions, bad)
 

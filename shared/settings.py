@@ -48,7 +48,9 @@ class StreamSettings(ServiceSettings):
     dead_letter_limit_ratio: float = Field(
         0.5, gt=0, le=1, description="Share of refused rows above which it is not the rows that are bad: wait"
     )
-    dead_letter_limit_consecutive: int = Field(20, ge=1, description="The same, as refused rows one after the other")
+    dead_letter_limit_consecutive: int = Field(
+        20, ge=1, le=1000, description="The same, as refused rows one after the other"
+    )
     backoff_initial_seconds: Backoff = Field(0.2, description="First wait after a failure; doubled each time")
     backoff_max_seconds: Backoff = Field(10.0, description="Longest wait between two tries")
 

@@ -13,7 +13,7 @@ from pydantic_settings import NoDecode
 from services.alerter.mail import Mailer, SmtpTls, compose
 from services.alerter.mailed import Mailed
 from shared import kafka, service
-from shared.dead_letters import dead_letter
+from shared.dead_letters import Limit, dead_letter
 from shared.delivery import AtLeastOnce
 from shared.errors import Poison
 from shared.kafka import Record, headers
@@ -76,11 +76,14 @@ def serve(settings: AlerterSettings, shutdown: Event) -> None:
         password=settings.smtp_password.get_secret_value() if settings.smtp_password else None,
     )
     mailed = Mailed(_REMEMBERED)
-    stream.run(lambda messages: alert(messages, mailer, mailed, settings))
+    limit = Limit(ratio=settings.dead_letter_limit_ratio, consecutive=settings.dead_letter_limit_consecutive)
+    stream.run(lambda messages: alert(messages, mailer, mailed, limit, settings))
     mailer.close()
 
 
-def alert(messages: Sequence[Message], mailer: Mailer, mailed: Mailed, settings: AlerterSettings) -> Outcome:
+def alert(
+    messages: Sequence[Message], mailer: Mailer, mailed: Mailed, limit: Limit, settings: AlerterSettings
+) -> Outcome:
     """Mail the first fraud of the batch that is not `mailed` yet; what comes after it is left for the next round.
 
     So every accepted mail is followed by a commit at once, and a crash repeats one alarm at the most. Raises Outage.
@@ -96,19 +99,23 @@ def alert(messages: Sequence[Message], mailer: Mailer, mailed: Mailed, settings:
                 continue
             if dead:  # these go first: were they not accepted, the mail would be repeated with them
                 return Outcome(number - 1, dead=dead)
-            provenance = from_headers(headers(message))
-            mailer.send(
-                compose(
-                    prediction,
-                    provenance,
-                    sender=settings.alert_from,
-                    recipients=settings.alert_to,
-                    now=datetime.now(UTC),
-                )
-            )
         except Poison as poison:
             dead.append(dead_letter(message, str(poison), group=settings.alerter_group))
             continue
+        mail = compose(
+            prediction,
+            from_headers(headers(message)),
+            sender=settings.alert_from,
+            recipients=settings.alert_to,
+            now=datetime.now(UTC),
+        )
+        try:
+            mailer.send(mail)
+        except Poison as poison:
+            limit.check([poison])
+            dead.append(dead_letter(message, str(poison), group=settings.alerter_group))
+            continue
+        limit.check([mail])
         mailed.add(prediction.identity)
         log.info("alarm_mailed", card=mask_card(prediction.cc_num), amount=prediction.amt, id=prediction.trans_num)
         return Outcome(number)

@@ -134,7 +134,7 @@ class Mailer:
         except smtplib.SMTPResponseException as error:
             self.close()
             raise Outage(f"mail server: {error.smtp_code} {_text(error.smtp_error)}") from None
-        except (smtplib.SMTPException, OSError) as error:
+        except (smtplib.SMTPException, OSError, UnicodeError) as error:
             self.close()
             raise Outage(f"mail server: {type(error).__name__}: {error}") from None
 

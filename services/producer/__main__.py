@@ -14,14 +14,13 @@ from confluent_kafka import KafkaException, TopicPartition
 from pydantic import AnyHttpUrl, Field
 
 from services.producer.api import fetch
-from services.producer.journal import Entry, Journal, open_journal
+from services.producer.journal import Entry, Journal, open_journals
 from shared import delivery, kafka, service
 from shared.dead_letters import SUFFIX, refusal
-from shared.delivery import Delivery
 from shared.errors import Outage, Poison
 from shared.flow import Flow
 from shared.kafka import Record
-from shared.records import BadRow, Transaction, encode_transaction, read_split
+from shared.records import BadRow, NotJson, Transaction, encode_transaction, read_split
 from shared.retry import delay_s, until_over
 from shared.settings import Backoff, DeliveryGuarantee, ServiceSettings, kafka_properties
 
@@ -30,8 +29,8 @@ log = structlog.get_logger()
 _GROUP = "producer"
 _BATCH = 1000
 _IDLE_S = 0.5
-_LARGEST_REFUSED_ROW = 512 * 1024  # bytes; a transaction has a few hundred, and no topic takes much more than this
-_CLOCK_SLACK_MS = 60_000
+_LARGEST_REFUSED = 512 * 1024  # bytes; a transaction has a few hundred, and no topic takes much more than this
+_CLOCK_SLACK_MS = 600_000
 
 
 class ProducerSettings(ServiceSettings):
@@ -56,29 +55,28 @@ class ProducerSettings(ServiceSettings):
 def serve(settings: ProducerSettings, shutdown: Event) -> None:
     """Poll until shutdown, then write what waits."""
     properties = kafka_properties(settings)
-    journal = open_journal(settings.journal_directory, remembered=settings.recent_identities)
-    deliver = delivery.delivery(
-        settings.delivery, properties=properties, transactional_id=f"producer-{journal.id}", shutdown=shutdown
-    )
-    if left := len(journal):
-        log.info("left_by_predecessor", records=left)
+    own, *left_behind = open_journals(settings.journal_directory, remembered=settings.recent_identities)
     polled, over = Event(), Event()
-    with ThreadPoolExecutor(1, thread_name_prefix="writer") as worker:
-        writing = worker.submit(
-            write, journal, deliver, properties, settings=settings, polled=polled, over=over, shutdown=shutdown
+    with ThreadPoolExecutor(1 + len(left_behind), thread_name_prefix="writer") as workers:
+        writing = [workers.submit(_write_out, journal, properties, settings, shutdown) for journal in left_behind]
+        writing.append(
+            workers.submit(write, own, properties, settings=settings, polled=polled, over=over, shutdown=shutdown)
         )
-        writing.add_done_callback(lambda _: shutdown.set())  # whatever ends it ends the polling
+        writing[-1].add_done_callback(lambda _: shutdown.set())  # whatever ends it ends the polling
         try:
-            poll(settings, journal, polled, shutdown)
+            poll(settings, own, polled, shutdown)
+        except Outage as outage:
+            log.error("fetched_and_not_kept", reason=str(outage))
         finally:
+            shutdown.set()
             over.set()
             polled.set()
-        try:
-            writing.result()
-        except Outage as outage:
-            log.warning("stopped_in_outage", reason=str(outage), left_for_later=len(journal))
-    deliver.close()
-    journal.close()
+        for each in writing:
+            try:
+                each.result()
+            except Outage as outage:
+                log.warning("stopped_in_outage", reason=str(outage), left_for_later=len(own))
+    own.close()
 
 
 def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: Event) -> None:
@@ -91,8 +89,12 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
             try:
                 if (waiting := len(journal)) >= settings.max_waiting_records:
                     raise Outage(f"{waiting} records wait to be written")
-                rows = read_split(fetch(session, str(settings.api_url), timeout_s=settings.api_timeout_seconds))
+                body = fetch(session, str(settings.api_url), timeout_s=settings.api_timeout_seconds)
+                rows = read_split(body)
             except (Outage, Poison) as problem:
+                if isinstance(problem, Poison) and not isinstance(problem, NotJson):
+                    _keep(_dead_letters([BadRow(str(problem), body)], settings.topic_1), journal, settings, shutdown)
+                    polled.set()
                 asked_s = problem.retry_after_s if isinstance(problem, Outage) else 0.0
                 backoff_s = delay_s(
                     failures, initial_s=settings.backoff_initial_seconds, max_s=settings.backoff_max_seconds
@@ -115,7 +117,6 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
 
 def write(
     journal: Journal,
-    deliver: Delivery,
     properties: dict[str, str],
     *,
     settings: ProducerSettings,
@@ -127,7 +128,12 @@ def write(
 
     Raises Outage if the shutdown comes while Kafka is away.
     """
+    deliver = delivery.delivery(
+        settings.delivery, properties=properties, transactional_id=f"producer-{journal.id}", shutdown=shutdown
+    )
     in_doubt = True  # perhaps what waits was written by a predecessor, or by a try whose answer was lost
+    if left := len(journal):
+        log.info("left_by_predecessor", records=left)
 
     def step() -> bool:
         nonlocal in_doubt
@@ -142,19 +148,32 @@ def write(
             in_doubt = False
         return bool(batch)
 
-    while True:
-        last = over.is_set()
-        polled.clear()
-        while until_over(
-            step,
-            shutdown=shutdown,
-            initial_s=settings.backoff_initial_seconds,
-            max_s=settings.backoff_max_seconds,
-        ):
-            pass
-        if last:
-            return
-        polled.wait(_IDLE_S)
+    try:
+        while True:
+            last = over.is_set()
+            polled.clear()
+            while until_over(
+                step,
+                shutdown=shutdown,
+                initial_s=settings.backoff_initial_seconds,
+                max_s=settings.backoff_max_seconds,
+            ):
+                pass
+            if last:
+                return
+            polled.wait(_IDLE_S)
+    finally:
+        deliver.close()
+
+
+def _write_out(journal: Journal, properties: dict[str, str], settings: ProducerSettings, shutdown: Event) -> None:
+    """Bring what a replica that is gone has left onto its topics."""
+    over = Event()
+    over.set()
+    try:
+        write(journal, properties, settings=settings, polled=Event(), over=over, shutdown=shutdown)
+    finally:
+        journal.close()
 
 
 def _records(transactions: Iterable[Transaction], topic: str) -> list[tuple[bytes, Record]]:
@@ -167,15 +186,14 @@ def _records(transactions: Iterable[Transaction], topic: str) -> list[tuple[byte
 
 def _dead_letters(rows: Sequence[BadRow], topic: str) -> list[tuple[bytes, Record]]:
     """The rows that could not be read, as records for the dead letters of `topic`."""
+    records = []
     for row in rows:
-        log.warning("row_refused", reason=row.reason)
-    return [
-        (
-            hashlib.sha256(row.value).digest(),
-            Record(topic + SUFFIX, row.value[:_LARGEST_REFUSED_ROW], None, refusal(topic, row.reason, by="producer")),
-        )
-        for row in rows
-    ]
+        cut = f" (kept up to {_LARGEST_REFUSED} bytes)" if len(row.value) > _LARGEST_REFUSED else ""
+        log.warning("row_refused", reason=row.reason + cut)
+        headers = refusal(topic, row.reason + cut, by="producer")
+        record = Record(topic + SUFFIX, row.value[:_LARGEST_REFUSED], None, headers)
+        records.append((hashlib.sha256(row.value).digest(), record))
+    return records
 
 
 def _keep(
@@ -195,13 +213,14 @@ def _on_topics(entries: Sequence[Entry], properties: dict[str, str]) -> list[Ent
     if not entries:
         return []
     since_ms = entries[0].fetched_ms - _CLOCK_SLACK_MS
-    starts = chain.from_iterable(
-        _since(properties, topic, since_ms) for topic in sorted({entry.record.topic for entry in entries})
-    )
+    topics = sorted({entry.record.topic for entry in entries})
+    starts = list(chain.from_iterable(_since(properties, topic, since_ms) for topic in topics))
+    written_ends = kafka.ends(properties, starts, committed=False)
+    committed_ends = kafka.ends(properties, starts, committed=True)
+    if any(committed_ends[place] < end for place, end in written_ends.items()):
+        raise Outage(f"a transaction is open on {' or '.join(topics)}, behind which nothing can be seen")
     wanted = {(entry.record.topic, entry.record.value) for entry in entries}
-    there = (
-        (message.topic(), message.value()) for message in kafka.read_to_end(properties, list(starts), group=_GROUP)
-    )
+    there = ((message.topic(), message.value()) for message in kafka.read_to_end(properties, starts, group=_GROUP))
     written = wanted.intersection(there)
     return [entry for entry in entries if (entry.record.topic, entry.record.value) in written]
 
@@ -219,6 +238,8 @@ def _since(properties: dict[str, str], topic: str, since_ms: int) -> list[TopicP
         raise Outage(f"Kafka: {error.args[0].str()}") from None
     finally:
         client.close()
+    if failed := next((each.error for each in found if each.error), None):
+        raise Outage(f"{topic}: {failed.str()}")
     return [each for each in found if each.offset >= 0]
 
 

@@ -7,10 +7,9 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from itertools import count
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -81,18 +80,15 @@ class Journal:
             raise Outage(f"journal: {error}") from None
 
     def waiting(self, most: int = -1) -> list[Entry]:
-        """The oldest records that wait, in the order they were fetched."""
-        with self._lock:
-            rows = self._file.execute(
-                "SELECT number, fetched_ms, record FROM fetched WHERE record IS NOT NULL ORDER BY number LIMIT ?",
-                (most,),
-            ).fetchall()
+        """The oldest records that wait, in the order they were fetched. Raises Outage."""
+        rows = self._read(
+            "SELECT number, fetched_ms, record FROM fetched WHERE record IS NOT NULL ORDER BY number LIMIT ?", most
+        )
         return [Entry(number, fetched_ms, _decode(record)) for number, fetched_ms, record in rows]
 
     def __len__(self) -> int:
-        """How many records wait."""
-        with self._lock:
-            ((waiting,),) = self._file.execute("SELECT count(*) FROM fetched WHERE record IS NOT NULL")
+        """How many records wait. Raises Outage."""
+        ((waiting,),) = self._read("SELECT count(*) FROM fetched WHERE record IS NOT NULL")
         return int(waiting)
 
     def written(self, entries: Sequence[Entry]) -> None:
@@ -102,6 +98,13 @@ class Journal:
                 self._file.executemany(
                     "UPDATE fetched SET record = NULL WHERE number = ?", ((entry.number,) for entry in entries)
                 )
+        except sqlite3.Error as error:
+            raise Outage(f"journal: {error}") from None
+
+    def _read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        try:
+            with self._lock:
+                return self._file.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise Outage(f"journal: {error}") from None
 
@@ -115,20 +118,32 @@ def _decode(encoded: bytes) -> Record:
     return Record(topic, value, key, [(name, content) for name, content in headers])
 
 
-def open_journal(directory: Path, *, remembered: int) -> Journal:
-    """The first journal in the directory that no other process has: each replica needs one of its own.
+def open_journals(directory: Path, *, remembered: int) -> list[Journal]:
+    """A journal that no other process has, and those that are left behind: free, with records that wait.
 
-    Raises SettingsError.
+    Each replica needs one of its own; one that is not started again leaves its own behind. Raises SettingsError.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        present = sorted(directory.glob("producer-*.sqlite"))
     except OSError as error:
         raise SettingsError(f"JOURNAL_DIRECTORY: {directory}: {error.strerror}") from None
-    for number in count():
-        path = directory / f"producer-{number}.sqlite"
-        try:
-            return Journal(path, remembered=remembered)
-        except sqlite3.Error as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                raise SettingsError(f"JOURNAL_DIRECTORY: {path}: {error}") from None
-    raise AssertionError
+    free = [journal for path in present if (journal := _open(path, remembered=remembered))]
+    if not free:
+        new = _open(directory / f"producer-{uuid.uuid4().hex}.sqlite", remembered=remembered)
+        return [new] if new else []
+    left_behind = [journal for journal in free[1:] if len(journal)]
+    for journal in free[1:]:
+        if journal not in left_behind:
+            journal.close()
+    return [free[0], *left_behind]
+
+
+def _open(path: Path, *, remembered: int) -> Journal | None:
+    try:
+        path.touch(mode=0o600)  # card numbers and birth dates wait in it
+        return Journal(path, remembered=remembered)
+    except (sqlite3.Error, OSError) as error:
+        if isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            return None
+        raise SettingsError(f"JOURNAL_DIRECTORY: {path}: {error}") from None

@@ -19,6 +19,7 @@ from sandbox.stack import RECIPIENT, SENDER
 from services.alerter.__main__ import AlerterSettings, alert
 from services.alerter.mail import Mailer, compose, message_id
 from services.alerter.mailed import Mailed
+from shared.dead_letters import Limit
 from shared.errors import Outage, Poison
 from shared.kafka import Headers
 from shared.provenance import Provenance, to_headers
@@ -200,6 +201,20 @@ def test_a_mail_that_is_refused_for_good_is_kept_and_the_next_fraud_is_mailed(
     assert second.trans_num in line
 
 
+def test_a_mail_server_that_refuses_one_after_the_other_is_not_taken_out_on_the_alarms(
+    rig: Rig, mailbox: Mailbox, refusing: Callable[..., int]
+) -> None:
+    put_predictions(rig, [(each, 1) for each in make_transactions(40)])
+    port = refusing("554 5.6.0 unwanted")
+    process = rig.start("alerter", SMTP_PORT=str(port), BACKOFF_MAX_SECONDS="0.2", DEAD_LETTER_LIMIT_CONSECUTIVE="5")
+    until(lambda: process.said("rows refused, it is not the rows"), what="a word on the mail server")
+    assert process.stop() == 0
+
+    rig.start("alerter", SMTP_PORT=str(mailbox.port))
+
+    assert len(received(mailbox, 35)) >= 35
+
+
 def test_a_fraud_that_lies_twice_on_the_topic_is_mailed_once(rig: Rig, mailbox: Mailbox) -> None:
     first, second = make_transactions(2)
     rig.put(rig.topic_2, [encode_prediction(each, 1) for each in (first, first, second)], key=b"one card")
@@ -218,7 +233,7 @@ def test_a_fraud_whose_commit_failed_comes_again_and_is_not_mailed_again(rig: Ri
     rig.put(rig.topic_2, batch, key=b"one card")
     messages, mailer, mailed = rig.read(rig.topic_2, 4), plain_mailer(mailbox.port), Mailed(10)
 
-    done = [alert(messages, mailer, mailed, settings).done for _ in range(3)]
+    done = [alert(messages, mailer, mailed, Limit(ratio=0.5, consecutive=20), settings).done for _ in range(3)]
 
     assert done == [1, 3, 4]
     assert len(received(mailbox, 2)) == 2

@@ -171,7 +171,7 @@ def own_registry(tmp_path: Path) -> Iterator[Registry]:
         yield server
 
 
-def promote(registry: Registry, model: Any) -> str:
+def promote(registry: Registry, model: Any, **metadata: object) -> str:
     """Log the model as the champion of `fraud`; returns its version."""
     mlflow.set_tracking_uri(registry.uri)
     mlflow.set_experiment("fraud")
@@ -183,6 +183,7 @@ def promote(registry: Registry, model: Any) -> str:
             registered_model_name="fraud",
             pip_requirements=[],
             serialization_format="cloudpickle",
+            metadata=metadata,
         )
     version = str(mlflow.MlflowClient().search_model_versions("name='fraud'")[0].version)
     mlflow.MlflowClient().set_registered_model_alias("fraud", "champion", version)
@@ -259,6 +260,31 @@ def test_a_last_good_model_that_was_changed_is_not_served(rig: Rig, own_registry
 
     until(lambda: process.said("event='outage'"), what="the outage in the log")
     assert not process.said("event='last_good_model'")
+
+
+def test_a_changed_model_is_fetched_anew(rig: Rig, own_registry: Registry) -> None:
+    promote(own_registry, Fussy(1e9))
+    rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri).kill()
+    (pickle,) = (rig.directory / "models").rglob("model.pkl")
+    good = pickle.read_bytes()
+    pickle.write_bytes(b"")
+
+    rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri)
+
+    assert pickle.read_bytes() == good
+
+
+def test_a_version_that_does_not_load_never_takes_the_place_of_the_last_good_one(
+    rig: Rig, own_registry: Registry
+) -> None:
+    version = promote(own_registry, Fussy(1e9))
+    rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri).kill()
+    promote(own_registry, Fussy(1e9), threshold="high")
+
+    process = rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri)
+
+    assert process.said("could not convert string to float")
+    assert process.said(f"version='{version}'")
 
 
 def test_a_cache_that_cannot_be_written_is_named(rig: Rig) -> None:

@@ -14,7 +14,7 @@ from conftest import Rig, dead_letter_topic, make_transactions, until
 
 from sandbox.payments_api import PATH, PaymentsApi
 from services.producer.api import retry_after_s
-from services.producer.journal import Journal, open_journal
+from services.producer.journal import Journal, open_journals
 from shared.errors import Outage, SettingsError
 from shared.kafka import Record, headers
 from shared.records import RAW_COLUMNS, encode_transaction, read_split, read_topic_1
@@ -127,8 +127,6 @@ def test_a_bad_row_is_kept_and_its_neighbours_go_on(
     [
         ((200, {}, b""), "not JSON"),
         ((200, {}, b"<html>sleeping dyno</html>"), "not JSON"),
-        ((200, {}, json.dumps({"columns": ["temperature"], "data": [[21]]}).encode()), "wrong columns"),
-        ((200, {}, b"[1, 2]"), "not in split form"),
         ((503, {}, b""), "HTTP 503"),
         ((302, {"Location": "http://127.0.0.1:9/"}, b""), "ConnectionError"),
         ((200, {"Content-Length": "5000"}, b"cut short"), "poll_failed"),
@@ -152,6 +150,29 @@ def test_a_useless_answer_is_one_line_and_the_next_one_counts(
     assert process.running
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (json.dumps({"columns": ["temperature"], "data": [[21]]}).encode(), b"wrong columns"),
+        (b"[1, 2]", b"not in split form"),
+    ],
+)
+def test_an_answer_of_another_kind_is_kept_once(
+    rig: Rig,
+    answering: Callable[[Sequence[tuple[int, dict[str, str], bytes]]], str],
+    body: bytes,
+    said: bytes,
+) -> None:
+    url = answering([(200, {}, body), (200, {}, body), answer(row(0)), answer()])
+    rig.start("producer", API_URL=url, **QUICK)
+
+    rig.read(rig.topic_1, 1)
+    (letter,) = rig.read(dead_letter_topic(rig.topic_1), 1)
+
+    assert letter.value() == body
+    assert said in (dict(headers(letter))["dlq-reason"] or b"")
+
+
 def test_retry_after_is_heeded(
     rig: Rig, answering: Callable[[Sequence[tuple[int, dict[str, str], bytes]]], str]
 ) -> None:
@@ -166,7 +187,15 @@ def test_retry_after_is_heeded(
 
 @pytest.mark.parametrize(
     ("header", "seconds"),
-    [(None, 0), ("7", 7), ("-3", 0), ("86400", 300), ("soon", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)],
+    [
+        (None, 0),
+        ("7", 7),
+        ("-3", 0),
+        ("86400", 300),
+        ("soon", 0),
+        ("Wed, 21 Oct 2015 07:28:00 +9999999999999999", 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+    ],
 )
 def test_retry_after_in_all_its_forms(header: str | None, seconds: float) -> None:
     assert retry_after_s(header) == seconds
@@ -227,22 +256,58 @@ def test_the_journal_forgets_the_oldest_that_are_written(tmp_path: Path) -> None
 
 
 def test_each_replica_has_a_journal_of_its_own(tmp_path: Path) -> None:
-    first, second = (open_journal(tmp_path / "new", remembered=10) for _ in range(2))
+    (first,), (second,) = (open_journals(tmp_path / "new", remembered=10) for _ in range(2))
     assert first.id != second.id
     first.close()
-    third = open_journal(tmp_path / "new", remembered=10)
+    (third,) = open_journals(tmp_path / "new", remembered=10)
     assert third.id == first.id
     for each in (second, third):
         each.close()
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").glob("*.sqlite")} == {0o600}
+
+
+def test_a_journal_that_was_left_behind_is_found_while_something_waits_in_it(tmp_path: Path) -> None:
+    ids = set()
+    replicas = [open_journals(tmp_path, remembered=10)[0] for _ in range(3)]
+    replicas[1].add([entry(1)])
+    for each in replicas:
+        ids.add(each.id)
+        each.close()
+
+    opened = open_journals(tmp_path, remembered=10)
+
+    assert [len(each) for each in opened] in ([0, 1], [1])
+    assert {each.id for each in opened} <= ids
+    for each in opened:
+        each.close()
+
+
+def test_what_a_replica_left_behind_is_written_by_another(rig: Rig, answering: Callable[..., str]) -> None:
+    own, other = sorted((open_journals(rig.directory / "journal", remembered=10)[0] for _ in range(2)), key=str)
+    left = make_transactions(3)
+    for journal, transactions in ((own, left[:1]), (other, left[1:])):
+        journal.add(
+            [
+                (each.trans_num.encode(), Record(rig.topic_1, encode_transaction(each), each.key, []))
+                for each in transactions
+            ]
+        )
+        journal.close()
+    rig.start("producer", API_URL=answering([answer()]))
+
+    messages = rig.read(rig.topic_1, 3, extra_s=1)
+
+    assert {message.value() for message in messages} == {encode_transaction(each) for each in left}
+    assert len(messages) == 3
 
 
 def test_an_unusable_journal_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(SettingsError, match=r"JOURNAL_DIRECTORY: .*file"):
-        open_journal(tmp_path / "file", remembered=10)
+        open_journals(tmp_path / "file", remembered=10)
     (tmp_path / "producer-0.sqlite").write_text("not a database, and long enough to be looked at as one" * 100)
     with pytest.raises(SettingsError, match=r"JOURNAL_DIRECTORY: .*producer-0.sqlite: file is not a database"):
-        open_journal(tmp_path, remembered=10)
+        open_journals(tmp_path, remembered=10)
 
 
 def test_what_a_full_disk_does_not_take_is_an_outage(tmp_path: Path) -> None:

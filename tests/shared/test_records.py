@@ -49,7 +49,7 @@ CANONICAL: dict[str, Any] = {name: value for name, value in RAW.items() if name 
     "unix_time": 1730134684,
 }
 
-texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30)
+texts = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=30)
 doubles = st.floats(allow_nan=False, allow_infinity=False)
 canonicals = st.fixed_dictionaries(
     {
@@ -180,6 +180,11 @@ def test_milliseconds_are_made_seconds() -> None:
         (canonical(trans_date_trans_time="yesterday"), "$.trans_date_trans_time"),
         (canonical(trans_date_trans_time="infinity           "), "$.trans_date_trans_time"),
         (canonical(dob="epoch"), "$.dob"),
+        (canonical(dob="1955-13-45"), "$.dob"),
+        (canonical(trans_date_trans_time="2023-02-29 12:00:00"), "$.trans_date_trans_time"),
+        (canonical(trans_date_trans_time="2024-02-29 24:00:00"), "$.trans_date_trans_time"),
+        (canonical(merchant="cut \0 off"), "NUL"),
+        (canonical(merchant="back\\\0slash"), "NUL"),
         (canonical(amt=float("nan")), "malformed"),
         (b'{"columns":["a"],"data":[[1]]}', "missing ['amt'"),
         (b'{"columns":null,"data":[]}', "split form"),
@@ -212,6 +217,12 @@ def test_wrong_types_are_refused_or_read_but_never_more(changes: dict[str, Any])
             read_topic_1(value)
         except Poison as poison:
             assert str(CANONICAL["cc_num"]) not in str(poison)
+
+
+def test_a_nul_that_is_only_spelled_is_text() -> None:
+    (transaction,) = read_topic_1(canonical(merchant="spelled \\u0000 out")).transactions
+
+    assert transaction.merchant == "spelled \\u0000 out"
 
 
 def test_people_see_four_digits() -> None:
