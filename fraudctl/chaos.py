@@ -56,6 +56,7 @@ class Run:
     database: Postgres
     dice: random.Random
     ends: float  # monotonic
+    least_kills: int
     work_dir: Path
     kills: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
@@ -67,7 +68,8 @@ class Run:
     @property
     def over(self) -> bool:
         """True when no more faults are to come."""
-        return time.monotonic() >= self.ends or self.scene.enough.is_set()
+        done = time.monotonic() >= self.ends and self.kills.total() >= self.least_kills
+        return done or self.scene.enough.is_set()
 
     def kill(self, process: Process) -> None:
         """SIGKILL."""
@@ -91,6 +93,7 @@ class Scenario:
 
     faults: Faults
     minutes: float = 2.0
+    least_kills: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
     broken: Callable[[Run, Ledger], list[str]] = lambda _run, _ledger: []
 
@@ -413,10 +416,10 @@ def _one_recipient_has_all(run: Run, ledger: Ledger) -> list[str]:
 
 
 SCENARIOS: dict[str, Scenario] = {
-    "kill-predictor": Scenario(faults=kills("predictor"), minutes=3.0),
-    "kill-sink": Scenario(faults=kills("db_sink")),
-    "kill-alerter": Scenario(faults=kills("alerter")),
-    "kill-producer": Scenario(faults=kills("producer")),
+    "kill-predictor": Scenario(faults=kills("predictor"), least_kills=20),
+    "kill-sink": Scenario(faults=kills("db_sink"), least_kills=20),
+    "kill-alerter": Scenario(faults=kills("alerter"), least_kills=20),
+    "kill-producer": Scenario(faults=kills("producer"), least_kills=20),
     "scale": Scenario(faults=scaling()),
     "broker-restart": Scenario(faults=broker_restarts()),
     "database-down": Scenario(
@@ -479,6 +482,7 @@ def _play(name: str, *, seed: int, minutes: float | None, work_dir: Path, consol
             database=cast(Postgres, scene.stack.database),
             dice=dice,
             ends=time.monotonic() + last_s,
+            least_kills=scenario.least_kills if minutes is None else 0,
             work_dir=work_dir,
         )
         runs.append(run)
