@@ -75,7 +75,7 @@ def serve(settings: ProducerSettings, shutdown: Event) -> None:
             try:
                 each.result()
             except Outage as outage:
-                log.warning("stopped_in_outage", reason=str(outage), left_for_later=len(own))
+                log.warning("stopped_in_outage", reason=str(outage), left_for_later=own.count())
     own.close()
 
 
@@ -87,7 +87,7 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
         while not shutdown.is_set():
             due = time.monotonic() + settings.poll_interval_seconds
             try:
-                if (waiting := len(journal)) >= settings.max_waiting_records:
+                if (waiting := journal.count()) >= settings.max_waiting_records:
                     raise Outage(f"{waiting} records wait to be written")
                 body = fetch(session, str(settings.api_url), timeout_s=settings.api_timeout_seconds)
                 rows = read_split(body)
@@ -132,7 +132,7 @@ def write(
         settings.delivery, properties=properties, transactional_id=f"producer-{journal.id}", shutdown=shutdown
     )
     in_doubt = True  # perhaps what waits was written by a predecessor, or by a try whose answer was lost
-    if left := len(journal):
+    if left := journal.count():
         log.info("left_by_predecessor", records=left)
 
     def step() -> bool:

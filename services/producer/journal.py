@@ -86,7 +86,7 @@ class Journal:
         )
         return [Entry(number, fetched_ms, _decode(record)) for number, fetched_ms, record in rows]
 
-    def __len__(self) -> int:
+    def count(self) -> int:
         """How many records wait. Raises Outage."""
         ((waiting,),) = self._read("SELECT count(*) FROM fetched WHERE record IS NOT NULL")
         return int(waiting)
@@ -128,11 +128,11 @@ def open_journals(directory: Path, *, remembered: int) -> list[Journal]:
         present = sorted(directory.glob("producer-*.sqlite"))
     except OSError as error:
         raise SettingsError(f"JOURNAL_DIRECTORY: {directory}: {error.strerror}") from None
-    free = [journal for path in present if (journal := _open(path, remembered=remembered))]
+    free = [journal for path in present if (journal := _open(path, remembered=remembered)) is not None]
     if not free:
         new = _open(directory / f"producer-{uuid.uuid4().hex}.sqlite", remembered=remembered)
-        return [new] if new else []
-    left_behind = [journal for journal in free[1:] if len(journal)]
+        return [] if new is None else [new]
+    left_behind = [journal for journal in free[1:] if journal.count()]
     for journal in free[1:]:
         if journal not in left_behind:
             journal.close()
