@@ -146,7 +146,7 @@ class ExactlyOnce:
             _bounded(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
         except KafkaException as exception:
             self._producer = None
-            producer.poll(0)  # hear of records that were not written
+            self._hear(producer)  # of records that were not written
             reason = self._failed[0] if self._failed else exception.args[0].str()
             raise Outage(f"transaction given up: {reason}") from None
         except _Stuck:
@@ -158,7 +158,7 @@ class ExactlyOnce:
 
     def _ready(self) -> Producer:
         if self._producer:
-            self._producer.poll(0)  # hear of broken connections
+            self._hear(self._producer)  # of broken connections
             if not self._shaken:
                 return self._producer
         self._failed.clear()
@@ -171,6 +171,12 @@ class ExactlyOnce:
             raise Outage(f"no transactions: {exception.args[0].str()}") from None
         self._producer = producer
         return producer
+
+    def _hear(self, producer: Producer) -> None:
+        try:
+            producer.poll(0)
+        except KafkaException:  # it is fenced, by another process of its name for example
+            self._shaken = True
 
     def _on_error(self, _error: KafkaError) -> None:
         self._shaken = True
