@@ -3,8 +3,6 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -164,30 +162,31 @@ def test_a_model_made_by_hand_is_served_as_it_was_logged(rig: Rig, registry: Reg
     assert not np.isclose(probabilities, probabilities[0]).all()
 
 
-@pytest.fixture
-def own_registry(tmp_path: Path) -> Iterator[Registry]:
-    """A registry of this test's own, to be stopped or given other models."""
-    with Registry(tmp_path / "own-registry") as server:
-        yield server
-
-
-def promote(registry: Registry, model: Any, **metadata: object) -> str:
-    """Log the model as the champion of `fraud`; returns its version."""
+def promote(registry: Registry, name: str, model: Any, **metadata: object) -> str:
+    """Log the model as the champion of that name; returns its version."""
     mlflow.set_tracking_uri(registry.uri)
-    mlflow.set_experiment("fraud")
+    mlflow.set_experiment("by-hand")
     with mlflow.start_run():
         mlflow.sklearn.log_model(
             model,
             name="model",
             signature=infer_signature(frame(make_transactions(2))[NUMERIC]),
-            registered_model_name="fraud",
+            registered_model_name=name,
             pip_requirements=[],
             serialization_format="cloudpickle",
             metadata=metadata,
         )
-    version = str(mlflow.MlflowClient().search_model_versions("name='fraud'")[0].version)
-    mlflow.MlflowClient().set_registered_model_alias("fraud", "champion", version)
+    version = str(mlflow.MlflowClient().search_model_versions(f"name='{name}'")[0].version)
+    mlflow.MlflowClient().set_registered_model_alias(name, "champion", version)
     return version
+
+
+@pytest.fixture
+def name(rig: Rig, registry: Registry) -> str:
+    """The name of a model of this test's own, which its predictors serve."""
+    name = f"fussy-{rig.topic_1}"
+    rig.environment |= {"MLFLOW_TRACKING_URI": registry.uri, "MODEL_NAME": name}
+    return name
 
 
 class Fussy:
@@ -205,15 +204,15 @@ class Fussy:
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def test_a_broken_model_is_not_taken_out_on_the_rows(rig: Rig, own_registry: Registry) -> None:
-    promote(own_registry, Fussy(-1.0))
+def test_a_broken_model_is_not_taken_out_on_the_rows(rig: Rig, registry: Registry, name: str) -> None:
+    promote(registry, name, Fussy(-1.0))
     batch = make_transactions(200)
     rig.put_transactions(batch)
-    process = rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri, BACKOFF_MAX_SECONDS="0.5")
+    process = rig.start("predictor", BACKOFF_MAX_SECONDS="0.5")
     until(lambda: process.said("rows refused, it is not the rows: ValueError: too large"), what="a word on the model")
     assert process.running
 
-    version = promote(own_registry, Fussy(1e9))
+    version = promote(registry, name, Fussy(1e9))
 
     messages = rig.read(rig.topic_2, len(batch), extra_s=1)
     assert {from_headers(headers(message)).model_version for message in messages} == {version}
@@ -221,67 +220,67 @@ def test_a_broken_model_is_not_taken_out_on_the_rows(rig: Rig, own_registry: Reg
     assert not process.said("event='dead_letters'")
 
 
-def test_rows_that_a_model_refuses_now_and_then_are_bad_rows(rig: Rig, own_registry: Registry) -> None:
+def test_rows_that_a_model_refuses_now_and_then_are_bad_rows(rig: Rig, registry: Registry, name: str) -> None:
     batch = make_transactions(300)
     dear = sorted(batch, key=lambda each: each.amt)[-5:]
-    promote(own_registry, Fussy(sorted(each.amt for each in batch)[-6]))
+    promote(registry, name, Fussy(sorted(each.amt for each in batch)[-6]))
     rig.put_transactions(batch)
-    rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri)
+    rig.start("predictor")
 
     assert len(rig.read(rig.topic_2, len(batch) - 5)) == len(batch) - 5
     dead = rig.read(dead_letter_topic(rig.topic_1), 5)
     assert {message.value() for message in dead} == {encode_transaction(each) for each in dear}
 
 
-def test_while_the_registry_is_away_the_last_good_model_serves(rig: Rig, own_registry: Registry) -> None:
-    version = promote(own_registry, Fussy(1e9))
-    first = rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri)
+def test_while_the_registry_is_away_the_last_good_model_serves(rig: Rig, registry: Registry, name: str) -> None:
+    version = promote(registry, name, Fussy(1e9))
+    first = rig.start("predictor")
     first.kill()
-    own_registry.stop()
+    rig.environment["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
     batch = make_transactions(50)
     rig.put_transactions(batch)
 
-    process = rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri)
+    process = rig.start("predictor")
 
     messages = rig.read(rig.topic_2, len(batch))
     assert {from_headers(headers(message)).model_version for message in messages} == {version}
     assert process.said("event='last_good_model'")
 
 
-def test_a_last_good_model_that_was_changed_is_not_served(rig: Rig, own_registry: Registry) -> None:
-    promote(own_registry, Fussy(1e9))
-    first = rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri)
+def test_a_last_good_model_that_was_changed_is_not_served(rig: Rig, registry: Registry, name: str) -> None:
+    promote(registry, name, Fussy(1e9))
+    first = rig.start("predictor")
     first.kill()
-    own_registry.stop()
+    rig.environment["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
     (pickle,) = (rig.directory / "models").rglob("model.pkl")
     pickle.write_bytes(pickle.read_bytes() + b".")
 
-    process = rig.start("predictor", ready=False, MLFLOW_TRACKING_URI=own_registry.uri)
+    process = rig.start("predictor", ready=False)
 
     until(lambda: process.said("event='outage'"), what="the outage in the log")
     assert not process.said("event='last_good_model'")
 
 
-def test_a_changed_model_is_fetched_anew(rig: Rig, own_registry: Registry) -> None:
-    promote(own_registry, Fussy(1e9))
-    rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri).kill()
+def test_a_changed_model_is_fetched_anew(rig: Rig, registry: Registry, name: str) -> None:
+    promote(registry, name, Fussy(1e9))
+    rig.start("predictor").kill()
     (pickle,) = (rig.directory / "models").rglob("model.pkl")
     good = pickle.read_bytes()
     pickle.write_bytes(b"")
 
-    rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri)
+    rig.start("predictor")
 
     assert pickle.read_bytes() == good
 
 
 def test_a_version_that_does_not_load_never_takes_the_place_of_the_last_good_one(
-    rig: Rig, own_registry: Registry
+    rig: Rig, registry: Registry, name: str
 ) -> None:
-    version = promote(own_registry, Fussy(1e9))
-    rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri).kill()
-    promote(own_registry, Fussy(1e9), threshold="high")
+    version = promote(registry, name, Fussy(1e9))
+    rig.start("predictor").kill()
+    promote(registry, name, Fussy(1e9), threshold="high")
 
-    process = rig.start("predictor", MLFLOW_TRACKING_URI=own_registry.uri)
+    process = rig.start("predictor")
 
     assert process.said("could not convert string to float")
     assert process.said(f"version='{version}'")
