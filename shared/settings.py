@@ -54,11 +54,6 @@ class StreamSettings(ServiceSettings):
     backoff_initial_seconds: Backoff = Field(0.2, description="First wait after a failure; doubled each time")
     backoff_max_seconds: Backoff = Field(10.0, description="Longest wait between two tries")
 
-    @property
-    def member_name(self) -> str | None:
-        """The name of a static member of the group; only one that was given is sure to be nobody else's."""
-        return self.replica if "replica" in self.model_fields_set else None
-
 
 S = TypeVar("S", bound=BaseSettings)
 

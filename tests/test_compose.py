@@ -44,7 +44,7 @@ SETTINGS: dict[str, type[ServiceSettings]] = {
 }
 FIELDS = {name.upper(): field for each in SETTINGS.values() for name, field in each.model_fields.items()}
 ONE_SHOTS = {"topics": "all topics are there", "train": "is champion already"}
-ADDRESSES = re.compile(rf"\b({'|'.join(CONTAINERS)})(?=:\d|$)")
+ADDRESSES = re.compile(rf"\b({'|'.join(CONTAINERS.keys() - SETTINGS)})(?=:\d|$)")  # a group is named like its service
 STOP_GRACE_S = 10  # of `docker compose stop`
 
 

@@ -61,7 +61,7 @@ def serve(settings: AlerterSettings, shutdown: Event) -> None:
     """Mail until shutdown."""
     properties = kafka_properties(settings)
     stream = Stream(
-        make_consumer=lambda: kafka.consumer(properties, group=settings.alerter_group, replica=settings.member_name),
+        make_consumer=lambda: kafka.consumer(properties, group=settings.alerter_group, replica=settings.replica),
         topic=settings.topic_2,
         delivery=AtLeastOnce(properties=properties, shutdown=shutdown),
         settings=settings,

@@ -38,7 +38,7 @@ def serve(settings: SinkSettings, shutdown: Event) -> None:
     except ValueError as error:
         raise SettingsError(f"DATABASE_URL: {error}") from None
     stream = Stream(
-        make_consumer=lambda: kafka.consumer(properties, group=settings.db_sink_group, replica=settings.member_name),
+        make_consumer=lambda: kafka.consumer(properties, group=settings.db_sink_group, replica=settings.replica),
         topic=settings.topic_2,
         delivery=AtLeastOnce(properties=properties, shutdown=shutdown),
         settings=settings,

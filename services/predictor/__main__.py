@@ -51,7 +51,7 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
     """Wait for the champion, then predict until shutdown."""
     properties = kafka_properties(settings)
     stream = Stream(
-        make_consumer=lambda: kafka.consumer(properties, group=settings.predictor_group, replica=settings.member_name),
+        make_consumer=lambda: kafka.consumer(properties, group=settings.predictor_group, replica=settings.replica),
         topic=settings.topic_1,
         delivery=delivery.delivery(
             settings.delivery,
