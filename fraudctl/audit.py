@@ -18,7 +18,7 @@ from confluent_kafka import Message, TopicPartition
 from sandbox.mailbox import messages as mails_in
 from services.alerter.mail import message_id
 from shared.dead_letters import SUFFIX
-from shared.kafka import consumer, coordinates, headers
+from shared.kafka import consumer, coordinates, headers, says_nothing
 from shared.provenance import from_headers
 
 Identity = tuple[str, int]
@@ -26,6 +26,7 @@ Place = tuple[str, int, int]
 """Topic, partition and offset."""
 
 _READ_S = 0.05
+_SILENCE_S = 20.0
 _NOT_REPORTED = ("suspects", "mail_delays", "dead_letter_places")
 
 
@@ -102,41 +103,51 @@ class TopicReader:
     """
 
     def __init__(self, properties: Mapping[str, str], *, topic_1: str) -> None:
-        self._consumer = consumer(properties, group="ledger")
+        self._properties = properties
         self._topic_1 = topic_1
         self._decode = msgspec.json.Decoder(_Seen).decode
         self._stop = Event()
         self._thread = Thread(target=self._read, name="ledger", daemon=True)
         self.topics = Topics()
+        self._next: dict[tuple[str, int], int] = {}
         self.positions: dict[tuple[str, int], int] = {}  # after the last record read, which no marker follows
 
     def start(self, starts: Iterable[TopicPartition]) -> None:
         """Read from these offsets on."""
-        self._consumer.assign(list(starts))
+        self._next = {(start.topic, start.partition): start.offset for start in starts}
         self._thread.start()
 
     def stop(self) -> Topics:
         """Read what is there, then stop. Returns everything read."""
         self._stop.set()
         self._thread.join()
-        self._consumer.close()
         return self.topics
 
     def _read(self) -> None:
+        while not self._stop.is_set():
+            self._read_until_silence()
+
+    def _read_until_silence(self) -> None:
+        """Read on until nothing has come for a while: a client may have lost its way while the broker was away."""
+        reader = consumer(self._properties, group="ledger")
+        reader.assign([TopicPartition(*place, offset) for place, offset in (self._next | self.positions).items()])
         last_record = time.monotonic()
-        while not self._stop.is_set() or time.monotonic() - last_record < 1.0:
-            first = self._consumer.poll(_READ_S)
-            if first is None:
+        while time.monotonic() - last_record < (1.0 if self._stop.is_set() else _SILENCE_S):
+            first = reader.poll(_READ_S)
+            if first is None or first.error():
                 continue
             last_record = time.monotonic()
             now_ms = time.time() * 1000
-            for message in (first, *self._consumer.consume(5000, 0)):
+            for message in (first, *reader.consume(5000, 0)):
                 if message.error() is None:
                     self._count(message, now_ms)
+        reader.close()
 
     def _count(self, message: Message, now_ms: float) -> None:
         topic, partition, offset = coordinates(message)
         self.positions[topic, partition] = offset + 1
+        if says_nothing(message):
+            return
         topics = self.topics
         seen: _Seen | None
         try:

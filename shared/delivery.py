@@ -1,7 +1,8 @@
 """What makes a batch final: its outputs, its dead letters and its offsets, in an order that keeps the promise."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from threading import Event, Thread
 from typing import NamedTuple, Protocol
 
@@ -9,7 +10,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from shared.errors import Outage
-from shared.kafka import Record, coordinates
+from shared.kafka import NOTHING, Record, coordinates
 from shared.kafka import producer as make_producer
 from shared.retry import until_over
 from shared.settings import DeliveryGuarantee
@@ -50,6 +51,13 @@ class Delivery(Protocol):
 
         What does not come from Kafka has neither offsets nor a member that read it. May block for as long as the broker
         is away; ends with an Outage soon after the shutdown event is set.
+        """
+
+    def release(self, places: Sequence[tuple[str, int]]) -> None:
+        """Have the broker end the transactions of ours that it forgot at these partitions. Raises Outage.
+
+        A broker that was killed once it had decided on a transaction may come back and never mark it as ended, though
+        it told the client so (seen with Apache Kafka 4.3.1). The mark of our next transaction there ends both.
         """
 
     def close(self) -> None:
@@ -93,6 +101,9 @@ class AtLeastOnce:
         if reader := member:
             until_over(lambda: self._commit(reader, list(offsets)), shutdown=self._shutdown, initial_s=0.1, max_s=2.0)
 
+    def release(self, places: Sequence[tuple[str, int]]) -> None:
+        """There are none."""
+
     def close(self) -> None:
         self._producer.flush(_WAIT_S)
 
@@ -132,10 +143,8 @@ class ExactlyOnce:
     def deliver(
         self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), member: Member | None = None
     ) -> None:
-        producer = self._ready()
-        try:
-            # 1. The transaction begins, and outputs and dead letters go into it.
-            producer.begin_transaction()
+        # 1. The transaction begins, and outputs and dead letters go into it.
+        with self._transaction() as producer:
             for record in records:
                 enqueue(producer, record, self._shutdown)
             # 2. So do the offsets, under the generation that read the batch: who lost its partitions is fenced here.
@@ -144,6 +153,26 @@ class ExactlyOnce:
                 _bounded(lambda: producer.send_offsets_to_transaction(list(offsets), generation, _TRANSACTION_WAIT_S))
             # 3. All of it becomes visible at once.
             _bounded(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
+
+    def release(self, places: Sequence[tuple[str, int]]) -> None:
+        if not places:
+            return
+        with self._transaction() as producer:
+            for topic, partition in places:
+                producer.produce(topic, partition=partition, headers=NOTHING)
+            _bounded(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
+        log.warning("forgotten_transactions_ended", partitions=[f"{topic} {partition}" for topic, partition in places])
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Producer]:
+        """A transaction that is begun, and given up with its client if anything goes wrong. Raises Outage."""
+        producer = self._ready()
+        try:
+            producer.begin_transaction()
+            yield producer
+        except Outage:
+            self._producer = None
+            raise
         except KafkaException as exception:
             self._producer = None
             self._hear(producer)  # of records that were not written

@@ -22,6 +22,7 @@ Headers = list[tuple[str, str | bytes | None]]
 # A dead letter is larger than the record it keeps, and topics take records of 1 MiB by default.
 MAX_RECORD_BYTES = 2 * 1024 * 1024
 _READ_TIMEOUT_S = 10.0
+NOTHING: Headers = [("nothing", b"")]  # of a record that was written for the sake of its transaction alone
 
 _DEFAULTS = {"reconnect.backoff.max.ms": "2000"}  # a broker that is back is soon noticed
 
@@ -75,6 +76,11 @@ def headers(message: Message) -> Headers:
     """A consumed message's headers; none is an empty list."""
     found = message.headers() or []
     return list(found.items()) if isinstance(found, dict) else found
+
+
+def says_nothing(message: Message) -> bool:
+    """Whether it is a record without a message, which readers pass over."""
+    return message.value() is None and message.headers() == NOTHING
 
 
 def consumer(properties: Mapping[str, str], *, group: str, replica: str | None = None) -> Consumer:
@@ -146,12 +152,34 @@ def ends(
     properties: Mapping[str, str], partitions: Sequence[TopicPartition], *, committed: bool
 ) -> dict[tuple[str, int], int]:
     """The next offset of each partition: of all that is written, or before an open transaction. Raises Outage."""
-    client = admin(properties)  # which answers for as long as it is kept
     latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+    return _offsets(admin(properties), partitions, latest, committed=committed)
+
+
+def since(properties: Mapping[str, str], topic: str, epoch_ms: int) -> list[TopicPartition]:
+    """For each partition of the topic that has such, the first record that is not older, committed or not.
+
+    Raises Outage.
+    """
+    client = admin(properties)
+    try:
+        known = client.list_topics(topic, timeout=_READ_TIMEOUT_S).topics[topic]
+    except KafkaException as error:
+        raise Outage(f"Kafka: {error.args[0].str()}") from None
+    if known.error:
+        raise Outage(f"{topic}: {known.error.str()}")
+    partitions = [TopicPartition(topic, partition) for partition in known.partitions]
+    found = _offsets(client, partitions, OffsetSpec.for_timestamp(epoch_ms), committed=False)
+    return [TopicPartition(*place, offset) for place, offset in found.items() if offset >= 0]
+
+
+def _offsets(
+    client: AdminClient, partitions: Sequence[TopicPartition], spec: OffsetSpec, *, committed: bool
+) -> dict[tuple[str, int], int]:
     level = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
     try:
         answers = client.list_offsets(
-            {TopicPartition(each.topic, each.partition): latest for each in partitions},
+            {TopicPartition(each.topic, each.partition): spec for each in partitions},
             isolation_level=level,
             request_timeout=_READ_TIMEOUT_S,
         )

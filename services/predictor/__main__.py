@@ -22,7 +22,7 @@ from services.predictor.registry import Registry
 from shared import delivery, kafka, service
 from shared.dead_letters import Limit, dead_letter, isolate
 from shared.errors import Outage, Poison
-from shared.kafka import Record, coordinates
+from shared.kafka import Record, coordinates, says_nothing
 from shared.provenance import Provenance, to_headers
 from shared.records import Transaction, encode_prediction, read_topic_1
 from shared.retry import until_over
@@ -148,6 +148,8 @@ def predict(model: Model, messages: Sequence[Message], *, topic: str, group: str
     sources: list[int] = []  # for each transaction, the number of its message
     faults: defaultdict[int, list[str]] = defaultdict(list)
     for number, message in enumerate(messages):
+        if says_nothing(message):
+            continue
         try:
             rows = read_topic_1(message.value())
         except Poison as poison:

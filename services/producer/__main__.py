@@ -10,7 +10,6 @@ from threading import Event
 
 import requests
 import structlog
-from confluent_kafka import KafkaException, TopicPartition
 from pydantic import AnyHttpUrl, Field
 
 from services.producer.api import fetch
@@ -31,6 +30,7 @@ _BATCH = 1000
 _IDLE_S = 0.5
 _LARGEST_REFUSED = 512 * 1024  # bytes; a transaction has a few hundred, and no topic takes much more than this
 _CLOCK_SLACK_MS = 600_000
+_FORGOTTEN_S = 30.0  # the broker ends what is older than ten, and looks for it every ten
 
 
 class ProducerSettings(ServiceSettings):
@@ -131,6 +131,7 @@ def write(
     deliver = delivery.delivery(
         settings.delivery, properties=properties, transactional_id=f"producer-{journal.id}", shutdown=shutdown
     )
+    forgotten = _Forgotten()
     in_doubt = True  # perhaps what waits was written by a predecessor, or by a try whose answer was lost
     if left := journal.count():
         log.info("left_by_predecessor", records=left)
@@ -139,7 +140,11 @@ def write(
         nonlocal in_doubt
         if in_doubt:
             deliver.open()
-            journal.written(_on_topics(journal.waiting(), properties))
+            try:
+                journal.written(_on_topics(journal.waiting(), properties))
+            except _Hidden as hidden:
+                deliver.release(forgotten.among(hidden.behind))
+                raise
         batch = journal.waiting(_BATCH)
         in_doubt = bool(batch)
         if batch:
@@ -208,39 +213,44 @@ def _keep(
     )
 
 
+class _Hidden(Outage):
+    """Transactions are open, `behind` which (topic, partition, offset) nothing can be seen."""
+
+    def __init__(self, behind: Sequence[tuple[str, int, int]]) -> None:
+        topics = sorted({topic for topic, _, _ in behind})
+        super().__init__(f"a transaction is open on {' and '.join(topics)}, behind which nothing can be seen")
+        self.behind = behind
+
+
+class _Forgotten:
+    """Tells transactions that nobody will end from those that are under way."""
+
+    def __init__(self) -> None:
+        self._first_seen: dict[tuple[str, int, int], float] = {}
+
+    def among(self, behind: Iterable[tuple[str, int, int]]) -> list[tuple[str, int]]:
+        """The partitions where one has been open for longer than the broker lets any live."""
+        now = time.monotonic()
+        self._first_seen = {place: self._first_seen.get(place, now) for place in behind}
+        return [place[:2] for place, seen in self._first_seen.items() if now - seen > _FORGOTTEN_S]
+
+
 def _on_topics(entries: Sequence[Entry], properties: dict[str, str]) -> list[Entry]:
     """Those that lie on their topics already. Raises Outage."""
     if not entries:
         return []
     since_ms = entries[0].fetched_ms - _CLOCK_SLACK_MS
     topics = sorted({entry.record.topic for entry in entries})
-    starts = list(chain.from_iterable(_since(properties, topic, since_ms) for topic in topics))
+    starts = list(chain.from_iterable(kafka.since(properties, topic, since_ms) for topic in topics))
     written_ends = kafka.ends(properties, starts, committed=False)
     committed_ends = kafka.ends(properties, starts, committed=True)
-    if any(committed_ends[place] < end for place, end in written_ends.items()):
-        raise Outage(f"a transaction is open on {' or '.join(topics)}, behind which nothing can be seen")
+    reached = {place: committed_ends[place] for place, end in written_ends.items() if committed_ends[place] < end}
+    if hidden := [(*place, offset) for place, offset in reached.items()]:
+        raise _Hidden(hidden)
     wanted = {(entry.record.topic, entry.record.value) for entry in entries}
     there = ((message.topic(), message.value()) for message in kafka.read_to_end(properties, starts, group=_GROUP))
     written = wanted.intersection(there)
     return [entry for entry in entries if (entry.record.topic, entry.record.value) in written]
-
-
-def _since(properties: dict[str, str], topic: str, since_ms: int) -> list[TopicPartition]:
-    """Where the records of the topic begin that are not older. Raises Outage."""
-    client = kafka.consumer(properties, group=_GROUP)
-    try:
-        known = client.list_topics(topic, timeout=10).topics[topic]
-        if known.error:
-            raise Outage(f"{topic}: {known.error.str()}")
-        starts = [TopicPartition(topic, partition, since_ms) for partition in known.partitions]
-        found = client.offsets_for_times(starts, timeout=10)
-    except KafkaException as error:
-        raise Outage(f"Kafka: {error.args[0].str()}") from None
-    finally:
-        client.close()
-    if failed := next((each.error for each in found if each.error), None):
-        raise Outage(f"{topic}: {failed.str()}")
-    return [each for each in found if each.offset >= 0]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The producer on Apache Kafka: what it fetched is written once, whatever becomes of it or of the broker."""
 
 import random
+import struct
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from conftest import Rig, until
 from fraudctl import topics
 from sandbox.apache import ApacheKafka
 from sandbox.payments_api import PaymentsApi
+from shared.kafka import says_nothing
 from shared.records import read_topic_1
 
 pytestmark = pytest.mark.kafka
@@ -49,6 +51,49 @@ def test_killed_again_and_again_it_loses_and_doubles_nothing(apache_rig: Rig) ->
     identities = [row.identity for message in messages for row in read_topic_1(message.value()).transactions]
     assert len(identities) == len(set(identities)) == 2000
     assert set(identities) == served
+
+
+def test_a_transaction_that_the_broker_forgot_to_end_is_ended(tmp_path: Path, apache_rig: Rig) -> None:
+    with ApacheKafka(tmp_path / "own") as broker:
+        apache_rig.properties = {"bootstrap.servers": broker.bootstrap}
+        (apache_rig.directory / "client.properties").write_text(f"bootstrap.servers={broker.bootstrap}\n")
+        topics.create(apache_rig.properties, [apache_rig.topic_1])
+        with PaymentsApi("--transactions", "300", "--rate", "0", log=tmp_path / "api.log") as api:
+            producer = apache_rig.start("producer", API_URL=api.url)
+            apache_rig.read(apache_rig.topic_1, 300)
+            producer.kill()
+            broker.stop()
+            for partition in (0, 1):
+                cut_off_last_marker(tmp_path / "own" / "records" / f"{apache_rig.topic_1}-{partition}")
+            (tmp_path / "own" / "records" / ".kafka_cleanshutdown").unlink()
+        with PaymentsApi("--transactions", "300", "--rate", "0", "--seed", "9", log=tmp_path / "more.log") as api:
+            apache_rig.start("producer", API_URL=api.url, BACKOFF_MAX_SECONDS="1")
+            until(lambda: api.status()["exhausted"], what="more that waits to be written")
+            broker.start()
+
+            messages = apache_rig.read(apache_rig.topic_1, 600, timeout_s=90, extra_s=2)
+
+    values = [message.value() for message in messages if not says_nothing(message)]
+    rows = [row for value in values for row in read_topic_1(value).transactions]
+    assert len(rows) == len({row.identity for row in rows}) == 600
+
+
+def cut_off_last_marker(partition: Path) -> None:
+    """Make the partition's last transaction one that the coordinator has decided and nobody has marked as such.
+
+    The layout of record batches: https://kafka.apache.org/documentation/#recordbatch
+    """
+    (log,) = partition.glob("*.log")
+    content = log.read_bytes()
+    start, last = 0, 0
+    while start < len(content):
+        last = start
+        start += 12 + struct.unpack_from(">i", content, start + 8)[0]
+    (attributes,) = struct.unpack_from(">h", content, last + 21)
+    assert attributes & 0b110000 == 0b110000  # of a transaction, and a control batch
+    log.write_bytes(content[:last])
+    for index in (*partition.glob("*index"), *partition.glob("*.snapshot")):
+        index.unlink()
 
 
 def test_while_the_broker_is_away_it_keeps_what_it_fetches(tmp_path: Path, apache_rig: Rig) -> None:
