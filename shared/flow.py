@@ -18,9 +18,13 @@ class Flow:
         self._total = 0
 
     def add(self, **counts: int) -> None:
-        """Add, for example `records=1000, dead_letters=2`; a line is due once a second."""
+        """Add, for example `records=1000, dead_letters=2`."""
         self._counts.update(counts)
         self._total += next(iter(counts.values()))
+        self.report_if_due()
+
+    def report_if_due(self) -> None:
+        """Log what has not been logged yet, if the last line is a second old."""
         if time.monotonic() - self._since >= 1.0:
             self.report()
 

@@ -116,6 +116,7 @@ class Stream:
 
     def _fill(self) -> None:
         """Grow the batch until it is full or has waited long enough; at backlog it is full at once."""
+        self._flow.report_if_due()
         if self._assigned:
             self._resume()
         wait_s = 0.0  # a batch that comes again has waited long enough

@@ -85,6 +85,7 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
     failures = 0
     with requests.Session() as session:
         while not shutdown.is_set():
+            flow.report_if_due()
             due = time.monotonic() + settings.poll_interval_seconds
             try:
                 if (waiting := journal.count()) >= settings.max_waiting_records:

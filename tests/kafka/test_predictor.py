@@ -146,7 +146,7 @@ def test_two_share_the_work_and_one_takes_over(predictor_rig: Rig) -> None:
 
 
 def test_sigterm_in_the_middle_is_clean(predictor_rig: Rig) -> None:
-    batch = make_transactions(4000)
+    batch = make_transactions(12_000)
     predictor_rig.put_transactions(batch)
     process = predictor_rig.start("predictor", MAX_BATCH_SIZE="50")
     until(lambda: "event='processed'" in predictor_rig.log("predictor"), what="some work")

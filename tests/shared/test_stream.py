@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from conftest import Rig, until
+from structlog.testing import capture_logs
 
 from shared.delivery import AtLeastOnce, Delivery, Member
 from shared.errors import Outage
@@ -152,6 +153,14 @@ def test_a_handler_may_take_longer_than_the_group_waits_for_a_poll(rig: Rig, com
         until(lambda: committed() == 2)
 
     assert handled == [b"0", b"next"]
+
+
+def test_what_was_done_is_in_the_log_soon_though_nothing_follows(rig: Rig) -> None:
+    rig.put(rig.topic_1, numbers(3), key=b"one card")
+
+    with capture_logs() as lines, streaming(rig, lambda batch: Outcome(len(batch))) as shutdown:
+        until(lambda: any(line.get("records") == 3 for line in lines), timeout_s=10, what="a line on the records")
+        assert not shutdown.is_set()
 
 
 def test_a_broken_handler_ends_the_service_and_commits_nothing(rig: Rig, committed: Callable[[], int]) -> None:
