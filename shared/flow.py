@@ -29,8 +29,8 @@ class Flow:
             self.report()
 
     def report(self) -> None:
-        """Log what has not been logged yet."""
+        """Log what has not been logged yet, if there is anything."""
         if any(self._counts.values()):
             log.info(self._event, **self._counts, total=self._total)
-        self._counts.clear()
-        self._since = time.monotonic()
+            self._counts.clear()
+            self._since = time.monotonic()
