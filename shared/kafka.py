@@ -189,7 +189,10 @@ def _offsets(
 
 
 def read_to_end(properties: Mapping[str, str], starts: Sequence[TopicPartition], *, group: str) -> Iterator[Message]:
-    """Every committed record from these offsets to the present end of their partitions. Raises Outage."""
+    """Every committed record that says something, from these offsets to the present end of their partitions.
+
+    Raises Outage.
+    """
     reader = consumer({**properties, "enable.partition.eof": "true"}, group=group)
     unread = {(start.topic, start.partition) for start in starts}
     problem = "no answer"
@@ -202,7 +205,8 @@ def read_to_end(properties: Mapping[str, str], starts: Sequence[TopicPartition],
             for message in (first, *reader.consume(1000, 0)):
                 error = message.error()
                 if error is None:
-                    yield message
+                    if not says_nothing(message):
+                        yield message
                 elif error.code() == KafkaError._PARTITION_EOF:
                     unread.discard((message.topic(), message.partition()))
                 else:

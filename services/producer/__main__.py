@@ -245,8 +245,7 @@ def _on_topics(entries: Sequence[Entry], properties: dict[str, str]) -> list[Ent
     starts = list(chain.from_iterable(kafka.since(properties, topic, since_ms) for topic in topics))
     written_ends = kafka.ends(properties, starts, committed=False)
     committed_ends = kafka.ends(properties, starts, committed=True)
-    reached = {place: committed_ends[place] for place, end in written_ends.items() if committed_ends[place] < end}
-    if hidden := [(*place, offset) for place, offset in reached.items()]:
+    if hidden := [(*place, end) for place, end in committed_ends.items() if end < written_ends[place]]:
         raise _Hidden(hidden)
     wanted = {(entry.record.topic, entry.record.value) for entry in entries}
     there = ((message.topic(), message.value()) for message in kafka.read_to_end(properties, starts, group=_GROUP))

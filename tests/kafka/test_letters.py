@@ -20,7 +20,7 @@ from fraudctl.__main__ import app
 from fraudctl.letters import Replayed, Selection
 from sandbox.registry import Registry
 from shared.dead_letters import SUFFIX, dead_letter, refusal
-from shared.kafka import Headers, Record, coordinates, headers
+from shared.kafka import NOTHING, Headers, Record, coordinates, headers
 from shared.records import decode_prediction, encode_transaction
 
 pytestmark = pytest.mark.kafka
@@ -119,6 +119,14 @@ def test_list_keeps_its_ids_whole_on_a_narrow_terminal(apache_rig: Rig) -> None:
     (name,) = ids_of(apache_rig, apache_rig.topic_1, 1).values()
 
     assert f" {name} " in fraudctl(apache_rig, "list", columns=80).stdout
+
+
+def test_a_record_that_says_nothing_is_no_letter(apache_rig: Rig) -> None:
+    dead = dead_letter_topic(apache_rig.topic_1)
+    write(apache_rig, [Record(dead, None, None, NOTHING), refused(apache_rig.topic_1, b"rubbish")])
+
+    (letter,) = letters.read(apache_rig.properties, selection(apache_rig))
+    assert letter.value == b"rubbish"
 
 
 def test_show_hides_the_card_and_the_birth_date_and_saves_the_bytes(apache_rig: Rig) -> None:

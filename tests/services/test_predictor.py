@@ -10,6 +10,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from confluent_kafka import Producer
 from conftest import Rig, dead_letter_topic, make_transactions, until
 from mlflow.models import infer_signature
 from sklearn.ensemble import RandomForestClassifier
@@ -19,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from sandbox.processes import Process
 from sandbox.registry import Registry
 from sandbox.stack import service
-from shared.kafka import headers
+from shared.kafka import NOTHING, headers
 from shared.provenance import from_headers
 from shared.records import FEATURES, Transaction, decode_prediction, encode_transaction
 from training import train
@@ -72,6 +73,17 @@ def test_a_prediction_is_the_transaction_and_one_field_more(champion_rig: Rig) -
     value = json.loads(message.value() or b"")
     assert list(value) == [*FEATURES, "prediction"]
     assert {name: value[name] for name in FEATURES} == json.loads(encode_transaction(transaction))
+
+
+def test_a_record_that_says_nothing_is_passed_over(champion_rig: Rig) -> None:
+    producer = Producer({**champion_rig.properties, "log_level": 0})
+    producer.produce(champion_rig.topic_1, headers=NOTHING)
+    assert producer.flush(20) == 0
+    champion_rig.put_transactions(make_transactions(5))
+    process = champion_rig.start("predictor")
+
+    assert len(champion_rig.read(champion_rig.topic_2, 5)) == 5
+    assert not process.said("event='dead_letters'")
 
 
 def test_rubbish_goes_to_the_dead_letters_and_its_neighbours_are_predicted(champion_rig: Rig) -> None:
