@@ -94,6 +94,10 @@ def consumer(properties: Mapping[str, str], *, group: str, replica: str | None =
         "partition.assignment.strategy": "cooperative-sticky",
         "session.timeout.ms": "10000",
         "heartbeat.interval.ms": "1000",  # by which the others learn of a rebalance
+        # A full queue is enough for some batches; by its own default the client then rests a second, and runs dry.
+        "queued.max.messages.kbytes": "16384",
+        "queued.min.messages": "20000",
+        "fetch.queue.backoff.ms": "10",
     }
     promised = {
         "group.id": group,
@@ -130,6 +134,8 @@ def producer(
     promised: dict[str, Any] = {"enable.idempotence": "true", "acks": "all", "delivery.report.only.error": True}
     if transactional_id:
         promised |= {"transactional.id": transactional_id, "transaction.timeout.ms": "10000"}
+        # The broker turns away what comes hard on the heels of another, until that one's end is written: milliseconds.
+        defaults["retry.backoff.ms"] = "2"
     else:
         promised |= {"message.timeout.ms": "0"}
     if on_failure:
