@@ -208,7 +208,7 @@ def draw_up(
     `repeats` counts the transactions that the source served again.
     """
     produced, predicted = topics.produced_ms.keys(), topics.visible_ms.keys()
-    mailed_ms, emails = _mailed(mailbox, predicted, since_ms=since_ms, sender=sender)
+    mailed_ms, emails = mailed(mailbox, predicted, since_ms=since_ms, sender=sender)
     ingested_ms = _stored(engine, predicted, since_ms=since_ms)
     missing = {
         "missing on topic_1": served - produced - topics.dead,
@@ -246,7 +246,7 @@ def draw_up(
     )
 
 
-def _mailed(
+def mailed(
     mailbox: Path, identities: Iterable[Identity], *, since_ms: int, sender: str
 ) -> tuple[dict[Identity, float], int]:
     """When each transaction that a mail names was first mailed (epoch ms), and how many mails there are."""

@@ -391,8 +391,8 @@ def _mended(letter: Letter, value: bytes) -> Letter:
     key = letter.key
     if key is None:
         with suppress(Poison):
-            transactions, bad = read_topic_1(value)
-            key = transactions[0].key if len(transactions) == 1 and not bad else None
+            rows = read_topic_1(value)
+            key = rows.transactions[0].key if len(rows.transactions) == 1 and not rows.bad else None
     return letter._replace(value=value, key=key)
 
 

@@ -83,8 +83,7 @@ class AtLeastOnce:
     ) -> None:
         # 1. Outputs and dead letters go into the producer's queue.
         try:
-            for record in records:
-                enqueue(self._producer, record, self._shutdown)
+            _enqueue(self._producer, records, self._shutdown)
         except KafkaException as exception:
             self._failed.append(exception.args[0].str())
             if exception.args[0].fatal() or exception.args[0].code() == KafkaError._FATAL:
@@ -145,8 +144,7 @@ class ExactlyOnce:
     ) -> None:
         # 1. The transaction begins, and outputs and dead letters go into it.
         with self._transaction() as producer:
-            for record in records:
-                enqueue(producer, record, self._shutdown)
+            _enqueue(producer, records, self._shutdown)
             # 2. So do the offsets, under the generation that read the batch: who lost its partitions is fenced here.
             if member:
                 generation = member.generation
@@ -250,23 +248,27 @@ def delivery(
     return AtLeastOnce(properties=properties, shutdown=shutdown)
 
 
-def enqueue(producer: Producer, record: Record, shutdown: Event) -> None:
-    """Hand a record over to the producer; while its queue is full, wait.
+def _enqueue(producer: Producer, records: Sequence[Record], shutdown: Event) -> None:
+    """Hand records over to the producer; while its queue is full, wait.
 
-    Raises Outage when that is cut short, KafkaException if the producer does not take it: its topic is unknown, or it
+    Raises Outage when that is cut short, KafkaException if the producer does not take one: its topic is unknown, or it
     is larger than `message.max.bytes`.
     """
-    while True:
-        try:
-            producer.produce(record.topic, value=record.value, key=record.key, headers=record.headers)
-            return
-        except BufferError:
-            if shutdown.is_set():
-                raise Outage("stopping while the producer's queue is full") from None
-            producer.poll(_WAIT_S)
+    produce = producer.produce
+    for record in records:
+        while True:
+            try:
+                produce(record.topic, record.value, record.key, headers=record.headers)
+                break
+            except BufferError:
+                if shutdown.is_set():
+                    raise Outage("stopping while the producer's queue is full") from None
+                producer.poll(_WAIT_S)
 
 
 def next_offsets(messages: Sequence[Message]) -> list[TopicPartition]:
-    """For each partition among `messages` (in order within a partition), the offset that is to be read next."""
-    last = {(topic, partition): offset for topic, partition, offset in map(coordinates, messages)}
-    return [TopicPartition(topic, partition, offset + 1) for (topic, partition), offset in last.items()]
+    """For each partition among a topic's `messages` (in order within each), the offset that is to be read next."""
+    last = {message.partition(): message for message in messages}
+    return [
+        TopicPartition(topic, partition, offset + 1) for topic, partition, offset in map(coordinates, last.values())
+    ]

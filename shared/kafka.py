@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 from confluent_kafka import (
     Consumer,
     IsolationLevel,
@@ -55,7 +56,7 @@ _PRODUCER_ONLY = (
 )
 
 
-class Record(NamedTuple):
+class Record(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """A record to be written."""
 
     topic: str

@@ -44,7 +44,7 @@ class StreamSettings(ServiceSettings):
         description="Stable over restarts, and unique among the replicas of a service; the host name tells a container",
     )
     max_batch_size: int = Field(1000, ge=1, le=100_000, description="Most records in a batch")
-    max_batch_wait_ms: Milliseconds = Field(5, description="Longest wait, in ms, for a batch to fill")
+    max_batch_wait_ms: Milliseconds = Field(2, description="Longest wait, in ms, for a batch to fill")
     dead_letter_limit_ratio: float = Field(
         0.5, gt=0, le=1, description="Share of refused rows above which it is not the rows that are bad: wait"
     )

@@ -1,13 +1,17 @@
 """The one stream loop: poll, hand over, make final; pause while something is away; rebalance; drain on SIGTERM.
 
-A service hands it a handler and never commits an offset itself. The handler and the delivery run in a worker thread, so
-that the loop can keep polling, and thus its place in the group, however long they take.
+A service hands it a handler and never commits an offset itself. The handler and the delivery run in threads of their
+own, so that the loop can keep polling, and thus its place in the group, however long they take.
 """
 
+import gc
+import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from itertools import takewhile
 from threading import Event
 from typing import NamedTuple
@@ -26,6 +30,7 @@ from shared.settings import StreamSettings
 log = structlog.get_logger()
 
 _IDLE_POLL_S = 0.5
+_SHORT_WAIT_S = 0.002
 _KEEPALIVE_S = 1.0
 _REVOKE_WAIT_S = 30.0
 _COMMITTED_WAIT_S = 5.0
@@ -37,12 +42,14 @@ class Outcome(NamedTuple):
     """What a handler did with a batch.
 
     `done` counts the messages, from the front, that are finished for good; the rest is handed over again. `outputs` and
-    `dead` letters are to be written before the offsets of the finished ones are committed.
+    `dead` letters are to be written before the offsets of the finished ones are committed. Before that comes `finish`,
+    once all earlier batches are final; it returns further dead letters, or raises Outage like the handler.
     """
 
     done: int
     outputs: Sequence[Record] = ()
     dead: Sequence[Record] = ()
+    finish: Callable[[], Sequence[Record]] | None = None
 
 
 Handler = Callable[[Sequence[Message]], Outcome]
@@ -51,6 +58,19 @@ away: the batch comes again later, so what it did before must bear repeating."""
 
 
 Submit = Callable[[list[Message], Member], Future[int]]
+
+
+@dataclass
+class _InFlight:
+    """A batch that was handed over."""
+
+    batch: list[Message]
+    done: Future[int]  # how many of it, from the front
+    gone: set[tuple[str | None, int | None]] = field(default_factory=set)  # partitions revoked since
+
+    def left(self, done: int) -> list[Message]:
+        """What of it is to come again."""
+        return [m for m in self.batch[done:] if (m.topic(), m.partition()) not in self.gone]
 
 
 class Stream:
@@ -73,22 +93,39 @@ class Stream:
         self._delivery = delivery
         self._settings = settings
         self._shutdown = shutdown
-        self._waiting: list[Message] = []  # consumed, not final
-        self._gone: set[tuple[str | None, int | None]] = set()  # revoked since the batch in flight was handed over
-        self._running: Future[int] | None = None
-        self._too_late = Event()  # what the batch in flight was read under is lost
+        self._waiting: list[Message] = []  # consumed, not handed over
+        self._in_flight: deque[_InFlight] = deque()
+        self._most_in_flight = 1
+        self._held_up = False  # a batch did not get through: those behind it must not overtake it
+        self._too_late = Event()  # what the batches in flight were read under is lost
         self._paused = False
         self._assigned = False  # just now: what was paused when it was taken away comes back paused
         self._in_doubt = False  # a delivery failed, and perhaps only its answer was lost
         self._flow = Flow("processed")
 
-    def run(self, handle: Handler) -> None:
-        """Hand over batch after batch until the shutdown event is set, then finish the one in flight."""
+    def run(self, handle: Handler, *, ahead: bool = False) -> None:
+        """Hand over batch after batch until the shutdown event is set, then finish those in flight.
+
+        With `ahead`, a batch is handled while the one before it is made final. That is for handlers that have no effect
+        (but for what their outcomes' `finish` has) and are done with all of a batch.
+        """
+        self._most_in_flight = 2 if ahead else 1
+        _tune()
         try:
             self._until_over(self._delivery.open)
-            with ThreadPoolExecutor(1, thread_name_prefix="batch") as worker:
+            with (
+                ThreadPoolExecutor(1, thread_name_prefix="handle") as handling,
+                ThreadPoolExecutor(1, thread_name_prefix="deliver") as delivering,
+            ):
+
+                def submit(batch: list[Message], member: Member) -> Future[int]:
+                    early = handling.submit(handle, batch) if ahead and not self._in_doubt else None
+                    return delivering.submit(
+                        self._complete, lambda: (early or handling.submit(handle, batch)).result(), batch, member
+                    )
+
                 while not self._shutdown.is_set():
-                    self._consume(lambda batch, member: worker.submit(self._complete, handle, batch, member))
+                    self._consume(submit)
         except Outage as outage:
             log.warning("stopped_in_outage", reason=str(outage), left_for_later=len(self._waiting))
         finally:
@@ -104,25 +141,32 @@ class Stream:
         while not self._shutdown.is_set() and not self._lost:
             self._fill()
             self._process(submit)
-            if self._in_doubt and not self._waiting:  # its partitions are gone; who has them waits for the end of it
-                with suppress(Outage):
+            if self._in_doubt and not (self._waiting or self._in_flight):
+                with suppress(Outage):  # its partitions are gone; who has them waits for the end of it
                     self._delivery.open()
+        with suppress(Outage) if self._lost else nullcontext():
+            self._collect(down_to=0)
         if self._lost:
             log.warning("consumer_lost", reason=self._lost, hint="is REPLICA unique among the replicas?")
             self._consumer.close()
             self._waiting.clear()
             self._shutdown.wait(self._settings.backoff_initial_seconds)
             self._consumer, self._lost, self._paused = self._make_consumer(), None, False
+            self._too_late = Event()
 
     def _fill(self) -> None:
         """Grow the batch until it is full or has waited long enough; at backlog it is full at once."""
-        self._flow.report_if_due()
+        if not self._in_flight:  # those tell of themselves
+            self._flow.report_if_due()
         if self._assigned:
             self._resume()
         wait_s = 0.0  # a batch that comes again has waited long enough
         if not self._waiting:
-            # consume() sits out its whole timeout on a partial batch: the idle wait is for one message only.
-            self._accept([self._consumer.poll(_IDLE_POLL_S)])
+            # consume() sits out its whole timeout on a partial batch: the idle wait is for one message only. The client
+            # lets one thread in at a time: a delivery in flight, which may have to commit, would wait in vain.
+            self._poll(0 if self._in_flight else _IDLE_POLL_S)
+            if self._in_flight and not self._waiting:
+                wait([self._in_flight[0].done], _SHORT_WAIT_S)
             wait_s = self._settings.max_batch_wait_ms / 1000
         room = self._settings.max_batch_size - len(self._waiting)
         if self._waiting and room > 0:
@@ -145,40 +189,55 @@ class Stream:
         )
 
     def _attempt(self, submit: Submit) -> None:
-        """Hand one batch to the worker and keep polling until it is through. Raises Outage; the batch then waits on."""
-        if not self._waiting or self._lost:
-            return
-        size = self._settings.max_batch_size
-        batch, self._waiting = self._waiting[:size], self._waiting[size:]
-        self._gone.clear()
-        done = 0
-        self._too_late.clear()
-        self._running = submit(batch, Member(self._consumer, self._consumer.consumer_group_metadata(), self._too_late))
-        try:
-            while not wait([self._running], _KEEPALIVE_S).done:
-                self._keep_place(0)
-            done = self._running.result()
-        finally:
-            self._running = None
-            self._waiting = [m for m in batch[done:] if (m.topic(), m.partition()) not in self._gone] + self._waiting
+        """Hand a batch over, and keep polling while too many are in flight. Raises Outage; they then wait on."""
+        if self._waiting and not self._lost:
+            size = self._settings.max_batch_size
+            batch, self._waiting = self._waiting[:size], self._waiting[size:]
+            member = Member(self._consumer, self._consumer.consumer_group_metadata(), self._too_late)
+            self._in_flight.append(_InFlight(batch, submit(batch, member)))
+        self._collect(down_to=self._most_in_flight - 1)
 
-    def _complete(self, handle: Handler, batch: list[Message], member: Member) -> int:
-        """In the worker: handle the batch and make what is done of it final. Returns how many of it, from the front."""
+    def _collect(self, *, down_to: int) -> None:
+        """Take note of batches that are through until so many, or fewer, are in flight. Raises Outage."""
+        while self._in_flight and (len(self._in_flight) > down_to or self._in_flight[0].done.done()):
+            while not wait([self._in_flight[0].done], _KEEPALIVE_S).done:
+                self._keep_place(0)
+            first = self._in_flight.popleft()
+            done = 0
+            try:
+                done = first.done.result()
+            finally:
+                if left := first.left(done):
+                    wait([each.done for each in self._in_flight])  # they cannot get through either
+                    self._waiting = [*left, *(m for each in self._in_flight for m in each.left(0)), *self._waiting]
+                    self._in_flight.clear()
+                if not self._in_flight:
+                    self._held_up = False
+
+    def _complete(self, outcome_of: Callable[[], Outcome], batch: list[Message], member: Member) -> int:
+        """Make what is done of the batch final. Returns how many of it, from the front."""
+        if self._held_up:
+            raise Outage("the batch before it comes first")
+        self._held_up = True
         began = time.monotonic()
         if self._in_doubt:
             self._delivery.open()
             if final := self._final_already(batch):
                 return final
-        outcome = handle(batch)
+        outcome = outcome_of()
+        dead = [*outcome.dead, *(outcome.finish() if outcome.finish else ())]
         finished = batch[: outcome.done]
         if finished:
-            self._in_doubt = True
-            self._delivery.deliver([*outcome.outputs, *outcome.dead], next_offsets(finished), member)
-            self._in_doubt = False
-        if outcome.dead:
-            log.warning("dead_letters", records=len(outcome.dead), first_reason=reason_of(outcome.dead[0]))
+            try:
+                self._delivery.deliver([*outcome.outputs, *dead], next_offsets(finished), member)
+            except Outage:
+                self._in_doubt = True
+                raise
+        self._held_up = outcome.done < len(batch)
+        if dead:
+            log.warning("dead_letters", records=len(dead), first_reason=reason_of(dead[0]))
         busy_ms = round((time.monotonic() - began) * 1000)
-        self._flow.add(records=len(finished), dead_letters=len(outcome.dead), busy_ms=busy_ms)
+        self._flow.add(records=len(finished), dead_letters=len(dead), busy_ms=busy_ms)
         return outcome.done
 
     def _final_already(self, batch: list[Message]) -> int:
@@ -208,24 +267,30 @@ class Stream:
             self._paused = True
             log.info("paused", waiting=len(self._waiting))
         self._consumer.pause(self._consumer.assignment())  # each time: a rebalance may have brought more
-        self._accept([self._consumer.poll(timeout_s)])
+        self._poll(timeout_s)
 
     def _resume(self) -> None:
         self._paused = self._assigned = False
         self._consumer.resume(self._consumer.assignment())
 
-    def _accept(self, messages: Sequence[Message | None]) -> None:
+    def _poll(self, timeout_s: float) -> None:
+        message = self._consumer.poll(timeout_s)
+        if message is not None:
+            self._accept([message])
+
+    def _accept(self, messages: Sequence[Message]) -> None:
         for message in messages:
-            if message is None:
-                continue
-            error = message.error()
-            if error is None:
-                self._waiting.append(message)
-            elif error.fatal() or error.code() in _FATAL:
-                self._lost = error.str()
-                self._too_late.set()
+            if error := message.error():
+                self._hear(error)
             else:
-                log.warning("consumer_error", reason=error.str())
+                self._waiting.append(message)
+
+    def _hear(self, error: KafkaError) -> None:
+        if error.fatal() or error.code() in _FATAL:
+            self._lost = error.str()
+            self._too_late.set()
+        else:
+            log.warning("consumer_error", reason=error.str())
 
     def _on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         log.info("assigned", partitions=[partition.partition for partition in partitions])
@@ -233,16 +298,25 @@ class Stream:
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Finish the batch in flight while these partitions are still ours; forget what else is waiting of them."""
-        if self._running:
-            wait([self._running], _REVOKE_WAIT_S)
+        wait([each.done for each in self._in_flight], _REVOKE_WAIT_S)
         self._forget(partitions)
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """These partitions are others' already: there is nothing to wait for."""
         self._too_late.set()
+        self._too_late = Event()
         self._forget(partitions)
 
     def _forget(self, partitions: list[TopicPartition]) -> None:
         log.info("revoked", partitions=[partition.partition for partition in partitions])
-        self._gone |= {(partition.topic, partition.partition) for partition in partitions}
-        self._waiting = [m for m in self._waiting if (m.topic(), m.partition()) not in self._gone]
+        gone = {(partition.topic, partition.partition) for partition in partitions}
+        for each in self._in_flight:
+            each.gone |= gone
+        self._waiting = [m for m in self._waiting if (m.topic(), m.partition()) not in gone]
+
+
+def _tune() -> None:
+    """Have the interpreter serve threads that wait for each other's small steps, and batches that come and go."""
+    sys.setswitchinterval(0.0002)  # a thread that comes back from the broker or the database goes on at once
+    gc.freeze()  # what is loaded by now stays
+    gc.set_threshold(50_000)  # and nothing that a batch is made of refers to itself

@@ -8,12 +8,12 @@ import structlog
 from confluent_kafka import Message
 from pydantic import Field, SecretStr
 
-from services.db_sink.table import Row, connect, migrate, upsert
+from services.db_sink.table import Row, connect, copy_text, migrate, upsert
 from shared import kafka, service
 from shared.dead_letters import Limit, dead_letter, isolate
 from shared.delivery import AtLeastOnce
 from shared.errors import Outage, Poison, SettingsError
-from shared.kafka import headers
+from shared.kafka import Record, headers
 from shared.provenance import from_headers
 from shared.records import decode_prediction
 from shared.retry import until_over
@@ -55,35 +55,46 @@ def serve(settings: SinkSettings, shutdown: Event) -> None:
         return
     log.info("schema_ready")
     limit = Limit(ratio=settings.dead_letter_limit_ratio, consecutive=settings.dead_letter_limit_consecutive)
-    stream.run(lambda messages: store(messages, engine, group=settings.db_sink_group, limit=limit))
+    stream.run(lambda messages: prepare(messages, engine, group=settings.db_sink_group, limit=limit), ahead=True)
     engine.dispose()
 
 
-def store(messages: Sequence[Message], engine: sa.Engine, *, group: str, limit: Limit) -> Outcome:
-    """Store the batch; a message that cannot be read or that PostgreSQL rejects is a dead letter. Raises Outage."""
+def prepare(messages: Sequence[Message], engine: sa.Engine, *, group: str, limit: Limit) -> Outcome:
+    """Make the batch ready to be stored; a message that cannot be read or that PostgreSQL rejects is a dead letter."""
     rows: list[Row] = []
     sources: list[Message] = []
     dead = []
     for message in messages:
         try:
-            rows.append(Row(decode_prediction(message.value()), from_headers(headers(message))))
+            rows.append(_row(message))
             sources.append(message)
         except Poison as poison:
             dead.append(dead_letter(message, str(poison), group=group))
-    if rows:
-        results = isolate(rows, lambda part: _stored(engine, part))
+    text = copy_text(rows)
+
+    def store() -> Sequence[Record]:
+        try:
+            upsert(engine, text)
+            results: Sequence[Poison | None] = [None] * len(sources)
+        except Poison:
+            results = isolate(sources, lambda part: _store_part(engine, part))
         limit.check(results)
-        dead += [
+        return [
             dead_letter(message, str(result), group=group)
             for message, result in zip(sources, results, strict=True)
             if isinstance(result, Poison)
         ]
-    return Outcome(len(messages), dead=dead)
+
+    return Outcome(len(messages), dead=dead, finish=store if rows else None)
 
 
-def _stored(engine: sa.Engine, rows: Sequence[Row]) -> Sequence[None]:
-    upsert(engine, rows)
-    return [None] * len(rows)
+def _row(message: Message) -> Row:
+    return Row(decode_prediction(message.value()), from_headers(headers(message)))
+
+
+def _store_part(engine: sa.Engine, messages: Sequence[Message]) -> Sequence[None]:
+    upsert(engine, copy_text(map(_row, messages)))
+    return [None] * len(messages)
 
 
 if __name__ == "__main__":

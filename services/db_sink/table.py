@@ -1,16 +1,19 @@
 """The table of transactions and how a batch gets into it."""
 
-import csv
 import io
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import psycopg2
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from msgspec.structs import astuple
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared.errors import Outage, Poison, without_digits
@@ -19,7 +22,7 @@ from shared.records import Prediction
 
 TABLE = "transactions"
 FEATURES_2: tuple[str, ...] = Prediction.__struct_fields__
-PROVENANCE: tuple[str, ...] = ("model_name", "model_version", "probability", "predicted_at", *Provenance._fields[4:])
+PROVENANCE = ("model_name", "model_version", "probability", "predicted_at", "source_partition", "source_offset")
 _LOCK_TIMEOUT_S = 10
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -68,18 +71,18 @@ def migrate(engine: sa.Engine) -> None:
         raise Outage(f"database: {reason(error)}") from None
 
 
-def upsert(engine: sa.Engine, rows: Sequence[Row]) -> None:
-    """Store the rows in one transaction: COPY into a temporary table, from there into the table by identity.
+def upsert(engine: sa.Engine, text: bytes) -> None:
+    """Store rows in one transaction: COPY into a temporary table, from there into the table by identity.
 
-    A row that is there already gets the newer prediction; a label that somebody confirmed stays as it is. Raises Poison
-    if PostgreSQL rejects a row, Outage for everything else: a lost connection, a lock, a full disk, a missing table.
+    `text` is copy_text's. A row that is there already gets the newer prediction; a label that somebody confirmed stays
+    as it is. Raises Poison if PostgreSQL rejects a row, Outage for everything else: a lost connection, a lock, a full
+    disk, a missing table.
     """
-    latest = {row.prediction.identity: row for row in rows}
     try:
         with engine.begin() as connection:
             cursor = connection.connection.cursor()
             cursor.execute(_STAGING)
-            cursor.copy_expert(_COPY, _as_csv(latest.values()))
+            cursor.copy_expert(COPY, io.BytesIO(text), size=len(text))
             cursor.execute(_UPSERT)
     except (SQLAlchemyError, psycopg2.Error) as error:
         if _sqlstate(error).startswith(_REJECTED):
@@ -95,9 +98,7 @@ _STAGING = f"""
 SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s';
 CREATE TEMPORARY TABLE IF NOT EXISTS staging (LIKE {TABLE} INCLUDING DEFAULTS) ON COMMIT DELETE ROWS
 """
-_COPY = f"""
-COPY staging ({_COLUMNS}) FROM STDIN WITH (FORMAT csv, FORCE_NULL (is_fraud, {", ".join(PROVENANCE)}))
-"""
+COPY = f"COPY staging ({_COLUMNS}) FROM STDIN (FORMAT csv, NULL 'null', ESCAPE '\\')"
 _UPDATED = ", ".join(
     f'"{name}" = EXCLUDED."{name}"'
     for name in (*FEATURES_2, *PROVENANCE)
@@ -110,23 +111,41 @@ ON CONFLICT (trans_num, unix_time) DO UPDATE SET {_UPDATED},
 """  # noqa: S608 - nothing in it comes from outside
 
 
-def _as_csv(rows: Iterable[Row]) -> io.StringIO:
-    """The rows as COPY reads them: every text quoted, so that none is taken for NULL or an end of data."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-    writer.writerows((*_values(row.prediction), *_provenance(row.provenance)) for row in rows)
-    buffer.seek(0)
-    return buffer
+def copy_text(rows: Iterable[Row]) -> bytes:
+    """The rows, the last of each identity, as CSV for COPY: JSON's numbers, strings and null, commas between them.
+
+    https://www.postgresql.org/docs/current/sql-copy.html
+    """
+    last = {row.prediction.identity: row for row in rows}
+    lines = list(map(stored, last.values()))
+    text = _as_json(lines)[1:-2].replace(b"]\n[", b"\n")
+    return b"\n".join(map(_csv, lines)) if _UNLIKE_CSV(text) else text
 
 
-def _values(prediction: Prediction) -> tuple[object, ...]:
-    return tuple(getattr(prediction, name) for name in FEATURES_2)
+def stored(row: Row) -> tuple[object, ...]:
+    """What is stored of a row, in the order of FEATURES_2 and PROVENANCE."""
+    name, version, probability, predicted_at_ms, partition, offset = astuple(row.provenance)
+    return (*astuple(row.prediction), name, version, probability, _timestamp(predicted_at_ms), partition, offset)
 
 
-def _provenance(provenance: Provenance) -> tuple[object, ...]:
-    name, version, probability, predicted_at_ms, partition, offset = provenance
-    predicted_at = None if predicted_at_ms is None else datetime.fromtimestamp(predicted_at_ms / 1000, UTC).isoformat()
-    return name, version, probability, predicted_at, partition, offset
+_as_json = msgspec.json.Encoder().encode_lines  # a line each: [...]
+_UNLIKE_CSV = re.compile(rb'\\[^\\"]').search  # CSV knows the escapes of quotes and of the backslash itself
+
+
+def _csv(values: Iterable[object]) -> bytes:
+    return ",".join(map(_csv_field, values)).encode()
+
+
+def _csv_field(value: object) -> str:
+    if isinstance(value, str):
+        return '"' + value.replace("\\", r"\\").replace('"', r"\"") + '"'
+    return "null" if value is None else repr(value)
+
+
+@lru_cache(1000)
+def _timestamp(epoch_ms: int | None) -> str | None:
+    """A batch of the predictor has one."""
+    return None if epoch_ms is None else datetime.fromtimestamp(epoch_ms / 1000, UTC).isoformat()
 
 
 def _sqlstate(error: Exception) -> str:

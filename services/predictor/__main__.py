@@ -24,7 +24,7 @@ from shared.dead_letters import Limit, dead_letter, isolate
 from shared.errors import Outage, Poison
 from shared.kafka import Record, coordinates, says_nothing
 from shared.provenance import Provenance, to_headers
-from shared.records import Transaction, encode_prediction, read_topic_1
+from shared.records import Transaction, encode_prediction, encode_transaction, read_topic_1
 from shared.retry import until_over
 from shared.settings import DeliveryGuarantee, StreamSettings, kafka_properties
 from shared.stream import Outcome, Stream
@@ -80,7 +80,7 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
         )
     except Outage:
         return
-    stream.run(Scorer(model, registry, settings).handle)
+    stream.run(Scorer(model, registry, settings).handle, ahead=True)
 
 
 def first_model(registry: Registry) -> Model:
@@ -145,6 +145,7 @@ def predict(model: Model, messages: Sequence[Message], *, topic: str, group: str
     Raises Outage if it is the model that is broken, not the rows.
     """
     transactions: list[Transaction] = []
+    values: list[bytes] = []
     sources: list[int] = []  # for each transaction, the number of its message
     faults: defaultdict[int, list[str]] = defaultdict(list)
     for number, message in enumerate(messages):
@@ -156,21 +157,21 @@ def predict(model: Model, messages: Sequence[Message], *, topic: str, group: str
             faults[number].append(str(poison))
             continue
         transactions += rows.transactions
+        values += [rows.canonical] if rows.canonical else map(encode_transaction, rows.transactions)
         sources += [number] * len(rows.transactions)
         for row in rows.bad:
             faults[number].append(row.reason)
     results = _scores(model, transactions)
     limit.check(results)
     records = []
-    common = to_headers(Provenance(model_name=model.name, model_version=model.version, predicted_at_ms=now_ms))
-    for number, transaction, result in zip(sources, transactions, results, strict=True):
+    for number, transaction, value, result in zip(sources, transactions, values, results, strict=True):
         if isinstance(result, Poison):
             faults[number].append(str(result))
         else:
             _, partition, offset = coordinates(messages[number])
-            source = Provenance(probability=result.probability, source_partition=partition, source_offset=offset)
-            value = encode_prediction(transaction, result.label)
-            records.append(Record(topic, value, transaction.key, common + to_headers(source)))
+            about = Provenance(model.name, model.version, result.probability, now_ms, partition, offset)
+            record = Record(topic, encode_prediction(value, result.label), transaction.key, to_headers(about))
+            records.append(record)
     dead = [dead_letter(messages[number], "; ".join(reasons), group=group) for number, reasons in faults.items()]
     return Outcome(len(messages), records, dead)
 

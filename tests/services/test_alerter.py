@@ -23,7 +23,7 @@ from shared.dead_letters import Limit
 from shared.errors import Outage, Poison
 from shared.kafka import Headers
 from shared.provenance import Provenance, to_headers
-from shared.records import Prediction, Transaction, encode_prediction
+from shared.records import Prediction, Transaction, encode_prediction, encode_transaction
 
 PROVENANCE = Provenance("fraud", "3", 0.97312, 1730134684025, 0, 0)
 
@@ -37,7 +37,12 @@ def put_predictions(rig: Rig, batch: list[tuple[Transaction, int]]) -> None:
     producer = Producer({**rig.properties, "log_level": 0})
     headers: Headers = to_headers(PROVENANCE)
     for transaction, label in batch:
-        producer.produce(rig.topic_2, value=encode_prediction(transaction, label), key=transaction.key, headers=headers)
+        producer.produce(
+            rig.topic_2,
+            value=encode_prediction(encode_transaction(transaction), label),
+            key=transaction.key,
+            headers=headers,
+        )
     assert producer.flush(20) == 0
 
 
@@ -189,7 +194,7 @@ def test_a_mail_that_is_refused_for_good_is_kept_and_the_next_fraud_is_mailed(
     rig: Rig, refusing: Callable[..., int]
 ) -> None:
     first, second = make_transactions(2)
-    batch = [encode_prediction(first, 1), encode_prediction(second, 1)]
+    batch = [encode_prediction(encode_transaction(each), 1) for each in (first, second)]
     rig.put(rig.topic_2, batch, key=b"one card")
     rig.start("alerter", SMTP_PORT=str(refusing("554 5.6.0 Message content rejected", "250 OK")))
 
@@ -217,7 +222,11 @@ def test_a_mail_server_that_refuses_one_after_the_other_is_not_taken_out_on_the_
 
 def test_a_fraud_that_lies_twice_on_the_topic_is_mailed_once(rig: Rig, mailbox: Mailbox) -> None:
     first, second = make_transactions(2)
-    rig.put(rig.topic_2, [encode_prediction(each, 1) for each in (first, first, second)], key=b"one card")
+    rig.put(
+        rig.topic_2,
+        [encode_prediction(encode_transaction(each), 1) for each in (first, first, second)],
+        key=b"one card",
+    )
     process = rig.start("alerter", SMTP_PORT=str(mailbox.port))
 
     mails = received(mailbox, 2)
@@ -229,7 +238,10 @@ def test_a_fraud_that_lies_twice_on_the_topic_is_mailed_once(rig: Rig, mailbox: 
 
 def test_a_fraud_whose_commit_failed_comes_again_and_is_not_mailed_again(rig: Rig, mailbox: Mailbox) -> None:
     settings = AlerterSettings(smtp_host="127.0.0.1", alert_from=SENDER, alert_to=RECIPIENT)
-    batch = [encode_prediction(each, label) for each, label in zip(make_transactions(4), (1, 0, 1, 0), strict=True)]
+    batch = [
+        encode_prediction(encode_transaction(each), label)
+        for each, label in zip(make_transactions(4), (1, 0, 1, 0), strict=True)
+    ]
     rig.put(rig.topic_2, batch, key=b"one card")
     messages, mailer, mailed = rig.read(rig.topic_2, 4), plain_mailer(mailbox.port), Mailed(10)
 

@@ -11,10 +11,10 @@ from conftest import Rig, dead_letter_topic, make_transactions, until
 
 from sandbox.postgres import Postgres
 from sandbox.stack import service
-from services.db_sink.table import Row, connect, migrate, upsert
+from services.db_sink.table import Row, connect, copy_text, migrate, upsert
 from shared.errors import Outage, Poison
 from shared.provenance import Provenance, from_headers, to_headers
-from shared.records import FEATURES, Prediction, Transaction, encode_prediction
+from shared.records import FEATURES, Prediction, Transaction, encode_prediction, encode_transaction
 
 PROVENANCE = Provenance("fraud", "3", 0.25, 1730134684025, 4, 1234)
 
@@ -43,7 +43,7 @@ def sink_rig(rig: Rig, engine: sa.Engine) -> Rig:
 def put_predictions(rig: Rig, batch: list[Transaction], label: int = 0) -> None:
     producer = Producer({**rig.properties, "log_level": 0})
     for each in batch:
-        value = encode_prediction(each, label)
+        value = encode_prediction(encode_transaction(each), label)
         producer.produce(rig.topic_2, value=value, key=each.key, headers=to_headers(PROVENANCE))
     assert producer.flush(20) == 0
 
@@ -94,8 +94,8 @@ def test_repeats_change_nothing_and_newer_predictions_win(engine: sa.Engine) -> 
     migrate(engine)
     first, second = make_transactions(2)
 
-    upsert(engine, [row(first), row(second)])
-    upsert(engine, [row(first), row(first, 1), row(first, 1)])
+    upsert(engine, copy_text([row(first), row(second)]))
+    upsert(engine, copy_text([row(first), row(first, 1), row(first, 1)]))
 
     assert query(engine, "SELECT trans_num, prediction FROM transactions ORDER BY prediction") == [
         (second.trans_num, 0),
@@ -107,7 +107,7 @@ def test_the_same_trans_num_at_another_time_is_another_transaction(engine: sa.En
     migrate(engine)
     (transaction,) = make_transactions(1)
 
-    upsert(engine, [row(transaction), row(transaction, unix_time=transaction.unix_time + 3600)])
+    upsert(engine, copy_text([row(transaction), row(transaction, unix_time=transaction.unix_time + 3600)]))
 
     assert count(engine) == 2
 
@@ -115,7 +115,7 @@ def test_the_same_trans_num_at_another_time_is_another_transaction(engine: sa.En
 def test_a_confirmed_label_is_never_overwritten(engine: sa.Engine) -> None:
     migrate(engine)
     confirmed, open_ = make_transactions(2)
-    upsert(engine, [row(confirmed, is_fraud=0), row(open_, is_fraud=0)])
+    upsert(engine, copy_text([row(confirmed, is_fraud=0), row(open_, is_fraud=0)]))
     with engine.begin() as connection:
         connection.execute(
             sa.text(
@@ -124,7 +124,7 @@ def test_a_confirmed_label_is_never_overwritten(engine: sa.Engine) -> None:
             {"n": confirmed.trans_num},
         )
 
-    upsert(engine, [row(confirmed, 1, is_fraud=0), row(open_, 1, is_fraud=None)])
+    upsert(engine, copy_text([row(confirmed, 1, is_fraud=0), row(open_, 1, is_fraud=None)]))
 
     assert set(query(engine, "SELECT trans_num, is_fraud, prediction, validated_by FROM transactions")) == {
         (confirmed.trans_num, 1, 1, "ada"),
@@ -139,7 +139,7 @@ def test_any_text_is_stored_as_it_is(engine: sa.Engine, text: str) -> None:
     migrate(engine)
     (transaction,) = make_transactions(1)
 
-    upsert(engine, [row(transaction, merchant=text, is_fraud=None)])
+    upsert(engine, copy_text([row(transaction, merchant=text, is_fraud=None)]))
 
     assert query(engine, "SELECT merchant, is_fraud FROM transactions") == [(text, None)]
 
@@ -152,7 +152,7 @@ def test_what_postgresql_rejects_is_poison_and_quotes_no_value(engine: sa.Engine
     (transaction,) = make_transactions(1)
 
     with pytest.raises(Poison) as poison:
-        upsert(engine, [row(transaction, **changes)])
+        upsert(engine, copy_text([row(transaction, **changes)]))
 
     assert not any(character.isdigit() for character in str(poison.value))
     assert count(engine) == 0
@@ -168,7 +168,7 @@ def test_a_poisonous_row_is_a_dead_letter_and_its_neighbours_are_stored(sink_rig
 
     dead = sink_rig.read(dead_letter_topic(sink_rig.topic_2), 2)
 
-    assert {message.value() for message in dead} == {encode_prediction(batch[42], 0), b"rubbish"}
+    assert {message.value() for message in dead} == {encode_prediction(encode_transaction(batch[42]), 0), b"rubbish"}
 
 
 def refuse(engine: sa.Engine, condition: str, sqlstate: str) -> None:
@@ -193,7 +193,7 @@ def test_a_row_that_a_rule_of_the_database_refuses_is_poison(engine: sa.Engine, 
     (transaction,) = make_transactions(1)
 
     with pytest.raises(Poison, match="refused"):
-        upsert(engine, [row(transaction, amt=2e6)])
+        upsert(engine, copy_text([row(transaction, amt=2e6)]))
 
 
 @pytest.mark.parametrize("sqlstate", ["53100", "53200", "55P03", "57014", "40P01", "57P03", "42501", "XX000"])
@@ -203,7 +203,7 @@ def test_what_is_no_row_s_fault_is_an_outage(engine: sa.Engine, sqlstate: str) -
     (transaction,) = make_transactions(1)
 
     with pytest.raises(Outage, match="refused"):
-        upsert(engine, [row(transaction)])
+        upsert(engine, copy_text([row(transaction)]))
 
 
 def test_a_lock_is_waited_for_and_said(sink_rig: Rig, engine: sa.Engine) -> None:
@@ -314,5 +314,5 @@ def test_a_wrong_url_is_refused_without_its_password(url: str) -> None:
 def test_headers_that_cannot_be_are_not_there() -> None:
     beyond = to_headers(Provenance("fraud", "3", 1.5, 1730134684025000000, 2**31, -1))
 
-    assert from_headers(beyond) == Provenance("fraud", "3")
+    assert from_headers(beyond) == from_headers([("provenance", b"{")]) == from_headers([]) == Provenance()
     assert from_headers(to_headers(PROVENANCE)) == PROVENANCE

@@ -105,11 +105,11 @@ def test_an_answer_of_the_api_becomes_a_transaction(times: int) -> None:
 @given(canonicals)
 def test_whatever_a_transaction_holds_comes_through_unchanged(values: dict[str, Any]) -> None:
     (transaction,) = read_topic_1(json.dumps(values).encode()).transactions
-    prediction = decode_prediction(encode_prediction(transaction, 1))
+    prediction = decode_prediction(encode_prediction(encode_transaction(transaction), 1))
 
     assert {name: getattr(prediction, name) for name in FEATURES} == values
     assert prediction.prediction == 1
-    assert list(json.loads(encode_prediction(transaction, 0))) == [*FEATURES, "prediction"]
+    assert list(json.loads(encode_prediction(encode_transaction(transaction), 0))) == [*FEATURES, "prediction"]
 
 
 @given(st.integers(1, 10**19 - 1), st.booleans())

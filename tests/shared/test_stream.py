@@ -12,6 +12,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from conftest import Rig, until
 from structlog.testing import capture_logs
 
+from shared.dead_letters import dead_letter
 from shared.delivery import AtLeastOnce, Delivery, Member
 from shared.errors import Outage
 from shared.kafka import Record, consumer
@@ -254,6 +255,106 @@ def test_what_was_made_final_without_an_answer_is_not_handled_again(rig: Rig, co
     thread.join(20)
 
     assert handled == numbers(25)
+
+
+class Gated:
+    """A delivery that waits for a gate, and perhaps fails behind it the first time."""
+
+    def __init__(self, inner: Delivery, *, fails: bool) -> None:
+        self._inner = inner
+        self._fails = fails
+        self.gate = Event()
+
+    def open(self) -> None:
+        self._inner.open()
+
+    def deliver(
+        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), member: Member | None = None
+    ) -> None:
+        assert self.gate.wait(20)
+        if self._fails:
+            self._fails = False
+            raise Outage("away")
+        self._inner.deliver(records, offsets, member)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["final", "in vain"])
+def test_ahead_the_next_batch_is_handled_while_one_is_made_final(
+    rig: Rig, committed: Callable[[], int], fails: bool
+) -> None:
+    rig.put(rig.topic_1, numbers(35), key=b"one card")
+    handled: list[int] = []
+    shutdown = Event()
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        handled.append(len(batch))
+        return Outcome(len(batch), [Record(rig.topic_2, message.value(), b"one card", []) for message in batch])
+
+    delivery = Gated(AtLeastOnce(properties=rig.properties, shutdown=shutdown), fails=fails)
+    stream = make_stream(rig, shutdown, delivery=delivery)
+    thread = threading.Thread(target=lambda: stream.run(handle, ahead=True))
+    thread.start()
+    until(lambda: len(handled) == 2, what="the second batch")
+    assert committed() == 0
+    delivery.gate.set()
+    until(lambda: committed() == 35, what="all of it committed")
+    shutdown.set()
+    thread.join(20)
+
+    assert [message.value() for message in rig.read(rig.topic_2, 35)] == numbers(35)
+
+
+def test_ahead_no_batch_overtakes_one_that_waits(rig: Rig, committed: Callable[[], int]) -> None:
+    rig.put(rig.topic_1, numbers(35), key=b"one card")
+    tries = 0
+    shutdown = Event()
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        nonlocal tries
+        if batch[0].value() == b"10" and (tries := tries + 1) < 3:
+            raise Outage("away")
+        return Outcome(len(batch), [Record(rig.topic_2, message.value(), b"one card", []) for message in batch])
+
+    stream = make_stream(rig, shutdown)
+    thread = threading.Thread(target=lambda: stream.run(handle, ahead=True))
+    thread.start()
+    until(lambda: committed() == 35, what="all of it committed")
+    shutdown.set()
+    thread.join(20)
+
+    assert [message.value() for message in rig.read(rig.topic_2, 35)] == numbers(35)
+
+
+def test_what_finishes_a_batch_is_done_in_order_and_before_its_offsets(rig: Rig, committed: Callable[[], int]) -> None:
+    rig.put(rig.topic_1, numbers(35), key=b"one card")
+    finished: list[tuple[list[bytes], int]] = []
+    tries = 0
+    shutdown = Event()
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        def finish() -> Sequence[Record]:
+            nonlocal tries
+            if batch[0].value() == b"10" and (tries := tries + 1) < 3:
+                raise Outage("away")
+            finished.append(([message.value() for message in batch], committed()))
+            return [dead_letter(batch[0], "by way of example", group="g")]
+
+        return Outcome(len(batch), dead=[dead_letter(batch[1], "by way of example", group="g")], finish=finish)
+
+    stream = make_stream(rig, shutdown)
+    thread = threading.Thread(target=lambda: stream.run(handle, ahead=True))
+    thread.start()
+    until(lambda: committed() == 35, what="all of it committed")
+    shutdown.set()
+    thread.join(20)
+
+    assert [value for batch, _ in finished for value in batch] == numbers(35)
+    assert [before for _, before in finished] == [0, 10, 20, 30]
+    letters = {message.value() for message in rig.read(f"{rig.topic_1}.dlq", 8)}
+    assert letters == {b"0", b"1", b"10", b"11", b"20", b"21", b"30", b"31"}
 
 
 class Fenced:
