@@ -42,6 +42,7 @@ class PredictorSettings(StreamSettings):
     model_alias: str = Field("champion", min_length=1, description="Alias of the version to serve")
     predictor_group: str = Field("predictor", min_length=1, description="Consumer group on topic_1")
     delivery: DeliveryGuarantee = Field("exactly_once", description="exactly_once or at_least_once")
+    compiled_scoring: bool = Field(True, description="Whether trees are compiled where that changes no answer")
     model_cache_directory: Path = Field(
         Path("models"), description="Where the last good model is kept; outlives a container"
     )
@@ -70,6 +71,7 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
         name=settings.model_name,
         alias=settings.model_alias,
         cache=settings.model_cache_directory,
+        compiled=settings.compiled_scoring,
     )
     try:
         model = until_over(

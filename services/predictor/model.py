@@ -1,12 +1,17 @@
 """A model in memory: which columns it wants, and what it says of a batch."""
 
+import gzip
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import structlog
 from sklearn.ensemble import (
     ExtraTreesClassifier,
     GradientBoostingClassifier,
@@ -16,12 +21,22 @@ from sklearn.ensemble import (
 from sklearn.linear_model import LogisticRegression
 from sklearn.tree import DecisionTreeClassifier
 
+from services.predictor.compiled import TOLERANCE, Compiled, NotCompiled
 from shared.errors import Poison, without_digits
-from shared.records import FEATURES, Transaction
+from shared.records import FEATURES, Transaction, read_topic_1
+
+log = structlog.get_logger()
+
+_RECORDED = Path(__file__).with_name("recorded.jsonl.gz")
+_NUMBERS = frozenset({"cc_num", "amt", "zip", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long"})
+
+# These know their columns by place alone, and are given an array: a frame costs more than to score a small batch.
+warnings.filterwarnings("ignore", message="X does not have valid feature names")
 
 # For these, predict() is the class of the highest predict_proba(): one call answers both. For others, it need not be
 # (a support vector machine with Platt scaling, a tuned decision threshold), and predict() has the word.
 _LABEL_IS_LIKELIEST = (
+    Compiled,
     DecisionTreeClassifier,
     ExtraTreesClassifier,
     GradientBoostingClassifier,
@@ -77,14 +92,22 @@ class Model:
     estimator: Any
     columns: tuple[str, ...]
     threshold: float | None  # of the probability of fraud, if one was logged with the model
+    as_array: bool  # whether it is given an array of numbers, not a frame
 
 
 def make_model(
-    *, name: str, version: str, estimator: Any, columns: Iterable[str] | None, metadata: Mapping[str, Any]
+    *,
+    name: str,
+    version: str,
+    estimator: Any,
+    columns: Iterable[str] | None,
+    metadata: Mapping[str, Any],
+    compiled: bool,
 ) -> Model:
     """Make an estimator ready: its input columns from the signature or its own names, one thread, smoke-tested.
 
-    `columns` are the signature's. Raises UnusableModel.
+    `columns` are the signature's; with `compiled`, trees are compiled where that changes no answer. Raises
+    UnusableModel.
     """
     wanted = tuple(columns if columns is not None else getattr(estimator, "feature_names_in_", ()))
     if not wanted:
@@ -99,43 +122,68 @@ def make_model(
         estimator=estimator,
         columns=wanted,
         threshold=None if threshold is None else float(threshold),
+        as_array=isinstance(estimator, _LABEL_IS_LIKELIEST) and set(wanted) <= _NUMBERS,
     )
     try:
         score(model, [REFERENCE])
     except Poison as poison:
         raise UnusableModel(f"it fails on the reference transaction: {poison}") from None
-    return model
+    return _compiled(model) if compiled else model
+
+
+def _compiled(model: Model) -> Model:
+    """The model with its trees compiled, if that can be done and it then says the same of the recorded transactions."""
+    try:
+        threshold = 0.5 if model.threshold is None else model.threshold
+        compiled = replace(model, estimator=Compiled(model.estimator, threshold=threshold))
+        theirs, ours = score(model, recorded()), score(compiled, recorded())
+        apart = max(
+            abs((one.probability or 0.0) - (other.probability or 0.0)) for one, other in zip(theirs, ours, strict=True)
+        )
+        if apart > TOLERANCE or [each.label for each in theirs] != [each.label for each in ours]:
+            raise NotCompiled(f"it would answer otherwise, by up to {apart:.1e}")
+    except (NotCompiled, Poison) as reason:
+        log.info("scoring_not_compiled", model=model.name, version=model.version, reason=str(reason))
+        return model
+    log.info("scoring_compiled", model=model.name, version=model.version)
+    return compiled
+
+
+@cache
+def recorded() -> Sequence[Transaction]:
+    """Some hundred transactions that any model of this project's data must be able to score; nobody's."""
+    return [row for line in gzip.open(_RECORDED) for row in read_topic_1(line).transactions]
 
 
 def score(model: Model, transactions: Sequence[Transaction]) -> list[Score]:
     """Score a batch, in order, in one call of the model. Raises Poison if the model raises."""
     try:
-        frame = _frame(transactions, model.columns)
-        labels, probabilities = _predict(model, frame)
+        rows = _array(transactions, model.columns) if model.as_array else _frame(transactions, model.columns)
+        labels, probabilities = _predict(model, rows)
     except Exception as error:  # whatever a user's model raises is about these rows, or about the model
         raise Poison(without_digits(f"{type(error).__name__}: {error}")) from None
     if probabilities is None:
         return [Score(label, None) for label in labels.tolist()]
-    return [Score(*pair) for pair in zip(labels.tolist(), probabilities.tolist(), strict=True)]
+    return list(map(Score, labels.tolist(), probabilities.tolist()))
 
 
-def _predict(model: Model, frame: pd.DataFrame) -> tuple[Any, Any]:
+def _predict(model: Model, rows: pd.DataFrame | np.ndarray) -> tuple[Any, Any]:
     """Labels (n,) of 0 and 1, and the probabilities of fraud (n,) or None."""
     classes = list(getattr(model.estimator, "classes_", []))
     if not hasattr(model.estimator, "predict_proba") or 1 not in classes:
-        return _labels(model.estimator.predict(frame)), None
-    likelihoods = np.asarray(model.estimator.predict_proba(frame))
+        return _labels(model.estimator.predict(rows)), None
+    likelihoods = np.asarray(model.estimator.predict_proba(rows))
     probabilities = likelihoods[:, classes.index(1)]
     if model.threshold is not None:
         return (probabilities >= model.threshold).astype(int), probabilities
     if isinstance(_final_step(model.estimator), _LABEL_IS_LIKELIEST):
         return _labels(np.asarray(classes)[likelihoods.argmax(axis=1)]), probabilities
-    return _labels(model.estimator.predict(frame)), probabilities
+    return _labels(model.estimator.predict(rows)), probabilities
 
 
 def _labels(predicted: Any) -> Any:
     labels = np.asarray(predicted).astype(int)
-    if not np.isin(labels, (0, 1)).all():
+    if ((labels != 0) & (labels != 1)).any():
         raise ValueError("the model predicts labels other than 0 and 1")
     return labels
 
@@ -143,6 +191,12 @@ def _labels(predicted: Any) -> Any:
 def _frame(transactions: Sequence[Transaction], columns: Sequence[str]) -> pd.DataFrame:
     """The raw columns (n, len(columns)), in the model's order."""
     return pd.DataFrame({column: list(map(attrgetter(column), transactions)) for column in columns})
+
+
+def _array(transactions: Sequence[Transaction], columns: Sequence[str]) -> np.ndarray:
+    """The raw columns (n, len(columns)), in the model's order, as numbers."""
+    values = list(map(attrgetter(*columns), transactions))
+    return np.array(values, dtype=float).reshape(len(transactions), len(columns))
 
 
 def _final_step(estimator: Any) -> Any:

@@ -26,10 +26,11 @@ _LONGEST_FETCH_S = 3600.0
 class Registry:
     """The versions of one registered model, each kept on disk once it was loaded."""
 
-    def __init__(self, *, tracking_uri: str, name: str, alias: str, cache: Path) -> None:
+    def __init__(self, *, tracking_uri: str, name: str, alias: str, cache: Path, compiled: bool) -> None:
         """Raises SettingsError if nothing can be kept in the folder `cache`."""
         self._name = name
         self._alias = alias
+        self._compiled = compiled
         self._cache = cache / hashlib.sha256(f"{name}@{alias}".encode()).hexdigest()[:16]
         self._last_good = self._cache / "last-good"
         mlflow.set_tracking_uri(tracking_uri)
@@ -63,7 +64,7 @@ class Registry:
                         raise
                     log.warning("model_not_kept", reason=str(error))
                     folder = Path(_download(self._name, version, elsewhere))
-                model = _read(folder, name=self._name, version=version)
+                model = self._read(folder, version)
         except (Outage, UnusableModel):
             raise
         except Exception as error:  # the client's, its transport's, or an artifact store's own
@@ -76,7 +77,7 @@ class Registry:
         """The version that was served last, if it is still on disk as it was then."""
         try:
             folder = self._cache / self._last_good.read_text()
-            return _read(folder, name=self._name, version=folder.name.partition("-")[0]) if _intact(folder) else None
+            return self._read(folder, folder.name.partition("-")[0]) if _intact(folder) else None
         except (OSError, UnusableModel):
             return None
 
@@ -87,6 +88,26 @@ class Registry:
             _digest_file(folder).write_text(_digest(path))
             with suppress(OSError):  # another replica with the same cache was faster
                 path.rename(folder)
+
+    def _read(self, folder: Path, version: str) -> Model:
+        model = f"models:/{self._name}/{version}"
+        try:
+            logged = LoggedModel.load(str(folder))
+            if "sklearn" not in logged.flavors:
+                raise UnusableModel("it was not logged with mlflow.sklearn")
+            inputs = logged.signature.inputs if logged.signature else None
+            return make_model(
+                name=self._name,
+                version=version,
+                estimator=mlflow.sklearn.load_model(str(folder)),
+                columns=inputs.input_names() if inputs is not None and inputs.has_input_names() else None,
+                metadata=logged.metadata or {},
+                compiled=self._compiled,
+            )
+        except UnusableModel as error:
+            raise UnusableModel(f"{model}: {error}") from None
+        except Exception as error:  # unpickling runs whatever the artifact holds
+            raise UnusableModel(f"{model} does not load: {type(error).__name__}: {error}") from None
 
     def _keep(self, folder: Path) -> None:
         """Note the last good version, and forget those before it."""
@@ -126,23 +147,3 @@ def _digest(folder: Path) -> str:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         total.update(f"{path.relative_to(folder)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()
-
-
-def _read(folder: Path, *, name: str, version: str) -> Model:
-    model = f"models:/{name}/{version}"
-    try:
-        logged = LoggedModel.load(str(folder))
-        if "sklearn" not in logged.flavors:
-            raise UnusableModel("it was not logged with mlflow.sklearn")
-        inputs = logged.signature.inputs if logged.signature else None
-        return make_model(
-            name=name,
-            version=version,
-            estimator=mlflow.sklearn.load_model(str(folder)),
-            columns=inputs.input_names() if inputs is not None and inputs.has_input_names() else None,
-            metadata=logged.metadata or {},
-        )
-    except UnusableModel as error:
-        raise UnusableModel(f"{model}: {error}") from None
-    except Exception as error:  # unpickling runs whatever the artifact holds
-        raise UnusableModel(f"{model} does not load: {type(error).__name__}: {error}") from None

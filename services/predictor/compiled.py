@@ -1,0 +1,75 @@
+"""Tree ensembles, compiled with ONNX Runtime: the same answers in a fraction of the time.
+
+An optional extra (`compiled`). What is compiled compares float32 values, as scikit-learn's trees do, but adds up in
+float32 as well; so a row whose probability comes close to the decision is scored again by the model itself, and labels
+cannot differ.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from sklearn.ensemble import ExtraTreesClassifier, GradientBoostingClassifier, RandomForestClassifier
+from sklearn.pipeline import Pipeline
+from sklearn.tree import DecisionTreeClassifier
+
+TOLERANCE = 1e-6  # of a probability
+_CLOSE = 10 * TOLERANCE
+_MOST_NODES = 1_000_000  # some 11 MB of model and 10 s of compiling for each 100,000
+_COMPILABLE = (DecisionTreeClassifier, ExtraTreesClassifier, GradientBoostingClassifier, RandomForestClassifier)
+
+
+class NotCompiled(Exception):
+    """This estimator is served as it is; the message says why."""
+
+
+class Compiled:
+    """An estimator of two classes whose trees, the last step of a pipeline or all there is, are compiled."""
+
+    def __init__(self, estimator: Any, *, threshold: float) -> None:
+        """Raises NotCompiled. `threshold` is the probability at which the label changes."""
+        self._trees = estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator
+        self._run = _compile(self._trees)
+        prepared = isinstance(estimator, Pipeline) and len(estimator.steps) > 1
+        self._prepare: Callable[[Any], Any] = estimator[:-1].transform if prepared else np.asarray
+        self._threshold = threshold
+        self.classes_ = self._trees.classes_
+
+    def predict_proba(self, rows: Any) -> np.ndarray:
+        """Probabilities (n, 2), within TOLERANCE of the model's own."""
+        features = np.asarray(self._prepare(rows))
+        narrow = np.ascontiguousarray(features, dtype=np.float32)
+        likelihoods = self._run(narrow).astype(float)
+        unsure = (np.abs(likelihoods[:, 1] - self._threshold) < _CLOSE) | np.isnan(narrow).any(axis=1)
+        if unsure.any():
+            likelihoods[unsure] = self._trees.predict_proba(features[unsure])
+        return likelihoods
+
+
+def _compile(trees: Any) -> Callable[[np.ndarray], np.ndarray]:
+    if not isinstance(trees, _COMPILABLE):
+        raise NotCompiled(f"{type(trees).__name__} is not among {', '.join(each.__name__ for each in _COMPILABLE)}")
+    if len(trees.classes_) != 2:
+        raise NotCompiled(f"it tells {len(trees.classes_)} classes apart")
+    if (nodes := _nodes(trees)) > _MOST_NODES:
+        raise NotCompiled(f"{nodes} nodes would take minutes to compile")
+    try:
+        import onnxruntime
+        from skl2onnx import to_onnx
+    except ImportError as error:
+        raise NotCompiled(f"{error.name} is not installed (the extra `compiled`)") from None
+    try:
+        graph = to_onnx(trees, np.zeros((1, trees.n_features_in_), np.float32), options={"zipmap": False})
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1  # replicas, not threads, use more cores
+        session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # whatever a converter raises, the model itself can do without it
+        raise NotCompiled(f"{type(error).__name__}: {error}") from None
+    return lambda rows: session.run(["probabilities"], {"X": rows})[0]
+
+
+def _nodes(trees: Any) -> int:
+    """How many nodes all its trees have."""
+    if isinstance(trees, DecisionTreeClassifier):
+        return int(trees.tree_.node_count)
+    return sum(int(tree.tree_.node_count) for tree in np.ravel(trees.estimators_))

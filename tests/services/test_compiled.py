@@ -1,0 +1,135 @@
+"""Compiled scoring: the same answers as the model's own, or none at all."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_transactions
+from sklearn.ensemble import (
+    ExtraTreesClassifier,
+    GradientBoostingClassifier,
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+)
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.tree import DecisionTreeClassifier
+from structlog.testing import capture_logs
+
+from services.predictor import compiled
+from services.predictor.compiled import Compiled
+from services.predictor.model import Model, make_model, recorded, score
+from shared.records import Transaction
+
+COLUMNS = ["amt", "lat", "long", "city_pop", "unix_time"]
+
+
+def rows_of(transactions: Sequence[Transaction]) -> np.ndarray:
+    return np.array([[getattr(each, name) for name in COLUMNS] for each in transactions], dtype=float)
+
+
+@pytest.fixture(scope="module")
+def training() -> tuple[np.ndarray, np.ndarray]:
+    rows = rows_of(recorded())
+    return rows, (rows[:, 0] * np.sin(rows[:, 4]) > 20).astype(int)
+
+
+def model_of(estimator: Any, *, compiled: bool = True, **metadata: Any) -> Model:
+    return make_model(
+        name="fraud", version="1", estimator=estimator, columns=COLUMNS, metadata=metadata, compiled=compiled
+    )
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2], ids=["likeliest", "threshold"])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        RandomForestClassifier(20, random_state=0),
+        ExtraTreesClassifier(20, random_state=0),
+        GradientBoostingClassifier(n_estimators=20, random_state=0),
+        DecisionTreeClassifier(max_depth=6, random_state=0),
+        make_pipeline(StandardScaler(), RandomForestClassifier(20, random_state=0)),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_what_is_compiled_answers_as_the_model_does(
+    training: tuple[np.ndarray, np.ndarray], estimator: Any, threshold: float | None
+) -> None:
+    metadata = {} if threshold is None else {"threshold": threshold}
+    estimator.fit(*training)
+    fast, own = model_of(estimator, **metadata), model_of(estimator, compiled=False, **metadata)
+    batch = make_transactions(2000)
+
+    assert isinstance(fast.estimator, Compiled)
+    assert not isinstance(own.estimator, Compiled)
+    ours, theirs = score(fast, batch), score(own, batch)
+    assert [each.label for each in ours] == [each.label for each in theirs]
+    assert {each.label for each in ours} == {0, 1}
+    assert [each.probability for each in ours] == pytest.approx([each.probability for each in theirs], abs=1e-6)
+
+
+def test_a_row_on_the_very_threshold_is_decided_by_the_model(training: tuple[np.ndarray, np.ndarray]) -> None:
+    forest = RandomForestClassifier(20, random_state=0).fit(*training)
+    batch = make_transactions(2000)
+    on_it = sorted(set(forest.predict_proba(rows_of(batch))[:, 1]))[5]
+    fast, own = model_of(forest, threshold=on_it), model_of(forest, threshold=on_it, compiled=False)
+
+    assert [each.label for each in score(fast, batch)] == [each.label for each in score(own, batch)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "estimator", "reason"),
+    [
+        ((0, 1), HistGradientBoostingClassifier(), "HistGradientBoostingClassifier is not among"),
+        ((0, 1, 2), RandomForestClassifier(5), "it tells 3 classes apart"),
+    ],
+)
+def test_what_cannot_be_compiled_is_served_as_it_is(
+    training: tuple[np.ndarray, np.ndarray], labels: tuple[int, ...], estimator: Any, reason: str
+) -> None:
+    rows, _ = training
+    classes = np.array(labels)[np.arange(len(rows)) % len(labels)]
+    estimator.fit(rows, classes)
+    if len(labels) > 2:  # which could not be served at all
+        with pytest.raises(compiled.NotCompiled, match=reason):
+            Compiled(estimator, threshold=0.5)
+        return
+
+    with capture_logs() as logs:
+        model = model_of(estimator)
+
+    assert model.estimator is estimator
+    assert reason in next(line["reason"] for line in logs if line["event"] == "scoring_not_compiled")
+
+
+def test_without_the_extra_the_model_is_served_as_it_is(
+    training: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    forest = RandomForestClassifier(5, random_state=0).fit(*training)
+
+    with capture_logs() as logs:
+        assert model_of(forest).estimator is forest
+
+    assert "onnxruntime is not installed" in str(logs)
+
+
+@pytest.mark.parametrize("off_by", [2e-6, 0.4])
+def test_what_would_answer_otherwise_is_not_served(
+    training: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch, off_by: float
+) -> None:
+    forest = RandomForestClassifier(5, random_state=0).fit(*training)
+    genuine = compiled._compile
+
+    def skewed(trees: Any) -> Any:
+        run = genuine(trees)
+        return lambda rows: run(rows) + np.array([-off_by, off_by])
+
+    monkeypatch.setattr(compiled, "_compile", skewed)
+
+    with capture_logs() as logs:
+        assert model_of(forest).estimator is forest
+
+    assert "it would answer otherwise" in str(logs)
