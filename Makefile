@@ -25,9 +25,9 @@ format: $(VENV)/.ready
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-## Throughput, against the limits of the parts, in the same run
+## Ratios to the limits of the parts and to other ways, two hours. Options: make bench ARGS="sink latency --rounds 3"
 bench: $(VENV)/.ready
-	@$(BIN)/python -m benchmarks.predictor $(ARGS)
+	@$(BIN)/python -m benchmarks --report build/bench.json $(ARGS)
 
 ## The fault campaign, three quarters of an hour. Options: make chaos ARGS="--scenario everything --seed 7"
 chaos: $(VENV)/.ready
@@ -42,7 +42,8 @@ kafka: $(VENV)/.ready
 lock: $(VENV)/.ready
 	$(LOCK) --upgrade --all-extras pyproject.toml --output-file requirements.txt
 	for service in $(SERVICES) tools; do \
-	  $(LOCK) --extra $$service --constraints requirements.txt pyproject.toml \
+	  extras="--extra $$service"; if [ $$service = predictor ]; then extras="$$extras --extra compiled"; fi; \
+	  $(LOCK) $$extras --constraints requirements.txt pyproject.toml \
 	    --output-file services/requirements/$$service.txt || exit 1; \
 	done
 

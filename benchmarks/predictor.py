@@ -1,142 +1,234 @@
-"""How many rows a second one predictor turns into predictions: a backlog on Apache Kafka, exactly once.
+"""The predictor, against what it could be without Kafka, and against itself with other settings."""
 
-The predictor is the service itself, as a process; its champion is the gradient boosting of `fraudctl train`. Each round
-has topics and a consumer group of its own with the same backlog, and is timed by the records' own timestamps: from the
-first prediction that was written to the last. Beside it, in the same round, the same backlog is only copied by a plain
-consumer and an idempotent producer without a model, a decoder or a transaction: what the broker and the client allow.
-"""
-
-import argparse
-import json
-import statistics
-import sys
-import tempfile
 import time
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import islice
-from pathlib import Path
+from functools import partial
 
-import msgspec
-from confluent_kafka import TopicPartition
-from rich.console import Console
-from rich.table import Table
+import mlflow
+from confluent_kafka import Message, TopicPartition
+from mlflow.models import infer_signature
+from sklearn.ensemble import RandomForestClassifier
 
+from benchmarks.load import Bench, backlog, topic_1_records
+from benchmarks.measure import Bar, Figure, Section, side_by_side
 from fraudctl import topics
-from sandbox.generator import transactions
-from sandbox.processes import StandInError
-from sandbox.stack import Stack, local_stack, service
-from shared.kafka import consumer, producer
-from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
+from sandbox.generator import training_frame
+from services.predictor.__main__ import predict
+from services.predictor.model import Model, score
+from services.predictor.registry import Registry
+from shared.dead_letters import Limit
+from shared.kafka import consumer
+from shared.records import Transaction, read_topic_1
 
-PARTITIONS = 6
-_START = datetime(2024, 5, 17, tzinfo=UTC)
-_TIMEOUT_S = 120.0
-
-
-def main() -> int:
-    """Run the rounds, print the table. Exit code 0, or 1 where Apache Kafka cannot run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=100_000, help="backlog of each round")
-    parser.add_argument("--batch-size", type=int, default=1000)
-    parser.add_argument("--report", type=Path, help="where the figures go as JSON")
-    arguments = parser.parse_args()
-    console = Console()
-    with tempfile.TemporaryDirectory(prefix="fraud-alarm-bench-") as directory:
-        try:
-            with local_stack(Path(directory), broker="apache") as stack:
-                backlog = _backlog(arguments.rows)
-                rounds = []
-                for number in range(1, arguments.rounds + 1):
-                    rounds.append(_round(stack, Path(directory), backlog, batch_size=arguments.batch_size))
-                    console.print(
-                        f"round {number}: " + ", ".join(f"{k} {v:,.0f} rows/s" for k, v in rounds[-1].items())
-                    )
-        except StandInError as error:
-            sys.stderr.write(f"{error}\n")
-            return 1
-    medians = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
-    table = Table("", "median rows/s", "of the plain copy", title=f"{arguments.rows:,} rows, exactly once")
-    for name, rate in medians.items():
-        table.add_row(name, f"{rate:,.0f}", f"{rate / medians['plain copy']:.0%}")
-    console.print(table)
-    if arguments.report:
-        arguments.report.write_text(json.dumps({"rounds": rounds, "median": medians}, indent=2) + "\n")
-    return 0
+BOOSTING, FOREST = "fraud", "forest"  # the names of the models
+FOREST_COLUMNS = ("amt", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long", "zip")
+BATCH_SIZES = (1, 10, 100, 1000, 5000)
+_START = datetime(2024, 1, 1, tzinfo=UTC)
+_EMBEDDED_ROWS = 80_000  # all that the embedded broker keeps
 
 
-def _backlog(rows: int) -> list[Transaction]:
-    table = {"columns": RAW_COLUMNS, "index": [], "data": list(islice(transactions(seed=1, start=_START), rows))}
-    return list(read_split(msgspec.json.encode(table)).transactions)
+def register_forest(tracking_uri: str) -> None:
+    """Log a random forest of 150 trees on plain numbers as the champion of `forest`."""
+    frame = training_frame(rows=30_000, seed=2, start=_START, fraud_rate=0.02)
+    rows = frame[list(FOREST_COLUMNS)]
+    forest = RandomForestClassifier(150, n_jobs=-1, random_state=0).fit(rows, frame["is_fraud"].astype(int))
+    mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_experiment(FOREST)
+    with mlflow.start_run():
+        logged = mlflow.sklearn.log_model(
+            forest,
+            name="model",
+            signature=infer_signature(rows.head()),
+            registered_model_name=FOREST,
+            pip_requirements=[],
+            serialization_format="cloudpickle",
+        )
+    mlflow.MlflowClient().set_registered_model_alias(FOREST, "champion", str(logged.registered_model_version))
 
 
-def _round(stack: Stack, directory: Path, backlog: Sequence[Transaction], *, batch_size: int) -> dict[str, float]:
-    name = uuid.uuid4().hex[:8]
-    source, predicted, copied = f"in-{name}", f"out-{name}", f"copy-{name}"
-    topics.create(stack.properties, [source, predicted, copied], partitions=PARTITIONS)
-    _fill(stack.properties, source, backlog)
-    process = service(
-        "predictor",
-        directory,
-        stack.addresses.environment()
-        | {
-            "TOPIC_1": source,
-            "TOPIC_2": predicted,
-            "PREDICTOR_GROUP": name,
-            "REPLICA": name,
-            "DELIVERY": "exactly_once",
-            "MAX_BATCH_SIZE": str(batch_size),
-        },
+def load_model(bench: Bench, name: str, *, compiled: bool) -> Model:
+    """The champion, as the predictor loads it."""
+    registry = Registry(
+        tracking_uri=bench.stack.registry.uri,
+        name=name,
+        alias="champion",
+        cache=bench.directory / "models",
+        compiled=compiled,
     )
-    with process:
-        predictor = _rate(stack.properties, predicted, len(backlog), first_batch=batch_size)
-    return {"predictor": predictor, "plain copy": _copy(stack.properties, source, copied, len(backlog))}
+    return registry.champion()
 
 
-def _fill(properties: Mapping[str, str], topic: str, backlog: Sequence[Transaction]) -> None:
-    client = producer(properties)
-    for transaction in backlog:
-        client.produce(topic, value=encode_transaction(transaction), key=transaction.key)
-        client.poll(0)
-    client.flush()
-
-
-def _rate(properties: Mapping[str, str], topic: str, rows: int, *, first_batch: int) -> float:
-    """Rows a second from the first committed record of a topic to the last, by the records' timestamps.
-
-    The first batch is not counted: its work was done before its first timestamp. Read after the last one is there, so
-    that this reader takes nothing from the one that is measured.
-    """
-    deadline = time.monotonic() + _TIMEOUT_S
-    while sum(end.offset for end in topics.ends(properties, [topic])) < rows:
-        if time.monotonic() > deadline:
-            raise StandInError(f"no {rows} predictions after {_TIMEOUT_S:.0f} s")
-        time.sleep(0.5)
-    reader = consumer(properties, group="benchmark")
-    reader.assign([TopicPartition(end.topic, end.partition, 0) for end in topics.ends(properties, [topic])])
-    stamps: list[int] = []
-    while len(stamps) < rows and time.monotonic() < deadline:
-        stamps += [message.timestamp()[1] for message in reader.consume(10_000, 1.0) if message.error() is None]
+def consumed(bench: Bench, topic: str) -> list[Message]:
+    """Everything on a topic, as the predictor is given it."""
+    ends = topics.ends(bench.properties, [topic])
+    reader = consumer(bench.properties, group="ceiling")
+    reader.assign([TopicPartition(end.topic, end.partition, 0) for end in ends])
+    wanted = sum(end.offset for end in ends)
+    found: list[Message] = []
+    while len(found) < wanted:
+        found += [message for message in reader.consume(10_000, 1.0) if message.error() is None]
     reader.close()
-    if len(stamps) != rows:
-        raise StandInError(f"{len(stamps)} predictions for {rows} rows")
-    return 1000 * (rows - first_batch) / (max(stamps) - min(stamps))
+    return found
 
 
-def _copy(properties: Mapping[str, str], source: str, target: str, rows: int) -> float:
-    reader, writer = consumer(properties, group="copy"), producer(properties)
-    reader.assign([TopicPartition(end.topic, end.partition, 0) for end in topics.ends(properties, [source])])
-    began, done = time.monotonic(), 0
-    while done < rows:
-        for message in reader.consume(1000, 0.5):
-            writer.produce(target, value=message.value(), key=message.key())
-            done += 1
-        writer.flush()
-    reader.close()
-    return rows / (time.monotonic() - began)
+def without_kafka(model: Model, messages: Sequence[Message], *, batch_size: int) -> dict[str, float]:
+    """Decode, predict and encode, batch after batch."""
+    limit = Limit(ratio=0.5, consecutive=20)
+    began = time.monotonic()
+    for start in range(0, len(messages), batch_size):
+        predict(model, messages[start : start + batch_size], topic="t", group="g", now_ms=0, limit=limit)
+    return {"rows/s": len(messages) / (time.monotonic() - began)}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def drained(bench: Bench, source: str, rows: int, *, replicas: int = 1, **environment: str) -> dict[str, float]:
+    """What predictors do with a backlog that lies on `source`, in a group of their own."""
+    (target,) = bench.topics("predicted")
+    own = {"TOPIC_1": source, "TOPIC_2": target, "PREDICTOR_GROUP": target} | environment
+    processes = [bench.service("predictor", own, replica=number) for number in range(1, replicas + 1)]
+    usage = bench.drain(processes, group=target, topic=source, rows=rows)
+    return {"rows/s": usage.rows_per_s, "CPU s a million": usage.cpu_s_per_million, "MB": usage.peak_rss_mb}
+
+
+def against_its_ceiling(bench: Bench, *, rounds: int) -> Section:
+    """On the embedded broker, at least once."""
+    (source,) = bench.topics("backlog", partitions=4)
+    bench.fill(topic_1_records(source, _EMBEDDED_ROWS))
+    model, messages = load_model(bench, BOOSTING, compiled=False), consumed(bench, source)
+    rows = side_by_side(
+        {
+            "decode, predict, encode": lambda: without_kafka(model, messages, batch_size=1000),
+            "predictor": lambda: _throughput(drained(bench, source, _EMBEDDED_ROWS)),
+        },
+        rounds=rounds,
+    )
+    seen = rows["predictor"]["rows/s"].over(rows["decode, predict, encode"]["rows/s"])
+    return Section(
+        "The predictor and its ceiling without Kafka",
+        f"{_EMBEDDED_ROWS:,} rows, embedded broker, gradient boosting, batches of 1,000, at least once",
+        ("rows/s",),
+        rows,
+        [Bar("predictor / its ceiling", seen, 0.5)],
+    )
+
+
+def guarantees(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """Exactly once against at least once, on Apache Kafka."""
+    source = _backlog(bench, rows)
+    found = side_by_side(
+        {
+            guarantee: partial(drained, bench, source, rows, DELIVERY=guarantee)
+            for guarantee in ("exactly_once", "at_least_once")
+        },
+        rounds=rounds,
+    )
+    seen = found["exactly_once"]["rows/s"].over(found["at_least_once"]["rows/s"])
+    return Section(
+        "What exactly once costs",
+        f"{rows:,} rows, Apache Kafka, 6 partitions, gradient boosting, batches of 1,000",
+        ("rows/s", "CPU s a million", "MB"),
+        found,
+        [Bar("exactly once / at least once", seen, 0.85)],
+    )
+
+
+def replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """Two predictors against one."""
+    source = _backlog(bench, rows)
+    found = side_by_side(
+        {f"{number} predictors": partial(drained, bench, source, rows, replicas=number) for number in (1, 2)},
+        rounds=rounds,
+    )
+    one, two = found["1 predictors"], found["2 predictors"]
+    return Section(
+        "Two predictors and one",
+        f"{rows:,} rows, Apache Kafka on the same cores, 6 partitions, exactly once",
+        ("rows/s", "CPU s a million", "MB"),
+        found,
+        [
+            Bar("two predictors / one", two["rows/s"].over(one["rows/s"]), 1.5),
+            Bar("CPU a row, two / one", two["CPU s a million"].over(one["CPU s a million"]), 1.1, at_most=True),
+        ],
+    )
+
+
+def batch_sizes(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """Both models, at every size of batch."""
+    source = _backlog(bench, rows)
+    found = side_by_side(
+        {
+            f"{model}, batches of {size:,}": partial(
+                drained, bench, source, rows, MODEL_NAME=model, MAX_BATCH_SIZE=str(size)
+            )
+            for model in (BOOSTING, FOREST)
+            for size in BATCH_SIZES
+        },
+        rounds=rounds,
+    )
+    return Section(
+        "The predictor at every size of batch",
+        f"up to {rows:,} rows, Apache Kafka, exactly once",
+        ("rows/s", "CPU s a million", "MB"),
+        found,
+    )
+
+
+def compiled_scoring(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """The forest at batches of 100, compiled and as it is: scoring alone, all but Kafka, and the whole service."""
+    source = _backlog(bench, rows)
+    messages = consumed(bench, source)[:20_000]
+    transactions = backlog(20_000)
+    models = {
+        "compiled": load_model(bench, FOREST, compiled=True),
+        "as it is": load_model(bench, FOREST, compiled=False),
+    }
+    variants: dict[str, Callable[[], dict[str, float]]] = {}
+    for how, model in models.items():
+        variants[f"scoring alone, {how}"] = partial(_scored, model, transactions)
+        variants[f"all but Kafka, {how}"] = partial(without_kafka, model, messages, batch_size=100)
+        variants[f"the service, {how}"] = partial(_forest, bench, source, rows, compiled=how == "compiled")
+    found = side_by_side(variants, rounds=rounds)
+    labels = [_labels(model, messages) for model in models.values()]
+
+    def gain(what: str) -> Figure:
+        return found[f"{what}, compiled"]["rows/s"].over(found[f"{what}, as it is"]["rows/s"])
+
+    return Section(
+        "Compiled scoring",
+        f"random forest of 150 trees, batches of 100, exactly once; labels of {len(messages):,} rows "
+        + ("identical" if labels[0] == labels[1] else "DIFFERENT"),
+        ("rows/s",),
+        found,
+        [
+            Bar("compiled / as it is, scoring alone", gain("scoring alone"), 8),
+            Bar("compiled / as it is, all but Kafka", gain("all but Kafka"), 1),
+            Bar("compiled / as it is, the service", gain("the service"), 1),
+            Bar("labels that differ", Figure((float(labels[0] != labels[1]),)), 0, at_most=True),
+        ],
+    )
+
+
+def _scored(model: Model, transactions: Sequence[Transaction]) -> dict[str, float]:
+    began = time.monotonic()
+    for start in range(0, len(transactions), 100):
+        score(model, transactions[start : start + 100])
+    return {"rows/s": len(transactions) / (time.monotonic() - began)}
+
+
+def _forest(bench: Bench, source: str, rows: int, *, compiled: bool) -> dict[str, float]:
+    flag = str(compiled).lower()
+    return _throughput(drained(bench, source, rows, MODEL_NAME=FOREST, MAX_BATCH_SIZE="100", COMPILED_SCORING=flag))
+
+
+def _labels(model: Model, messages: Sequence[Message]) -> list[int]:
+    return [each.label for each in score(model, [read_topic_1(each.value()).transactions[0] for each in messages])]
+
+
+def _backlog(bench: Bench, rows: int) -> str:
+    (source,) = bench.topics("backlog")
+    bench.fill(topic_1_records(source, rows))
+    return source
+
+
+def _throughput(quantities: Mapping[str, float]) -> dict[str, float]:
+    return {"rows/s": quantities["rows/s"]}

@@ -1,0 +1,120 @@
+"""How long a transaction takes from topic_1 to a prediction, to a mail and to a row, at a steady rate."""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import sqlalchemy as sa
+
+from benchmarks.load import Bench, backlog
+from benchmarks.measure import Bar, Figure, Section, percentiles
+from benchmarks.sink import database
+from fraudctl import topics
+from fraudctl.audit import TopicReader, mailed
+from sandbox.processes import Process, StandInError
+from sandbox.stack import SENDER
+from shared.kafka import producer
+from shared.records import encode_transaction
+
+_WARM_UP_S = 5.0
+_TICK_S = 0.002
+_PATIENCE_S = 30.0
+
+
+def latencies(bench: Bench, *, rounds: int, rates: Sequence[int], seconds: float) -> Section:
+    """Exactly once and at least once, in turn."""
+    rows: dict[str, dict[str, list[float]]] = {}
+    for _ in range(rounds):
+        for rate in rates:
+            for guarantee in ("exactly_once", "at_least_once"):
+                row = rows.setdefault(f"{rate:,} tx/s, {guarantee.replace('_', ' ')}", {})
+                for name, value in _measure(bench, rate, seconds, guarantee).items():
+                    row.setdefault(name, []).append(value)
+    found = {label: {name: Figure(tuple(values)) for name, values in row.items()} for label, row in rows.items()}
+    once, least = found.get("500 tx/s, exactly once", {}), found.get("500 tx/s, at least once", {})
+    return Section(
+        "From topic_1 to a prediction, a mail, a row",
+        f"Apache Kafka, 6 partitions, {seconds:.0f} s each after {_WARM_UP_S:.0f} s of warming up; milliseconds",
+        tuple(next(iter(found.values()))),
+        found,
+        [
+            Bar("500 tx/s, exactly once: prediction visible, p99 ms", once["topic_2 p99"], 150, at_most=True),
+            Bar("500 tx/s, at least once: prediction visible, p99 ms", least["topic_2 p99"], 30, at_most=True),
+            Bar("500 tx/s, exactly once: mail accepted, p99 ms", once["mail p99"], 300, at_most=True),
+            Bar("500 tx/s, at least once: mail accepted, p99 ms", least["mail p99"], 300, at_most=True),
+        ]
+        if once
+        else [],
+    )
+
+
+def _measure(bench: Bench, rate: int, seconds: float, guarantee: str) -> dict[str, float]:
+    topic_1, topic_2 = bench.topics("in", "out")
+    mail = bench.directory / "mail"
+    with database(bench) as url:
+        groups = {group: f"{topic_2}-{group}" for group in ("PREDICTOR_GROUP", "ALERTER_GROUP", "DB_SINK_GROUP")}
+        own = {"TOPIC_1": topic_1, "TOPIC_2": topic_2, "DATABASE_URL": url, "DELIVERY": guarantee, **groups}
+        services = [bench.service(name, own) for name in ("predictor", "alerter", "db_sink")]
+        reader = TopicReader(bench.properties, topic_1=topic_1)
+        reader.start(topics.ends(bench.properties, [topic_1, topic_2]))
+        try:
+            for each in services:
+                each.spawn()
+            for each in services:
+                each.wait_ready()
+            since_ms = time.time() * 1000 + 1000 * _WARM_UP_S
+            rows = int(rate * (_WARM_UP_S + seconds))
+            _stream(bench, topic_1, rate, rows)
+            _wait_until(lambda: len(reader.topics.visible_ms) >= rows, "predictions", services)
+            seen = reader.topics
+            frauds = seen.frauds
+            _wait_until(lambda: len(list(mail.glob("*.eml"))) >= len(frauds), "mails", services)
+            _wait_until(lambda: _rows(url) >= rows, "rows", services)
+        finally:
+            for each in services:
+                each.stop()
+            reader.stop()
+        mailed_ms, _ = mailed(mail, frauds, since_ms=0, sender=SENDER)
+        committed_ms = _committed(url)
+    shutil.rmtree(mail, ignore_errors=True)
+    mail.mkdir()
+    began = {identity: at for identity, at in seen.produced_ms.items() if at >= since_ms}
+    found: dict[str, float] = {}
+    for name, ends in (("topic_2", seen.visible_ms), ("mail", mailed_ms), ("row", committed_ms)):
+        took = [ends[identity] - at for identity, at in began.items() if identity in ends]
+        found |= {f"{name} {what}": value for what, value in percentiles(took).items()}
+    return found
+
+
+def _stream(bench: Bench, topic: str, rate: int, rows: int) -> None:
+    client = producer({**bench.properties, "linger.ms": "0"})
+    records = [(encode_transaction(each), each.key) for each in backlog(rows)]
+    began, sent = time.monotonic(), 0
+    while sent < rows:
+        due = min(rows, int(rate * (time.monotonic() - began)))
+        for value, key in records[sent:due]:
+            client.produce(topic, value=value, key=key)
+        client.poll(0)
+        sent = due
+        time.sleep(_TICK_S)
+    client.flush()
+
+
+def _wait_until(condition: Callable[[], bool], what: str, services: Sequence[Process]) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise StandInError(f"the {what} did not come: {services[0].last_line()}")
+        time.sleep(0.1)
+
+
+def _rows(url: str) -> int:
+    with sa.create_engine(url).connect() as connection:
+        return int(connection.execute(sa.text("SELECT count(*) FROM transactions")).scalar_one())
+
+
+def _committed(url: str) -> Mapping[tuple[str, int], float]:
+    """When each row's transaction was committed (epoch ms)."""
+    query = "SELECT trans_num, unix_time, 1000 * EXTRACT(EPOCH FROM pg_xact_commit_timestamp(xmin)) FROM transactions"
+    with sa.create_engine(url).connect() as connection:
+        return {(row[0], row[1]): float(row[2]) for row in connection.execute(sa.text(query))}

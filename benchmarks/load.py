@@ -1,0 +1,164 @@
+"""A backlog on a broker, a service that works it off, and what that took."""
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+from confluent_kafka import TopicPartition
+
+from fraudctl import topics
+from sandbox.embedded import EmbeddedBroker
+from sandbox.generator import transactions
+from sandbox.processes import Process, StandInError
+from sandbox.stack import Stack, service
+from shared.kafka import Record, consumer, producer
+from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
+
+PARTITIONS = 6
+_START = datetime(2024, 5, 17, tzinfo=UTC)
+_TIMEOUT_S = 180.0
+_LOOK_S = 0.03
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process did with a backlog."""
+
+    rows_per_s: float
+    cpu_s_per_million: float
+    peak_rss_mb: float
+
+
+@cache
+def backlog(rows: int) -> tuple[Transaction, ...]:
+    """Generated transactions, the same ones each time."""
+    table = {"columns": RAW_COLUMNS, "index": [], "data": list(islice(transactions(seed=1, start=_START), rows))}
+    return tuple(read_split(msgspec.json.encode(table)).transactions)
+
+
+def topic_1_records(topic: str, rows: int) -> Iterator[Record]:
+    """The backlog as the producer writes it."""
+    for transaction in backlog(rows):
+        yield Record(topic, encode_transaction(transaction), transaction.key, [])
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A stack to measure on, and a folder for what is left behind."""
+
+    stack: Stack
+    directory: Path
+
+    @property
+    def properties(self) -> Mapping[str, str]:
+        """Of a Kafka client."""
+        return self.stack.properties
+
+    def topics(self, *kinds: str, partitions: int = PARTITIONS) -> list[str]:
+        """New topics, one a kind, each with a name of its own."""
+        names = [f"{kind}-{uuid.uuid4().hex[:8]}" for kind in kinds]
+        if isinstance(self.stack.broker, EmbeddedBroker):
+            topics.use(self.properties, names)
+        else:
+            topics.create(self.properties, names, partitions=partitions)
+        return names
+
+    def fill(self, records: Iterator[Record]) -> None:
+        """Write the records and wait until all are there."""
+        client = producer(self.properties)
+        for record in records:
+            while True:
+                try:
+                    client.produce(record.topic, value=record.value, key=record.key, headers=record.headers)
+                    break
+                except BufferError:
+                    client.poll(0.1)
+        client.flush()
+
+    def service(self, name: str, settings: Mapping[str, str], *, replica: int = 1) -> Process:
+        """A service, not started yet, in a folder of its own."""
+        directory = self.directory / uuid.uuid4().hex[:8]
+        directory.mkdir()
+        environment = self.stack.addresses.environment() | {"REPLICA": "one"} | dict(settings)
+        return service(name, directory, environment, replica=replica)
+
+    @contextmanager
+    def committed(self, group: str, topic: str) -> Iterator[Callable[[], int]]:
+        """How many records of the topic the group has committed."""
+        reader = consumer(self.properties, group=group)
+        partitions = self._partitions(topic)
+        try:
+            yield lambda: sum(max(each.offset, 0) for each in reader.committed(partitions, timeout=10))
+        finally:
+            reader.close()
+
+    @contextmanager
+    def written(self, topic: str) -> Iterator[Callable[[], int]]:
+        """How many records a topic has; marks of transactions count as well."""
+        reader = consumer(self.properties, group="benchmarks")
+        partitions = self._partitions(topic)
+        try:
+            yield lambda: sum(reader.get_watermark_offsets(each, timeout=10)[1] for each in partitions)
+        finally:
+            reader.close()
+
+    def _partitions(self, topic: str) -> list[TopicPartition]:
+        return [TopicPartition(end.topic, end.partition) for end in topics.ends(self.properties, [topic])]
+
+    def drain(self, processes: Sequence[Process], *, group: str, topic: str, rows: int) -> Usage:
+        """Start the processes, which commit as this group what they read of the topic, and stop them at the end."""
+        with self.committed(group, topic) as committed:
+            for process in processes:
+                process.spawn()
+            usage = watch(processes, committed, rows=rows)
+        for process in processes:
+            if process.stop() != 0:
+                raise StandInError(f"{process.name} failed: {process.last_line()}")
+        return usage
+
+
+def watch(processes: Sequence[Process], count: Callable[[], int], *, rows: int, at_most_s: float = 60.0) -> Usage:
+    """What the processes do from the first rows that are counted to the last of `rows`, or until time is up."""
+    first, began = _first(processes, count)
+    cpu = sum(map(cpu_s, processes))
+    done, now = first, began
+    while done < rows and now - began < at_most_s:
+        time.sleep(_LOOK_S)
+        done, now = count(), time.monotonic()
+    spent = sum(map(cpu_s, processes)) - cpu
+    peak = max(rss_mb(process, peak=True) for process in processes)
+    return Usage((done - first) / (now - began), 1e6 * spent / (done - first), peak)
+
+
+def _first(processes: Sequence[Process], count: Callable[[], int]) -> tuple[int, float]:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < deadline:
+        if done := count():
+            return done, time.monotonic()
+        for process in processes:
+            if not process.running:
+                raise StandInError(f"{process.name} ended: {process.last_line()}")
+        time.sleep(_LOOK_S)
+    raise StandInError(f"nothing done in {_TIMEOUT_S:.0f} s: {processes[0].last_line()}")
+
+
+def cpu_s(process: Process) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def rss_mb(process: Process, *, peak: bool = False) -> float:
+    """Resident memory of a process: now, or at most so far."""
+    wanted = "VmHWM:" if peak else "VmRSS:"
+    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in status if line.startswith(wanted))

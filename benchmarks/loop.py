@@ -1,0 +1,116 @@
+"""The stream loop and the predictor against other ways to do the same: on the same topic, on the same broker."""
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlflow.artifacts
+
+from benchmarks.load import Bench, topic_1_records, watch
+from benchmarks.measure import Bar, Section, side_by_side
+from benchmarks.predictor import BOOSTING, FOREST, FOREST_COLUMNS, drained
+from sandbox.processes import Process
+from training.features import RAW
+
+_PEERS = Path(__file__).parent / "peers"
+_REQUIREMENTS = _PEERS / "requirements.txt"
+_COLUMNS = {BOOSTING: RAW, FOREST: FOREST_COLUMNS}
+
+
+def loops(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """Decode, add a field, encode: nothing else."""
+    source = _backlog(bench, rows)
+    ours = [sys.executable, str(_PEERS / "stream_loop.py")]
+    found = side_by_side(
+        {
+            "this stream loop": lambda: _run(bench, ours, source, rows=rows),
+            "Quix Streams": lambda: _peer(bench, "quix", "loop", source, rows=rows),
+            "Faust": lambda: _peer(bench, "faust_agent", "loop", source, rows=rows),
+        },
+        rounds=rounds,
+    )
+    loop = found["this stream loop"]["rows/s"]
+    return Section(
+        "A field added to every record",
+        f"{rows:,} rows, Apache Kafka, 6 partitions, at least once",
+        ("rows/s",),
+        found,
+        [Bar("this stream loop / Quix Streams", loop.over(found["Quix Streams"]["rows/s"]), 4)],
+    )
+
+
+def scoring(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """The same model, asked by others."""
+    source = _backlog(bench, rows)
+    found = side_by_side(
+        {
+            "predictor, boosting": lambda: _throughput(bench, source, rows, BOOSTING),
+            "Quix Streams, boosting": lambda: _peer(bench, "quix", "predict", source, rows=rows, model=BOOSTING),
+            "predictor, forest": lambda: _throughput(bench, source, rows, FOREST),
+            "one at a time, forest": lambda: _peer(bench, "original", "predict", source, rows=rows, model=FOREST),
+        },
+        rounds=rounds,
+    )
+    boosting, forest = found["predictor, boosting"]["rows/s"], found["predictor, forest"]["rows/s"]
+    return Section(
+        "The same model, one row at a time",
+        f"up to {rows:,} rows, Apache Kafka; the predictor exactly once in batches of 1,000, the others at least once",
+        ("rows/s",),
+        found,
+        [
+            Bar("predictor / Quix Streams", boosting.over(found["Quix Streams, boosting"]["rows/s"]), 20),
+            Bar("predictor / one at a time", forest.over(found["one at a time, forest"]["rows/s"]), 300),
+        ],
+    )
+
+
+def peers_python() -> Path:
+    """The interpreter of the peers' own environment, made at the first time."""
+    name = "peers-" + hashlib.sha256(_REQUIREMENTS.read_bytes()).hexdigest()[:12]
+    home = Path.home() / ".cache" / "fraud-alarm" / name
+    interpreter = home / "bin" / "python"
+    if not (home / "complete").exists():
+        uv = str(Path(sys.executable).with_name("uv"))
+        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(home)], check=True)
+        install = [uv, "pip", "install", "--quiet", "--python", str(interpreter), "-r", str(_REQUIREMENTS)]
+        subprocess.run(install, check=True)
+        (home / "complete").touch()
+    return interpreter
+
+
+def _peer(
+    bench: Bench, program: str, work: str, source: str, *, rows: int, model: str | None = None
+) -> dict[str, float]:
+    command = [str(peers_python()), str(_PEERS / f"{program}.py"), work]
+    if model:
+        folder = mlflow.artifacts.download_artifacts(
+            f"models:/{model}@champion", dst_path=str(bench.directory / "peers"), tracking_uri=bench.stack.registry.uri
+        )
+        command += ["--model", folder, "--columns", ",".join(_COLUMNS[model])]
+    return _run(bench, command, source, rows=rows)
+
+
+def _run(bench: Bench, command: Sequence[str], source: str, *, rows: int, at_most_s: float = 15.0) -> dict[str, float]:
+    """How fast records come onto a new topic, from the first ones until all are there or time is up."""
+    (target,) = bench.topics("copied")
+    broker = bench.properties["bootstrap.servers"]
+    arguments = ["--bootstrap", broker, "--group", target, "--source", source, "--target", target]
+    process = Process(command[-1], [*command, *arguments], log=bench.directory / f"{target}.log", cwd=bench.directory)
+    with bench.written(target) as written:
+        process.spawn()
+        try:
+            return {"rows/s": watch([process], written, rows=rows, at_most_s=at_most_s).rows_per_s}
+        finally:
+            process.kill()
+
+
+def _throughput(bench: Bench, source: str, rows: int, model: str) -> dict[str, float]:
+    return {"rows/s": drained(bench, source, rows, MODEL_NAME=model)["rows/s"]}
+
+
+def _backlog(bench: Bench, rows: int) -> str:
+    (source,) = bench.topics("backlog")
+    bench.fill(topic_1_records(source, rows))
+    return source

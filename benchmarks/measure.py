@@ -1,0 +1,91 @@
+"""Fair figures: each variant once a round, side by side; medians with their spread; ratios taken within a round."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One quantity over the rounds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance of the extremes, as a share of the median."""
+        return (max(self.values) - min(self.values)) / 2 / self.median if self.median else 0.0
+
+    def over(self, other: "Figure") -> "Figure":
+        """The ratio in each round."""
+        return Figure(tuple(mine / its for mine, its in zip(self.values, other.values, strict=True)))
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a ratio, or a time, has to reach."""
+
+    what: str
+    seen: Figure
+    bar: float
+    at_most: bool = False
+
+    @property
+    def reached(self) -> bool:
+        """Whether its median does."""
+        return self.seen.median <= self.bar if self.at_most else self.seen.median >= self.bar
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of figures, what they have to reach, and the settings they were taken with."""
+
+    title: str
+    settings: str
+    columns: Sequence[str]
+    rows: Mapping[str, Mapping[str, Figure]]
+    bars: Sequence[Bar] = field(default_factory=tuple)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, rounds included."""
+        return {
+            "title": self.title,
+            "settings": self.settings,
+            "rows": {label: {name: figure.values for name, figure in row.items()} for label, row in self.rows.items()},
+            "bars": [
+                {"what": each.what, "seen": each.seen.values, "median": each.seen.median, "bar": each.bar}
+                | {"at_most": each.at_most, "reached": each.reached}
+                for each in self.bars
+            ],
+        }
+
+
+def side_by_side(
+    variants: Mapping[str, Callable[[], Mapping[str, float]]], *, rounds: int
+) -> dict[str, dict[str, Figure]]:
+    """Run all variants in every round, in turn and then in reverse, so that a slow minute hits all of them.
+
+    A variant returns its quantities by name. A first round warms up and is not counted.
+    """
+    found: dict[str, list[Mapping[str, float]]] = {name: [] for name in variants}
+    for number in range(-1, rounds):
+        for name in list(variants)[:: -1 if number % 2 else 1]:
+            quantities = variants[name]()
+            if number >= 0:
+                found[name].append(quantities)
+    return {
+        name: {quantity: Figure(tuple(each[quantity] for each in runs)) for quantity in runs[0]}
+        for name, runs in found.items()
+    }
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p99 and p99.9 of at least two values."""
+    cuts = statistics.quantiles(values, n=1000, method="inclusive")
+    return {"p50": cuts[499], "p99": cuts[989], "p99.9": cuts[998]}

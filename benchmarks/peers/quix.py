@@ -1,0 +1,58 @@
+"""A Quix Streams application: `loop` adds a field to every record, `predict` asks the model for it, `store` inserts."""
+
+import argparse
+import json
+from collections.abc import Callable
+
+import mlflow.sklearn
+import pandas as pd
+from quixstreams import Application
+
+
+def main() -> None:
+    """Work until killed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", choices=["loop", "predict"])
+    parser.add_argument("--bootstrap", required=True)
+    parser.add_argument("--group", required=True)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--model", help="a folder with a logged model")
+    parser.add_argument("--columns", help="the model's, with commas between")
+    parser.add_argument("--extra", type=json.loads, default={}, help="librdkafka's settings for the consumer")
+    arguments = parser.parse_args()
+    application = Application(
+        broker_address=arguments.bootstrap,
+        consumer_group=arguments.group,
+        auto_offset_reset="earliest",
+        consumer_extra_config=arguments.extra,
+        auto_create_topics=False,
+        loglevel="WARNING",
+    )
+    source = application.topic(arguments.source, value_deserializer="json", key_deserializer="bytes")
+    target = application.topic(arguments.target, value_serializer="json", key_serializer="bytes")
+    add = add_field if arguments.work == "loop" else asker(arguments)
+    application.dataframe(source).apply(add).to_topic(target)
+    application.run()
+
+
+def add_field(row: dict[str, object]) -> dict[str, object]:
+    """The least that can be done."""
+    row["prediction"] = 0
+    return row
+
+
+def asker(arguments: argparse.Namespace) -> Callable[[dict[str, object]], dict[str, object]]:
+    """What the model says of the row."""
+    model = mlflow.sklearn.load_model(arguments.model)
+    columns = arguments.columns.split(",")
+
+    def ask(row: dict[str, object]) -> dict[str, object]:
+        row["prediction"] = int(model.predict(pd.DataFrame([row])[columns])[0])
+        return row
+
+    return ask
+
+
+if __name__ == "__main__":
+    main()

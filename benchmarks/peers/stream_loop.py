@@ -1,0 +1,43 @@
+"""This project's own stream loop with the least to do: a field added to every record, at least once."""
+
+import argparse
+from collections.abc import Sequence
+from threading import Event
+
+from confluent_kafka import Message
+
+from shared.delivery import AtLeastOnce
+from shared.kafka import Record, consumer
+from shared.records import encode_prediction, read_topic_1
+from shared.settings import StreamSettings, load
+from shared.stream import Outcome, Stream
+
+
+def main() -> None:
+    """Work until killed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("bootstrap", "group", "source", "target"):
+        parser.add_argument(f"--{name}", required=True)
+    arguments = parser.parse_args()
+    properties = {"bootstrap.servers": arguments.bootstrap}
+    shutdown = Event()
+
+    def add_field(messages: Sequence[Message]) -> Outcome:
+        records = []
+        for message in messages:
+            value = message.value()
+            transaction = read_topic_1(value).transactions[0]
+            records.append(Record(arguments.target, encode_prediction(value, 0), transaction.key, []))
+        return Outcome(len(messages), records)
+
+    Stream(
+        make_consumer=lambda: consumer(properties, group=arguments.group),
+        topic=arguments.source,
+        delivery=AtLeastOnce(properties=properties, shutdown=shutdown),
+        settings=load(StreamSettings),
+        shutdown=shutdown,
+    ).run(add_field, ahead=True)
+
+
+if __name__ == "__main__":
+    main()

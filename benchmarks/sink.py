@@ -1,0 +1,209 @@
+"""The db_sink against PostgreSQL alone, against other ways to insert, and into a table that is full already."""
+
+import io
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+
+import pandas as pd
+import sqlalchemy as sa
+from psycopg2.extras import execute_values
+from sqlalchemy.dialects.postgresql import insert
+
+from benchmarks.load import Bench, backlog
+from benchmarks.measure import Bar, Section, side_by_side
+from services.db_sink import table
+from services.db_sink.table import FEATURES_2, PROVENANCE, Row, connect, copy_text, migrate
+from shared.kafka import Record
+from shared.provenance import Provenance, to_headers
+from shared.records import decode_prediction, encode_prediction, encode_transaction
+
+_BATCH = 1000
+Values = Sequence[Mapping[str, object]]
+_COLUMNS = (*FEATURES_2, *PROVENANCE)
+_WHO = Provenance("fraud", "1", 0.01, 1_730_134_684_025, 0, 12_345)
+
+
+def throughput(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """The whole service against COPY and upsert alone, and against the usual ways."""
+    (source,) = bench.topics("predicted")
+    bench.fill(topic_2_records(source, rows))
+    found = side_by_side(
+        {
+            "bare COPY": lambda: _alone(bench, rows, bare=True),
+            "COPY and upsert": lambda: _alone(bench, rows, bare=False),
+            "db_sink": lambda: drained(bench, source, rows),
+            "multi-row INSERT": lambda: _timed(bench, _multi_row, rows=20_000),
+            "SQLAlchemy, ON CONFLICT": lambda: _timed(bench, _on_conflict, rows=10_000),
+            "pandas to_sql, a row a time": lambda: _timed(bench, _row_by_row, rows=200),
+        },
+        rounds=rounds,
+    )
+    sink = found["db_sink"]["rows/s"]
+    return Section(
+        "The db_sink and other ways into PostgreSQL",
+        f"{rows:,} rows of {len(_COLUMNS)} columns, PostgreSQL 18 as it comes, batches of {_BATCH:,}",
+        ("rows/s",),
+        found,
+        [
+            Bar("db_sink / COPY and upsert alone", sink.over(found["COPY and upsert"]["rows/s"]), 0.7),
+            Bar("db_sink / SQLAlchemy, ON CONFLICT", sink.over(found["SQLAlchemy, ON CONFLICT"]["rows/s"]), 6),
+            Bar("db_sink / a row a time", sink.over(found["pandas to_sql, a row a time"]["rows/s"]), 150),
+        ],
+    )
+
+
+def full_table(bench: Bench, *, rounds: int, rows: int, there: int) -> Section:
+    """Into a table with millions of rows, and into an empty one."""
+    (source,) = bench.topics("predicted")
+    bench.fill(topic_2_records(source, rows))
+    with database(bench) as url:
+        _fill_table(url, there)
+        found = side_by_side(
+            {
+                "empty": lambda: drained(bench, source, rows),
+                f"{there:,} rows": lambda: _into(bench, url, source, rows),
+            },
+            rounds=rounds,
+        )
+    seen = found[f"{there:,} rows"]["rows/s"].over(found["empty"]["rows/s"])
+    return Section(
+        "The db_sink and the size of the table",
+        f"{rows:,} rows, PostgreSQL 18 as it comes",
+        ("rows/s",),
+        found,
+        [Bar(f"into {there:,} rows / into none", seen, 0.7)],
+    )
+
+
+def topic_2_records(topic: str, rows: int) -> Iterator[Record]:
+    """The backlog as the predictor writes it."""
+    headers = to_headers(_WHO)
+    for transaction in backlog(rows):
+        yield Record(topic, encode_prediction(encode_transaction(transaction), 0), transaction.key, headers)
+
+
+@contextmanager
+def database(bench: Bench) -> Iterator[str]:
+    """The URL of an empty database, dropped at the end."""
+    name = f"bench_{uuid.uuid4().hex}"
+    owner = sa.create_engine(bench.stack.addresses.database_url, isolation_level="AUTOCOMMIT")
+    with owner.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    url = sa.make_url(bench.stack.addresses.database_url).set(database=name)
+    yield url.render_as_string(hide_password=False)
+    with owner.connect() as connection:
+        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    owner.dispose()
+
+
+def drained(bench: Bench, source: str, rows: int) -> dict[str, float]:
+    """What a db_sink does with a backlog on `source`, into an empty database."""
+    with database(bench) as url:
+        return _into(bench, url, source, rows)
+
+
+def _into(bench: Bench, url: str, source: str, rows: int) -> dict[str, float]:
+    with _engine(url) as engine, engine.begin() as connection:
+        if sa.inspect(connection).has_table(table.TABLE):  # what an earlier round left of these rows
+            connection.execute(sa.text(f"DELETE FROM {table.TABLE} WHERE source_offset = {_WHO.source_offset}"))  # noqa: S608
+    group = f"sink-{uuid.uuid4().hex[:8]}"
+    process = bench.service("db_sink", {"TOPIC_2": source, "DB_SINK_GROUP": group, "DATABASE_URL": url})
+    usage = bench.drain([process], group=group, topic=source, rows=rows)
+    return {"rows/s": usage.rows_per_s, "CPU s a million": usage.cpu_s_per_million, "MB": usage.peak_rss_mb}
+
+
+def _alone(bench: Bench, rows: int, *, bare: bool) -> dict[str, float]:
+    """COPY into a table without an index, or the db_sink's own statements, of text that is ready."""
+    batches = [copy_text(batch) for batch in _batches(rows)]
+    with database(bench) as url, _engine(url) as engine:
+        migrate(engine)
+        with engine.begin() as connection:
+            connection.execute(sa.text(f"CREATE TABLE bare (LIKE {table.TABLE} INCLUDING DEFAULTS)"))
+        began = time.monotonic()
+        for text in batches:
+            if bare:
+                with engine.begin() as connection:
+                    copy = table.COPY.replace("staging", "bare")
+                    connection.connection.cursor().copy_expert(copy, io.BytesIO(text), size=len(text))
+            else:
+                table.upsert(engine, text)
+        return _rate(rows, began)
+
+
+def _timed(bench: Bench, work: Callable[[sa.Engine, Values], None], *, rows: int) -> dict[str, float]:
+    values = [dict(zip(_COLUMNS, table.stored(row), strict=True)) for batch in _batches(rows) for row in batch]
+    with database(bench) as url, _engine(url) as engine:
+        migrate(engine)
+        began = time.monotonic()
+        work(engine, values)
+        return _rate(rows, began)
+
+
+def _multi_row(engine: sa.Engine, values: Values) -> None:
+    names = ", ".join(f'"{name}"' for name in _COLUMNS)
+    statement = f"INSERT INTO {table.TABLE} ({names}) VALUES %s ON CONFLICT DO NOTHING"  # noqa: S608
+    for start in range(0, len(values), _BATCH):
+        with engine.begin() as connection:
+            rows = [tuple(row.values()) for row in values[start : start + _BATCH]]
+            execute_values(connection.connection.cursor(), statement, rows, page_size=_BATCH)
+
+
+def _on_conflict(engine: sa.Engine, values: Values) -> None:
+    target = sa.Table(table.TABLE, sa.MetaData(), autoload_with=engine)
+    statement = insert(target)
+    key = ("trans_num", "unix_time")
+    changed = {name: statement.excluded[name] for name in _COLUMNS if name not in key}
+    statement = statement.on_conflict_do_update(index_elements=key, set_=changed)
+    for start in range(0, len(values), _BATCH):
+        with engine.begin() as connection:
+            connection.execute(statement, values[start : start + _BATCH])
+
+
+def _row_by_row(engine: sa.Engine, values: Values) -> None:
+    as_it_comes = sa.create_engine(engine.url)
+    for row in values:
+        pd.DataFrame([row]).to_sql(table.TABLE, as_it_comes, if_exists="append", index=False)
+    as_it_comes.dispose()
+
+
+def _fill_table(url: str, rows: int) -> None:
+    """Rows that resemble the backlog's, with identities as random as theirs, made by PostgreSQL itself."""
+    first = next(iter(_batches(1)))[0]
+    with _engine(url) as engine:
+        migrate(engine)
+        table.upsert(engine, copy_text([first]))
+        with engine.begin() as connection:
+            cursor = connection.connection.cursor()
+            kept = ", ".join(f'"{name}"' for name in _COLUMNS if name not in ("trans_num", "source_offset"))
+            cursor.execute(
+                f"INSERT INTO {table.TABLE} (trans_num, source_offset, {kept}) "  # noqa: S608
+                f"SELECT md5(number::text), number, {kept} FROM {table.TABLE}, generate_series(1, {rows}) AS number"
+            )
+            cursor.execute(f"DELETE FROM {table.TABLE} WHERE source_offset = {_WHO.source_offset}")  # noqa: S608
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(sa.text("VACUUM ANALYZE"))
+            connection.execute(sa.text("CHECKPOINT"))
+
+
+@contextmanager
+def _engine(url: str) -> Iterator[sa.Engine]:
+    engine = connect(url)
+    yield engine
+    engine.dispose()
+
+
+@cache
+def _batches(rows: int) -> list[list[Row]]:
+    found = [
+        Row(decode_prediction(encode_prediction(encode_transaction(transaction), 0)), _WHO)
+        for transaction in backlog(rows)
+    ]
+    return [found[start : start + _BATCH] for start in range(0, rows, _BATCH)]
+
+
+def _rate(rows: int, began: float) -> dict[str, float]:
+    seconds = time.monotonic() - began
+    return {"rows/s": rows / seconds, "CPU s a million": float("nan"), "MB": float("nan")}

@@ -1,0 +1,135 @@
+"""The two ends: the producer against librdkafka alone, the alerter against a mail session alone."""
+
+import smtplib
+import time
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from benchmarks.load import Bench, backlog, topic_1_records, watch
+from benchmarks.measure import Section, side_by_side
+from fraudctl import topics
+from sandbox.payments_api import PaymentsApi
+from sandbox.stack import RECIPIENT, SENDER
+from services.alerter.mail import compose
+from shared.kafka import Record, consumer, producer
+from shared.provenance import Provenance, to_headers
+from shared.records import Prediction, decode_prediction, encode_prediction, encode_transaction
+
+_WHO = Provenance("fraud", "1", 0.99, 1_730_134_684_025, 0, 12_345)
+
+
+def producing(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """From the API onto topic_1: with the journal and its syncs, in transactions."""
+    found = side_by_side(
+        {
+            "librdkafka, produce": lambda: _produced(bench, rows),
+            "librdkafka, consume": lambda: _consumed(bench, rows),
+            "producer": lambda: _polled(bench, rows),
+        },
+        rounds=rounds,
+    )
+    return Section(
+        "The producer, and the client alone",
+        f"{rows:,} rows, Apache Kafka, lz4; the API answers with up to 500 rows",
+        ("rows/s",),
+        found,
+    )
+
+
+def alerting(bench: Bench, *, rounds: int, mails: int) -> Section:
+    """Nothing but frauds, a mail each."""
+    (source,) = bench.topics("frauds")
+    headers = to_headers(_WHO)
+    values = [encode_prediction(encode_transaction(each), 1) for each in backlog(mails)]
+    keys = [each.key for each in backlog(mails)]
+    bench.fill(Record(source, value, key, headers) for value, key in zip(values, keys, strict=True))
+    predictions = list(map(decode_prediction, values))
+    found = side_by_side(
+        {
+            "one session, mails that are ready": lambda: _sent(bench, predictions),
+            "alerter": lambda: _alerted(bench, source, mails),
+        },
+        rounds=rounds,
+    )
+    return Section(
+        "The alerter, and a mail session alone",
+        f"{mails:,} frauds, a mail and a commit each, Apache Kafka, aiosmtpd on the same cores",
+        ("mails/s",),
+        found,
+    )
+
+
+def _produced(bench: Bench, rows: int) -> dict[str, float]:
+    (target,) = bench.topics("produced")
+    records = list(topic_1_records(target, rows))
+    client = producer(bench.properties)
+    began = time.monotonic()
+    for record in records:
+        _enqueue(client.poll, partial(client.produce, target, value=record.value, key=record.key))
+    client.flush()
+    return {"rows/s": rows / (time.monotonic() - began)}
+
+
+def _enqueue(poll: Callable[[float], object], produce: Callable[[], None]) -> None:
+    while True:
+        try:
+            return produce()
+        except BufferError:
+            poll(0.01)
+
+
+def _consumed(bench: Bench, rows: int) -> dict[str, float]:
+    (source,) = bench.topics("backlog")
+    bench.fill(topic_1_records(source, rows))
+    reader = consumer(bench.properties, group=source)
+    ends = topics.ends(bench.properties, [source])
+    for end in ends:
+        end.offset = 0
+    reader.assign(ends)
+    done = 0
+    while not done:
+        done = len(reader.consume(1, 1.0))
+    began = time.monotonic()
+    while done < rows:
+        done += len(reader.consume(10_000, 0.5))
+    took = time.monotonic() - began
+    reader.close()
+    return {"rows/s": rows / took}
+
+
+def _polled(bench: Bench, rows: int) -> dict[str, float]:
+    (target,) = bench.topics("polled")
+    directory = bench.directory / uuid.uuid4().hex[:8]
+    options = ("--transactions", str(rows), "--rate", "0", "--max-rows", "500")
+    with PaymentsApi(*options, log=directory / "api.log") as api:
+        settings = {"TOPIC_1": target, "API_URL": api.url, "JOURNAL_DIRECTORY": str(directory / "journal")}
+        with bench.service("producer", settings) as process, bench.written(target) as written:
+            return {"rows/s": watch([process], written, rows=rows).rows_per_s}
+
+
+def _sent(bench: Bench, predictions: list[Prediction]) -> dict[str, float]:
+    now = datetime.now(UTC)
+    mails = [compose(each, _WHO, sender=SENDER, recipients=[RECIPIENT], now=now) for each in predictions]
+    with smtplib.SMTP("127.0.0.1", bench.stack.mailbox.port) as session:
+        began = time.monotonic()
+        for mail in mails:
+            session.send_message(mail)
+        took = time.monotonic() - began
+    _empty(bench.stack.mailbox.directory)
+    return {"mails/s": len(mails) / took}
+
+
+def _alerted(bench: Bench, source: str, mails: int) -> dict[str, float]:
+    group = f"alerter-{uuid.uuid4().hex[:8]}"
+    process = bench.service("alerter", {"TOPIC_2": source, "ALERTER_GROUP": group})
+    usage = bench.drain([process], group=group, topic=source, rows=mails)
+    _empty(bench.stack.mailbox.directory)
+    return {"mails/s": usage.rows_per_s, "CPU s a million": usage.cpu_s_per_million, "MB": usage.peak_rss_mb}
+
+
+def _empty(mail: Path) -> None:
+    for path in mail.glob("*.eml"):
+        path.unlink()
