@@ -43,7 +43,8 @@ class Outcome(NamedTuple):
 
     `done` counts the messages, from the front, that are finished for good; the rest is handed over again. `outputs` and
     `dead` letters are to be written before the offsets of the finished ones are committed. Before that comes `finish`,
-    once all earlier batches are final; it returns further dead letters, or raises Outage like the handler.
+    after that of the batch before; it returns further dead letters, or raises Outage like the handler. It, too, must
+    bear repeating.
     """
 
     done: int
@@ -97,6 +98,7 @@ class Stream:
         self._in_flight: deque[_InFlight] = deque()
         self._most_in_flight = 1
         self._held_up = False  # a batch did not get through: those behind it must not overtake it
+        self._unfinished = False  # the same, of what finishes a batch
         self._too_late = Event()  # what the batches in flight were read under is lost
         self._paused = False
         self._assigned = False  # just now: what was paused when it was taken away comes back paused
@@ -115,14 +117,17 @@ class Stream:
             self._until_over(self._delivery.open)
             with (
                 ThreadPoolExecutor(1, thread_name_prefix="handle") as handling,
+                ThreadPoolExecutor(1, thread_name_prefix="finish") as finishing,
                 ThreadPoolExecutor(1, thread_name_prefix="deliver") as delivering,
             ):
 
+                def start(batch: list[Message]) -> Callable[[], Outcome]:
+                    handled = handling.submit(handle, batch)
+                    return finishing.submit(lambda: self._finish(handled.result())).result
+
                 def submit(batch: list[Message], member: Member) -> Future[int]:
-                    early = handling.submit(handle, batch) if ahead and not self._in_doubt else None
-                    return delivering.submit(
-                        self._complete, lambda: (early or handling.submit(handle, batch)).result(), batch, member
-                    )
+                    early = start(batch) if ahead and not self._in_doubt else None
+                    return delivering.submit(self._complete, early or (lambda: start(batch)()), batch, member)
 
                 while not self._shutdown.is_set():
                     self._consume(submit)
@@ -212,7 +217,18 @@ class Stream:
                     self._waiting = [*left, *(m for each in self._in_flight for m in each.left(0)), *self._waiting]
                     self._in_flight.clear()
                 if not self._in_flight:
-                    self._held_up = False
+                    self._held_up = self._unfinished = False
+
+    def _finish(self, outcome: Outcome) -> Outcome:
+        """Do what the outcome leaves to be done in order."""
+        if self._unfinished:
+            raise Outage("the batch before it comes first")
+        if outcome.finish is None:
+            return outcome
+        self._unfinished = True
+        dead = outcome.finish()
+        self._unfinished = False
+        return outcome._replace(dead=[*outcome.dead, *dead])
 
     def _complete(self, outcome_of: Callable[[], Outcome], batch: list[Message], member: Member) -> int:
         """Make what is done of the batch final. Returns how many of it, from the front."""
@@ -225,19 +241,18 @@ class Stream:
             if final := self._final_already(batch):
                 return final
         outcome = outcome_of()
-        dead = [*outcome.dead, *(outcome.finish() if outcome.finish else ())]
         finished = batch[: outcome.done]
         if finished:
             try:
-                self._delivery.deliver([*outcome.outputs, *dead], next_offsets(finished), member)
+                self._delivery.deliver([*outcome.outputs, *outcome.dead], next_offsets(finished), member)
             except Outage:
                 self._in_doubt = True
                 raise
         self._held_up = outcome.done < len(batch)
-        if dead:
-            log.warning("dead_letters", records=len(dead), first_reason=reason_of(dead[0]))
+        if outcome.dead:
+            log.warning("dead_letters", records=len(outcome.dead), first_reason=reason_of(outcome.dead[0]))
         busy_ms = round((time.monotonic() - began) * 1000)
-        self._flow.add(records=len(finished), dead_letters=len(dead), busy_ms=busy_ms)
+        self._flow.add(records=len(finished), dead_letters=len(outcome.dead), busy_ms=busy_ms)
         return outcome.done
 
     def _final_already(self, batch: list[Message]) -> int:

@@ -352,7 +352,7 @@ def test_what_finishes_a_batch_is_done_in_order_and_before_its_offsets(rig: Rig,
     thread.join(20)
 
     assert [value for batch, _ in finished for value in batch] == numbers(35)
-    assert [before for _, before in finished] == [0, 10, 20, 30]
+    assert all(before <= int(batch[0]) for batch, before in finished)
     letters = {message.value() for message in rig.read(f"{rig.topic_1}.dlq", 8)}
     assert letters == {b"0", b"1", b"10", b"11", b"20", b"21", b"30", b"31"}
 
