@@ -1,4 +1,4 @@
-"""Measure: `python -m benchmarks [SECTION...]` prints tables and writes JSON. Exit code 1 if a bar is not reached."""
+"""Measure: `python -m benchmarks [SUITE...]` prints tables and writes JSON. Exit code 1 if a bar is not reached."""
 
 import argparse
 import gc
@@ -7,9 +7,8 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from confluent_kafka import libversion
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import idle, latency, loop, predictor, sink
+from benchmarks import growth, idle, latency, loop, predictor, sink, stages
 from benchmarks.load import Bench
-from benchmarks.measure import Section
+from benchmarks.measure import Bar, Section
 from sandbox.apache import VERSION as KAFKA_VERSION
 from sandbox.processes import StandInError
 from sandbox.stack import local_stack
@@ -30,63 +29,90 @@ from sandbox.stack import local_stack
 _PACKAGES = ("confluent-kafka", "msgspec", "numpy", "pandas", "scikit-learn", "psycopg2-binary", "sqlalchemy")
 
 
-@dataclass(frozen=True)
-class Suite:
-    """What can be asked for by name."""
+Suite = Callable[[Bench, int], Section]
 
-    broker: str
-    measure: Callable[[Bench, int], Section]
-
-
-SUITES = {
-    "ceiling": Suite("embedded", lambda bench, rounds: predictor.against_its_ceiling(bench, rounds=rounds)),
-    "guarantees": Suite("apache", lambda bench, rounds: predictor.guarantees(bench, rounds=rounds, rows=200_000)),
-    "batches": Suite("apache", lambda bench, rounds: predictor.batch_sizes(bench, rounds=rounds, rows=200_000)),
-    "compiled": Suite("apache", lambda bench, rounds: predictor.compiled_scoring(bench, rounds=rounds, rows=100_000)),
-    "replicas": Suite("apache", lambda bench, rounds: predictor.replicas(bench, rounds=rounds, rows=200_000)),
-    "loops": Suite("apache", lambda bench, rounds: loop.loops(bench, rounds=rounds, rows=500_000)),
-    "scoring": Suite("apache", lambda bench, rounds: loop.scoring(bench, rounds=rounds, rows=200_000)),
-    "sink": Suite("apache", lambda bench, rounds: sink.throughput(bench, rounds=rounds, rows=200_000)),
-    "table": Suite(
-        "apache", lambda bench, rounds: sink.full_table(bench, rounds=rounds, rows=100_000, there=5_000_000)
-    ),
-    "latency": Suite(
-        "apache",
-        lambda bench, rounds: latency.latencies(bench, rounds=rounds, rates=(100, 500, 2000, 5000), seconds=20),
-    ),
-    "idle": Suite("apache", lambda bench, rounds: idle.idle(bench, rounds=rounds, seconds=10)),
+EMBEDDED: dict[str, Suite] = {
+    "ceiling": lambda bench, rounds: predictor.against_its_ceiling(bench, rounds=rounds),
 }
+APACHE: dict[str, Suite] = {
+    "guarantees": lambda bench, rounds: predictor.guarantees(bench, rounds=rounds, rows=200_000),
+    "compiled": lambda bench, rounds: predictor.compiled_scoring(bench, rounds=rounds),
+    "compiled-service": lambda bench, rounds: predictor.compiled_service(bench, rounds=rounds, rows=100_000),
+    "batches": lambda bench, rounds: predictor.batch_sizes(bench, rounds=rounds, rows=200_000),
+    "replicas": lambda bench, rounds: predictor.replicas(bench, rounds=rounds, rows=400_000),
+    "loops": lambda bench, rounds: loop.loops(bench, rounds=rounds, rows=500_000),
+    "scoring": lambda bench, rounds: loop.scoring(bench, rounds=rounds, rows=200_000),
+    "producer": lambda bench, rounds: stages.producing(bench, rounds=rounds, rows=100_000),
+    "alerter": lambda bench, rounds: stages.alerting(bench, rounds=rounds, mails=1000),
+    "sink": lambda bench, rounds: sink.throughput(bench, rounds=rounds, rows=200_000),
+    "table": lambda bench, rounds: sink.full_table(bench, rounds=rounds, rows=100_000, there=5_000_000),
+    "latency": lambda bench, rounds: latency.latencies(bench, rounds=rounds, rates=(100, 500, 2000, 5000), seconds=20),
+    "idle": lambda bench, rounds: idle.idle(bench, rounds=rounds, seconds=10),
+    "partitions": lambda bench, rounds: growth.with_partitions(bench, rounds=rounds, rows=100_000),
+    "growing-replicas": lambda bench, rounds: growth.with_replicas(bench, rounds=rounds, rows=400_000),
+    "backlog": lambda bench, rounds: growth.with_backlog(bench, rounds=rounds),
+    "growing-table": lambda bench, rounds: growth.with_table(bench, rounds=rounds, rows=100_000),
+}
+GROWTH = ("partitions", "growing-replicas", "backlog", "growing-table")
+# Ratios that a change must not lower, in two minutes.
+GUARD: dict[str, Suite] = {
+    "ceiling": lambda bench, rounds: predictor.against_its_ceiling(
+        bench, rounds=rounds, rows=60_000, guarantee="exactly_once"
+    ),
+    "sink": lambda bench, rounds: sink.against_postgres(bench, rounds=rounds, rows=60_000),
+    "compiled": lambda bench, rounds: predictor.compiled_scoring(bench, rounds=rounds),
+}
+_COMMITTED = Path(__file__).with_name("guard.json")
+_STILL_GOOD = 0.7  # of a committed ratio
 
 
 def main() -> int:
-    """Run the suites, each broker's in one stack."""
+    """Run the suites, those of each broker on one stack."""
+    names = [*EMBEDDED, *APACHE]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all if none is named")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(names)}; all if none is named")
+    parser.add_argument("--guard", action="store_true", help="a short run, against the ratios that are committed")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--report", type=Path, help="where the figures go as JSON")
+    parser.add_argument("--report", type=Path, help="where the figures go as JSON; tables and a picture go beside it")
     arguments = parser.parse_args()
-    if unknown := [name for name in arguments.suites if name not in SUITES]:
-        parser.error(f"no {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    if unknown := [name for name in arguments.suites if name not in names]:
+        parser.error(f"no {', '.join(unknown)}; there are {', '.join(names)}")
+    chosen = arguments.suites or names
+    brokers = {"apache": GUARD} if arguments.guard else {"embedded": EMBEDDED, "apache": APACHE}
     gc.disable()  # what measures must not pause
     sys.setswitchinterval(0.0002)
-    wanted = {name: SUITES[name] for name in arguments.suites or SUITES}
     console = Console()
     console.print(", ".join(f"{name} {number}" for name, number in versions().items()))
     sections: dict[str, Section] = {}
     try:
-        for broker in ("embedded", "apache"):
-            if chosen := {name: suite for name, suite in wanted.items() if suite.broker == broker}:
+        for broker, suites in brokers.items():
+            if wanted := {name: suite for name, suite in suites.items() if arguments.guard or name in chosen}:
                 with ExitStack() as stack:
                     bench = started(stack, broker)
-                    for name, suite in chosen.items():
-                        sections[name] = suite.measure(bench, arguments.rounds)
+                    for name, measure in wanted.items():
+                        sections[name] = measure(bench, arguments.rounds)
                         show(sections[name], console)
                         if arguments.report:
                             save(sections, arguments.report)
     except StandInError as error:
         sys.stderr.write(f"benchmarks: {error}\n")
         return 1
-    return 0 if all(bar.reached for section in sections.values() for bar in section.bars) else 1
+    bars = [bar for section in sections.values() for bar in section.bars]
+    return guarded(bars, console) if arguments.guard else int(not all(bar.reached for bar in bars))
+
+
+def guarded(bars: Sequence[Bar], console: Console) -> int:
+    """0 if every ratio is at least 70 % of the committed one, else 1."""
+    committed: dict[str, float] = json.loads(_COMMITTED.read_text())
+    fallen = 0
+    for bar in bars:
+        if bar.what in committed:
+            least = _STILL_GOOD * committed[bar.what]
+            holds = bar.seen.median >= least
+            fallen += not holds
+            verdict = "[green]holds" if holds else "[red]has fallen"
+            console.print(f"{bar.what}: {bar.seen.median:.2f}, at least {least:.2f} {verdict}")
+    return int(bool(fallen))
 
 
 def started(stack: ExitStack, broker: str) -> Bench:
@@ -125,11 +151,33 @@ def show(section: Section, console: Console) -> None:
         console.print(f"  {bar.what}: {bar.seen.median:.2f} ({sign} {bar.bar:g}) {verdict}")
 
 
-def save(sections: dict[str, Section], path: Path) -> None:
-    """Write all figures of all rounds."""
+def save(sections: Mapping[str, Section], path: Path) -> None:
+    """Write all figures of all rounds as JSON, their medians as Markdown, and the growth as a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = {name: section.as_json() for name, section in sections.items()}
     path.write_text(json.dumps({"versions": versions(), "sections": figures}, indent=1) + "\n")
+    path.with_suffix(".md").write_text("\n".join(map(markdown, sections.values())))
+    if grown := [sections[name] for name in GROWTH if name in sections]:
+        growth.draw(grown, path.with_suffix(".svg"))
+
+
+def markdown(section: Section) -> str:
+    """A section's table and its bars."""
+    lines = [f"### {section.title}", "", f"{section.settings}.", ""]
+    lines += ["| | " + " | ".join(section.columns) + " |", "|---|" + "---:|" * len(section.columns)]
+    for label, row in section.rows.items():
+        cells = [f"{row[name].median:,.4g} ±{row[name].spread:.0%}" if name in row else "" for name in section.columns]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines.append("")
+    if section.bars:
+        lines += ["| ratio or time | bar | seen | |", "|---|---|---:|---|"]
+        for bar in section.bars:
+            sign, verdict = ("<=" if bar.at_most else ">="), ("" if bar.reached else "**not reached**")
+            lines.append(
+                f"| {bar.what} | {sign} {bar.bar:g} | {bar.seen.median:.3g} ±{bar.seen.spread:.0%} | {verdict} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

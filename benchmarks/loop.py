@@ -3,15 +3,17 @@
 import hashlib
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import mlflow.artifacts
+import requests
 
-from benchmarks.load import Bench, topic_1_records, watch
+from benchmarks.load import Bench, backlog, topic_1_records, watch
 from benchmarks.measure import Bar, Section, side_by_side
 from benchmarks.predictor import BOOSTING, FOREST, FOREST_COLUMNS, drained
-from sandbox.processes import Process
+from sandbox.processes import Process, free_port
 from training.features import RAW
 
 _PEERS = Path(__file__).parent / "peers"
@@ -48,6 +50,8 @@ def scoring(bench: Bench, *, rounds: int, rows: int) -> Section:
         {
             "predictor, boosting": lambda: _throughput(bench, source, rows, BOOSTING),
             "Quix Streams, boosting": lambda: _peer(bench, "quix", "predict", source, rows=rows, model=BOOSTING),
+            "MLflow's server, 1,000 rows a call": lambda: _served(bench, rows=20_000, batch=1000),
+            "MLflow's server, a row a call": lambda: _served(bench, rows=100, batch=1),
             "predictor, forest": lambda: _throughput(bench, source, rows, FOREST),
             "one at a time, forest": lambda: _peer(bench, "original", "predict", source, rows=rows, model=FOREST),
         },
@@ -63,6 +67,40 @@ def scoring(bench: Bench, *, rounds: int, rows: int) -> Section:
             Bar("predictor / Quix Streams", boosting.over(found["Quix Streams, boosting"]["rows/s"]), 20),
             Bar("predictor / one at a time", forest.over(found["one at a time, forest"]["rows/s"]), 300),
         ],
+    )
+
+
+def _served(bench: Bench, *, rows: int, batch: int) -> dict[str, float]:
+    """MLflow's scoring server, asked by HTTP; without Kafka."""
+    port = free_port()
+    arguments = ["-m", _downloaded(bench, BOOSTING), "-h", "127.0.0.1", "-p", str(port), "--env-manager", "local"]
+    url = f"http://127.0.0.1:{port}"
+    process = Process(
+        "MLflow's scoring server",
+        [sys.executable, "-m", "mlflow", "models", "serve", "--workers", "1", *arguments],
+        log=bench.directory / f"serve-{port}.log",
+        ready=lambda: _answers(f"{url}/ping"),
+    )
+    values = [[getattr(each, name) for name in RAW] for each in backlog(rows)]
+    calls = [{"dataframe_split": {"columns": RAW, "data": values[at : at + batch]}} for at in range(0, rows, batch)]
+    with process, requests.Session() as session:
+        session.post(f"{url}/invocations", json=calls[0], timeout=60).raise_for_status()
+        began = time.monotonic()
+        for call in calls:
+            session.post(f"{url}/invocations", json=call, timeout=60).raise_for_status()
+        return {"rows/s": rows / (time.monotonic() - began)}
+
+
+def _answers(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=2).ok
+    except requests.RequestException:
+        return False
+
+
+def _downloaded(bench: Bench, model: str) -> str:
+    return mlflow.artifacts.download_artifacts(
+        f"models:/{model}@champion", dst_path=str(bench.directory / "peers"), tracking_uri=bench.stack.registry.uri
     )
 
 
@@ -85,10 +123,7 @@ def _peer(
 ) -> dict[str, float]:
     command = [str(peers_python()), str(_PEERS / f"{program}.py"), work]
     if model:
-        folder = mlflow.artifacts.download_artifacts(
-            f"models:/{model}@champion", dst_path=str(bench.directory / "peers"), tracking_uri=bench.stack.registry.uri
-        )
-        command += ["--model", folder, "--columns", ",".join(_COLUMNS[model])]
+        command += ["--model", _downloaded(bench, model), "--columns", ",".join(_COLUMNS[model])]
     return _run(bench, command, source, rows=rows)
 
 
@@ -107,7 +142,7 @@ def _run(bench: Bench, command: Sequence[str], source: str, *, rows: int, at_mos
 
 
 def _throughput(bench: Bench, source: str, rows: int, model: str) -> dict[str, float]:
-    return {"rows/s": drained(bench, source, rows, MODEL_NAME=model)["rows/s"]}
+    return {"rows/s": drained(bench, source, rows, settings={"MODEL_NAME": model})["rows/s"]}
 
 
 def _backlog(bench: Bench, rows: int) -> str:

@@ -19,7 +19,7 @@ from services.predictor.model import Model, score
 from services.predictor.registry import Registry
 from shared.dead_letters import Limit
 from shared.kafka import consumer
-from shared.records import Transaction, read_topic_1
+from shared.records import Transaction
 
 BOOSTING, FOREST = "fraud", "forest"  # the names of the models
 FOREST_COLUMNS = ("amt", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long", "zip")
@@ -81,34 +81,36 @@ def without_kafka(model: Model, messages: Sequence[Message], *, batch_size: int)
     return {"rows/s": len(messages) / (time.monotonic() - began)}
 
 
-def drained(bench: Bench, source: str, rows: int, *, replicas: int = 1, **environment: str) -> dict[str, float]:
+def drained(
+    bench: Bench, source: str, rows: int, *, replicas: int = 1, settings: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """What predictors do with a backlog that lies on `source`, in a group of their own."""
     (target,) = bench.topics("predicted")
-    own = {"TOPIC_1": source, "TOPIC_2": target, "PREDICTOR_GROUP": target} | environment
+    own = {"TOPIC_1": source, "TOPIC_2": target, "PREDICTOR_GROUP": target} | dict(settings or {})
     processes = [bench.service("predictor", own, replica=number) for number in range(1, replicas + 1)]
-    usage = bench.drain(processes, group=target, topic=source, rows=rows)
-    return {"rows/s": usage.rows_per_s, "CPU s a million": usage.cpu_s_per_million, "MB": usage.peak_rss_mb}
+    return bench.drain(processes, group=target, topic=source, rows=rows).quantities()
 
 
-def against_its_ceiling(bench: Bench, *, rounds: int) -> Section:
-    """On the embedded broker, at least once."""
-    (source,) = bench.topics("backlog", partitions=4)
-    bench.fill(topic_1_records(source, _EMBEDDED_ROWS))
+def against_its_ceiling(
+    bench: Bench, *, rounds: int, rows: int = _EMBEDDED_ROWS, guarantee: str = "at_least_once"
+) -> Section:
+    """The service against decoding, scoring and encoding alone."""
+    source = _backlog(bench, rows)
     model, messages = load_model(bench, BOOSTING, compiled=False), consumed(bench, source)
-    rows = side_by_side(
+    found = side_by_side(
         {
             "decode, predict, encode": lambda: without_kafka(model, messages, batch_size=1000),
-            "predictor": lambda: _throughput(drained(bench, source, _EMBEDDED_ROWS)),
+            "predictor": lambda: _throughput(drained(bench, source, rows, settings={"DELIVERY": guarantee})),
         },
         rounds=rounds,
     )
-    seen = rows["predictor"]["rows/s"].over(rows["decode, predict, encode"]["rows/s"])
+    seen = found["predictor"]["rows/s"].over(found["decode, predict, encode"]["rows/s"])
     return Section(
         "The predictor and its ceiling without Kafka",
-        f"{_EMBEDDED_ROWS:,} rows, embedded broker, gradient boosting, batches of 1,000, at least once",
+        f"{rows:,} rows, gradient boosting, batches of 1,000, {guarantee.replace('_', ' ')}",
         ("rows/s",),
-        rows,
-        [Bar("predictor / its ceiling", seen, 0.5)],
+        found,
+        [Bar(f"predictor, {guarantee.replace('_', ' ')} / its ceiling", seen, 0.5)],
     )
 
 
@@ -117,7 +119,7 @@ def guarantees(bench: Bench, *, rounds: int, rows: int) -> Section:
     source = _backlog(bench, rows)
     found = side_by_side(
         {
-            guarantee: partial(drained, bench, source, rows, DELIVERY=guarantee)
+            guarantee: partial(drained, bench, source, rows, settings={"DELIVERY": guarantee})
             for guarantee in ("exactly_once", "at_least_once")
         },
         rounds=rounds,
@@ -158,7 +160,7 @@ def batch_sizes(bench: Bench, *, rounds: int, rows: int) -> Section:
     found = side_by_side(
         {
             f"{model}, batches of {size:,}": partial(
-                drained, bench, source, rows, MODEL_NAME=model, MAX_BATCH_SIZE=str(size)
+                drained, bench, source, rows, settings={"MODEL_NAME": model, "MAX_BATCH_SIZE": str(size)}
             )
             for model in (BOOSTING, FOREST)
             for size in BATCH_SIZES
@@ -173,38 +175,46 @@ def batch_sizes(bench: Bench, *, rounds: int, rows: int) -> Section:
     )
 
 
-def compiled_scoring(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """The forest at batches of 100, compiled and as it is: scoring alone, all but Kafka, and the whole service."""
-    source = _backlog(bench, rows)
-    messages = consumed(bench, source)[:20_000]
+def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
+    """The forest at batches of 100, compiled and as it is."""
     transactions = backlog(20_000)
-    models = {
-        "compiled": load_model(bench, FOREST, compiled=True),
-        "as it is": load_model(bench, FOREST, compiled=False),
-    }
-    variants: dict[str, Callable[[], dict[str, float]]] = {}
-    for how, model in models.items():
-        variants[f"scoring alone, {how}"] = partial(_scored, model, transactions)
-        variants[f"all but Kafka, {how}"] = partial(without_kafka, model, messages, batch_size=100)
-        variants[f"the service, {how}"] = partial(_forest, bench, source, rows, compiled=how == "compiled")
-    found = side_by_side(variants, rounds=rounds)
-    labels = [_labels(model, messages) for model in models.values()]
-
-    def gain(what: str) -> Figure:
-        return found[f"{what}, compiled"]["rows/s"].over(found[f"{what}, as it is"]["rows/s"])
-
+    compiled, own = (load_model(bench, FOREST, compiled=flag) for flag in (True, False))
+    found = side_by_side(
+        {"compiled": lambda: _scored(compiled, transactions), "as it is": lambda: _scored(own, transactions)},
+        rounds=rounds,
+    )
+    labels = [[each.label for each in score(model, transactions)] for model in (compiled, own)]
+    gain = found["compiled"]["rows/s"].over(found["as it is"]["rows/s"])
     return Section(
-        "Compiled scoring",
-        f"random forest of 150 trees, batches of 100, exactly once; labels of {len(messages):,} rows "
+        "Scoring, compiled",
+        f"random forest of 150 trees, batches of 100; labels of {len(transactions):,} rows "
         + ("identical" if labels[0] == labels[1] else "DIFFERENT"),
         ("rows/s",),
         found,
         [
-            Bar("compiled / as it is, scoring alone", gain("scoring alone"), 8),
-            Bar("compiled / as it is, all but Kafka", gain("all but Kafka"), 1),
-            Bar("compiled / as it is, the service", gain("the service"), 1),
-            Bar("labels that differ", Figure((float(labels[0] != labels[1]),)), 0, at_most=True),
+            Bar("scoring, compiled / as it is", gain, 8),
+            Bar("labels that differ, compiled", Figure((float(labels[0] != labels[1]),)), 0, at_most=True),
         ],
+    )
+
+
+def compiled_service(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """What of that is left beside decoding and encoding, and beside a transaction for every 100 rows."""
+    source = _backlog(bench, rows)
+    messages = consumed(bench, source)[:20_000]
+    variants: dict[str, Callable[[], dict[str, float]]] = {}
+    for how, flag in (("compiled", True), ("as it is", False)):
+        model = load_model(bench, FOREST, compiled=flag)
+        variants[f"all but Kafka, {how}"] = partial(without_kafka, model, messages, batch_size=100)
+        for guarantee in ("at_least_once", "exactly_once"):
+            variants[f"{guarantee.replace('_', ' ')}, {how}"] = partial(
+                _forest, bench, source, rows, compiled=flag, guarantee=guarantee
+            )
+    return Section(
+        "The predictor with compiled scoring",
+        "random forest of 150 trees, batches of 100",
+        ("rows/s",),
+        side_by_side(variants, rounds=rounds),
     )
 
 
@@ -215,13 +225,10 @@ def _scored(model: Model, transactions: Sequence[Transaction]) -> dict[str, floa
     return {"rows/s": len(transactions) / (time.monotonic() - began)}
 
 
-def _forest(bench: Bench, source: str, rows: int, *, compiled: bool) -> dict[str, float]:
-    flag = str(compiled).lower()
-    return _throughput(drained(bench, source, rows, MODEL_NAME=FOREST, MAX_BATCH_SIZE="100", COMPILED_SCORING=flag))
-
-
-def _labels(model: Model, messages: Sequence[Message]) -> list[int]:
-    return [each.label for each in score(model, [read_topic_1(each.value()).transactions[0] for each in messages])]
+def _forest(bench: Bench, source: str, rows: int, *, compiled: bool, guarantee: str) -> dict[str, float]:
+    settings = {"MODEL_NAME": FOREST, "MAX_BATCH_SIZE": "100", "DELIVERY": guarantee}
+    settings["COMPILED_SCORING"] = str(compiled).lower()
+    return _throughput(drained(bench, source, rows, settings=settings))
 
 
 def _backlog(bench: Bench, rows: int) -> str:

@@ -4,8 +4,8 @@ import io
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 
 import pandas as pd
 import sqlalchemy as sa
@@ -13,7 +13,7 @@ from psycopg2.extras import execute_values
 from sqlalchemy.dialects.postgresql import insert
 
 from benchmarks.load import Bench, backlog
-from benchmarks.measure import Bar, Section, side_by_side
+from benchmarks.measure import Bar, Figure, Section, side_by_side
 from services.db_sink import table
 from services.db_sink.table import FEATURES_2, PROVENANCE, Row, connect, copy_text, migrate
 from shared.kafka import Record
@@ -26,10 +26,19 @@ _COLUMNS = (*FEATURES_2, *PROVENANCE)
 _WHO = Provenance("fraud", "1", 0.01, 1_730_134_684_025, 0, 12_345)
 
 
+def against_postgres(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """The whole service against its own statements alone."""
+    source = _predicted(bench, rows)
+    found = side_by_side(
+        {"COPY and upsert": lambda: _alone(bench, rows, bare=False), "db_sink": lambda: drained(bench, source, rows)},
+        rounds=rounds,
+    )
+    return Section("The db_sink and PostgreSQL alone", _settings(rows), ("rows/s",), found, [_of_its_limit(found)])
+
+
 def throughput(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """The whole service against COPY and upsert alone, and against the usual ways."""
-    (source,) = bench.topics("predicted")
-    bench.fill(topic_2_records(source, rows))
+    """The same, and the usual ways."""
+    source = _predicted(bench, rows)
     found = side_by_side(
         {
             "bare COPY": lambda: _alone(bench, rows, bare=True),
@@ -44,11 +53,11 @@ def throughput(bench: Bench, *, rounds: int, rows: int) -> Section:
     sink = found["db_sink"]["rows/s"]
     return Section(
         "The db_sink and other ways into PostgreSQL",
-        f"{rows:,} rows of {len(_COLUMNS)} columns, PostgreSQL 18 as it comes, batches of {_BATCH:,}",
-        ("rows/s",),
+        _settings(rows),
+        ("rows/s", "CPU s a million", "MB"),
         found,
         [
-            Bar("db_sink / COPY and upsert alone", sink.over(found["COPY and upsert"]["rows/s"]), 0.7),
+            _of_its_limit(found),
             Bar("db_sink / SQLAlchemy, ON CONFLICT", sink.over(found["SQLAlchemy, ON CONFLICT"]["rows/s"]), 6),
             Bar("db_sink / a row a time", sink.over(found["pandas to_sql, a row a time"]["rows/s"]), 150),
         ],
@@ -57,25 +66,45 @@ def throughput(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 def full_table(bench: Bench, *, rounds: int, rows: int, there: int) -> Section:
     """Into a table with millions of rows, and into an empty one."""
+    with filled(bench, rows, [there]) as into:
+        source = _predicted(bench, rows)
+        found = side_by_side({"0": lambda: drained(bench, source, rows), f"{there:,}": into[there]}, rounds=rounds)
+    seen = found[f"{there:,}"]["rows/s"].over(found["0"]["rows/s"])
+    return Section(
+        "The db_sink and the rows that are there",
+        _settings(rows),
+        ("rows/s", "CPU s a million", "MB"),
+        found,
+        [Bar(f"db_sink into {there:,} rows / into none", seen, 0.7)],
+    )
+
+
+@contextmanager
+def filled(bench: Bench, rows: int, sizes: Sequence[int]) -> Iterator[Mapping[int, Callable[[], dict[str, float]]]]:
+    """For each size of table, what stores a backlog of `rows` into one."""
+    source = _predicted(bench, rows)
+    with ExitStack() as databases:
+        into = {}
+        for size in sizes:
+            url = databases.enter_context(database(bench))
+            _fill_table(url, size)
+            into[size] = partial(_into, bench, url, source, rows)
+        yield into
+
+
+def _of_its_limit(found: Mapping[str, Mapping[str, Figure]]) -> Bar:
+    seen = found["db_sink"]["rows/s"].over(found["COPY and upsert"]["rows/s"])
+    return Bar("db_sink / COPY and upsert alone", seen, 0.7)
+
+
+def _settings(rows: int) -> str:
+    return f"{rows:,} rows of {len(_COLUMNS)} columns, PostgreSQL 18 as it comes, batches of {_BATCH:,}"
+
+
+def _predicted(bench: Bench, rows: int) -> str:
     (source,) = bench.topics("predicted")
     bench.fill(topic_2_records(source, rows))
-    with database(bench) as url:
-        _fill_table(url, there)
-        found = side_by_side(
-            {
-                "empty": lambda: drained(bench, source, rows),
-                f"{there:,} rows": lambda: _into(bench, url, source, rows),
-            },
-            rounds=rounds,
-        )
-    seen = found[f"{there:,} rows"]["rows/s"].over(found["empty"]["rows/s"])
-    return Section(
-        "The db_sink and the size of the table",
-        f"{rows:,} rows, PostgreSQL 18 as it comes",
-        ("rows/s",),
-        found,
-        [Bar(f"into {there:,} rows / into none", seen, 0.7)],
-    )
+    return source
 
 
 def topic_2_records(topic: str, rows: int) -> Iterator[Record]:
@@ -111,8 +140,7 @@ def _into(bench: Bench, url: str, source: str, rows: int) -> dict[str, float]:
             connection.execute(sa.text(f"DELETE FROM {table.TABLE} WHERE source_offset = {_WHO.source_offset}"))  # noqa: S608
     group = f"sink-{uuid.uuid4().hex[:8]}"
     process = bench.service("db_sink", {"TOPIC_2": source, "DB_SINK_GROUP": group, "DATABASE_URL": url})
-    usage = bench.drain([process], group=group, topic=source, rows=rows)
-    return {"rows/s": usage.rows_per_s, "CPU s a million": usage.cpu_s_per_million, "MB": usage.peak_rss_mb}
+    return bench.drain([process], group=group, topic=source, rows=rows).quantities()
 
 
 def _alone(bench: Bench, rows: int, *, bare: bool) -> dict[str, float]:
@@ -206,4 +234,4 @@ def _batches(rows: int) -> list[list[Row]]:
 
 def _rate(rows: int, began: float) -> dict[str, float]:
     seconds = time.monotonic() - began
-    return {"rows/s": rows / seconds, "CPU s a million": float("nan"), "MB": float("nan")}
+    return {"rows/s": rows / seconds}

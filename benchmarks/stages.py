@@ -34,7 +34,7 @@ def producing(bench: Bench, *, rounds: int, rows: int) -> Section:
     return Section(
         "The producer, and the client alone",
         f"{rows:,} rows, Apache Kafka, lz4; the API answers with up to 500 rows",
-        ("rows/s",),
+        ("rows/s", "CPU s a million", "MB"),
         found,
     )
 
@@ -57,7 +57,7 @@ def alerting(bench: Bench, *, rounds: int, mails: int) -> Section:
     return Section(
         "The alerter, and a mail session alone",
         f"{mails:,} frauds, a mail and a commit each, Apache Kafka, aiosmtpd on the same cores",
-        ("mails/s",),
+        ("mails/s", "CPU s a million", "MB"),
         found,
     )
 
@@ -107,7 +107,7 @@ def _polled(bench: Bench, rows: int) -> dict[str, float]:
     with PaymentsApi(*options, log=directory / "api.log") as api:
         settings = {"TOPIC_1": target, "API_URL": api.url, "JOURNAL_DIRECTORY": str(directory / "journal")}
         with bench.service("producer", settings) as process, bench.written(target) as written:
-            return {"rows/s": watch([process], written, rows=rows).rows_per_s}
+            return watch([process], written, rows=rows).quantities()
 
 
 def _sent(bench: Bench, predictions: list[Prediction]) -> dict[str, float]:
@@ -127,7 +127,8 @@ def _alerted(bench: Bench, source: str, mails: int) -> dict[str, float]:
     process = bench.service("alerter", {"TOPIC_2": source, "ALERTER_GROUP": group})
     usage = bench.drain([process], group=group, topic=source, rows=mails)
     _empty(bench.stack.mailbox.directory)
-    return {"mails/s": usage.rows_per_s, "CPU s a million": usage.cpu_s_per_million, "MB": usage.peak_rss_mb}
+    quantities = usage.quantities()
+    return {"mails/s": quantities.pop("rows/s"), **quantities}
 
 
 def _empty(mail: Path) -> None:

@@ -1,0 +1,94 @@
+"""How the cost of a row grows: with partitions, replicas, the backlog, and the table it goes into."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from benchmarks import predictor, sink
+from benchmarks.load import Bench, topic_1_records
+from benchmarks.measure import Figure, Section, side_by_side
+
+PARTITIONS = (1, 3, 6, 12)
+REPLICAS = (1, 2, 3, 4)
+BACKLOGS = (10_000, 100_000, 1_000_000)
+TABLES = (100_000, 1_000_000, 10_000_000)
+_COLUMNS = ("us a row", "CPU s a million")
+_EXPONENT = "exponent"
+
+
+def with_partitions(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """One predictor, more and more partitions."""
+    sources = {number: _backlog(bench, rows, partitions=number) for number in PARTITIONS}
+    variants = {number: partial(predictor.drained, bench, source, rows) for number, source in sources.items()}
+    return _grown("Partitions", f"one predictor, exactly once, {rows:,} rows, Apache Kafka", variants, rounds=rounds)
+
+
+def with_replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """More and more predictors."""
+    source = _backlog(bench, rows, partitions=12)
+    variants = {number: partial(predictor.drained, bench, source, rows, replicas=number) for number in REPLICAS}
+    return _grown("Predictors", f"12 partitions, exactly once, {rows:,} rows, Apache Kafka", variants, rounds=rounds)
+
+
+def with_backlog(bench: Bench, *, rounds: int) -> Section:
+    """One predictor, more and more to catch up with."""
+    sources = {rows: _backlog(bench, rows, partitions=6) for rows in BACKLOGS}
+    variants = {rows: partial(predictor.drained, bench, source, rows) for rows, source in sources.items()}
+    return _grown("Backlog", "one predictor, exactly once, 6 partitions, Apache Kafka", variants, rounds=rounds)
+
+
+def with_table(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """The db_sink, with more and more rows there already and their index in place."""
+    with sink.filled(bench, rows, TABLES) as into:
+        return _grown("Rows there", f"db_sink, {rows:,} rows, PostgreSQL 18 as it comes", into, rounds=rounds)
+
+
+def draw(sections: Sequence[Section], path: Path) -> None:
+    """A panel a section: the cost of a row over what grows, both on logarithmic axes."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(sections), figsize=(3.2 * len(sections), 3.2), layout="constrained")
+    for axis, section in zip(axes, sections, strict=True):
+        grown = {label: row for label, row in section.rows.items() if label != _EXPONENT}
+        sizes = [float(label.replace(",", "")) for label in grown]
+        for name in _COLUMNS:
+            medians = [row[name].median for row in grown.values()]
+            exponent = section.rows[_EXPONENT][name].median
+            axis.loglog(sizes, medians, "o-", label=f"{name}, exponent {exponent:+.2f}")
+        axis.set(title=section.title, ylim=(1, 300), xticks=sizes, xticklabels=list(grown))
+        axis.minorticks_off()
+        axis.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def _grown(
+    title: str, settings: str, variants: Mapping[int, Callable[[], dict[str, float]]], *, rounds: int
+) -> Section:
+    found = side_by_side({f"{size:,}": partial(_cost, work) for size, work in variants.items()}, rounds=rounds)
+    sizes = [math.log(size) for size in variants]
+    exponents = {}
+    for name in _COLUMNS:
+        of_rounds = zip(*(row[name].values for row in found.values()), strict=True)
+        exponents[name] = Figure(tuple(_slope(sizes, costs) for costs in of_rounds))
+    return Section(title, settings, _COLUMNS, {**found, _EXPONENT: exponents})
+
+
+def _slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """The exponent b of cost = a * size**b, by least squares over logarithms."""
+    return statistics.linear_regression(sizes, [math.log(cost) for cost in costs]).slope
+
+
+def _cost(work: Callable[[], dict[str, float]]) -> dict[str, float]:
+    found = work()
+    return {"us a row": 1e6 / found["rows/s"], "CPU s a million": found["CPU s a million"]}
+
+
+def _backlog(bench: Bench, rows: int, *, partitions: int) -> str:
+    (source,) = bench.topics("backlog", partitions=partitions)
+    bench.fill(topic_1_records(source, rows))
+    return source

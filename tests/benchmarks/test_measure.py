@@ -1,0 +1,52 @@
+"""The figures of the benchmarks: what is counted, in which order, and when the guard barks."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks import __main__ as main
+from benchmarks.measure import Bar, Figure, percentiles, side_by_side
+
+
+def test_variants_take_turns_and_the_first_round_is_not_counted() -> None:
+    ran: list[str] = []
+
+    def variant(name: str) -> Callable[[], dict[str, float]]:
+        return lambda: ran.append(name) or {"rows/s": float(len(ran))}  # type: ignore[func-returns-value]
+
+    found = side_by_side({name: variant(name) for name in "ab"}, rounds=3)
+
+    assert "".join(ran) in {"abbaabba", "baabbaab"}
+    assert sorted(found["a"]["rows/s"].values + found["b"]["rows/s"].values) == [3, 4, 5, 6, 7, 8]
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    slow_minute = Figure((10.0, 5.0, 10.0)).over(Figure((20.0, 10.0, 40.0)))
+
+    assert slow_minute.values == (0.5, 0.5, 0.25)
+    assert slow_minute.median == 0.5
+
+
+def test_percentiles_are_those_of_the_values() -> None:
+    assert percentiles([float(number) for number in range(1001)]) == {"p50": 500, "p99": 990, "p99.9": 999}
+
+
+@pytest.mark.parametrize(("seen", "code"), [(0.71, 0), (0.69, 1)])
+def test_the_guard_fails_when_a_ratio_has_fallen_by_a_third(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: float, code: int
+) -> None:
+    (tmp_path / "guard.json").write_text(json.dumps({"this / that": 1.0}))
+    monkeypatch.setattr(main, "_COMMITTED", tmp_path / "guard.json")
+    said = Console(file=io.StringIO())
+
+    assert main.guarded([Bar("this / that", Figure((seen,)), 0.5), Bar("another", Figure((0.0,)), 9)], said) == code
+
+
+def test_every_guarded_ratio_is_one_that_is_measured() -> None:
+    committed = json.loads(main._COMMITTED.read_text())
+
+    assert len(committed) == len(main.GUARD)
