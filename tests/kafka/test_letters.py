@@ -175,7 +175,7 @@ def test_replay_puts_back_once_what_was_there(apache_rig: Rig) -> None:
         (message.value(), message.key(), headers(message))
         for message in apache_rig.read(topic, 2 * len(records), extra_s=1)
     ]
-    assert sorted(map(repr, found)) == sorted(2 * [repr((value, key, original)) for _, value, key, _ in records])
+    assert sorted(map(repr, found)) == sorted(2 * [repr((each.value, each.key, original)) for each in records])
     listed = fraudctl(apache_rig, "list").stdout
     assert listed.count(time.strftime(" %Y-%m-%d ", time.gmtime()).rstrip()) == 2 * len(records)  # refused, replayed
     assert "3 dead letters" in listed
