@@ -14,7 +14,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from threading import Event
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -58,20 +58,21 @@ Handler = Callable[[Sequence[Message]], Outcome]
 away: the batch comes again later, so what it did before must bear repeating."""
 
 
-Submit = Callable[[list[Message], Member], Future[int]]
-
-
 @dataclass
 class _InFlight:
     """A batch that was handed over."""
 
     batch: list[Message]
+    finished: Future[Outcome] | None  # None: not before it is its turn to be made final
     done: Future[int]  # how many of it, from the front
     gone: set[tuple[str | None, int | None]] = field(default_factory=set)  # partitions revoked since
 
     def left(self, done: int) -> list[Message]:
         """What of it is to come again."""
         return [m for m in self.batch[done:] if (m.topic(), m.partition()) not in self.gone]
+
+
+Submit = Callable[[list[Message], Member], _InFlight]
 
 
 class Stream:
@@ -97,8 +98,6 @@ class Stream:
         self._waiting: list[Message] = []  # consumed, not handed over
         self._in_flight: deque[_InFlight] = deque()
         self._most_in_flight = 1
-        self._held_up = False  # a batch did not get through: those behind it must not overtake it
-        self._unfinished = False  # the same, of what finishes a batch
         self._too_late = Event()  # what the batches in flight were read under is lost
         self._paused = False
         self._assigned = False  # just now: what was paused when it was taken away comes back paused
@@ -121,13 +120,16 @@ class Stream:
                 ThreadPoolExecutor(1, thread_name_prefix="deliver") as delivering,
             ):
 
-                def start(batch: list[Message]) -> Callable[[], Outcome]:
+                def start(batch: list[Message], before: _InFlight | None) -> Future[Outcome]:
                     handled = handling.submit(handle, batch)
-                    return finishing.submit(lambda: self._finish(handled.result())).result
+                    return finishing.submit(_finish, handled, before.finished if before else None)
 
-                def submit(batch: list[Message], member: Member) -> Future[int]:
-                    early = start(batch) if ahead and not self._in_doubt else None
-                    return delivering.submit(self._complete, early or (lambda: start(batch)()), batch, member)
+                def submit(batch: list[Message], member: Member) -> _InFlight:
+                    before = self._in_flight[-1] if self._in_flight else None
+                    finished = start(batch, before) if ahead and not self._in_doubt else None
+                    outcome_of = (lambda: finished.result()) if finished else (lambda: start(batch, before).result())
+                    done = delivering.submit(self._complete, outcome_of, batch, member, before.done if before else None)
+                    return _InFlight(batch, finished, done)
 
                 while not self._shutdown.is_set():
                     self._consume(submit)
@@ -149,8 +151,9 @@ class Stream:
             if self._in_doubt and not (self._waiting or self._in_flight):
                 with suppress(Outage):  # its partitions are gone; who has them waits for the end of it
                     self._delivery.open()
-        with suppress(Outage) if self._lost else nullcontext():
-            self._collect(down_to=0)
+        while self._in_flight:
+            with suppress(Outage) if self._lost else nullcontext():
+                self._collect(down_to=0)
         if self._lost:
             log.warning("consumer_lost", reason=self._lost, hint="is REPLICA unique among the replicas?")
             self._consumer.close()
@@ -199,8 +202,8 @@ class Stream:
             size = self._settings.max_batch_size
             batch, self._waiting = self._waiting[:size], self._waiting[size:]
             member = Member(self._consumer, self._consumer.consumer_group_metadata(), self._too_late)
-            self._in_flight.append(_InFlight(batch, submit(batch, member)))
-        self._collect(down_to=self._most_in_flight - 1)
+            self._in_flight.append(submit(batch, member))
+        self._collect(down_to=0 if self._paused else self._most_in_flight - 1)  # an outage is over when one is through
 
     def _collect(self, *, down_to: int) -> None:
         """Take note of batches that are through until so many, or fewer, are in flight. Raises Outage."""
@@ -216,25 +219,12 @@ class Stream:
                     wait([each.done for each in self._in_flight])  # they cannot get through either
                     self._waiting = [*left, *(m for each in self._in_flight for m in each.left(0)), *self._waiting]
                     self._in_flight.clear()
-                if not self._in_flight:
-                    self._held_up = self._unfinished = False
 
-    def _finish(self, outcome: Outcome) -> Outcome:
-        """Do what the outcome leaves to be done in order."""
-        if self._unfinished:
-            raise Outage("the batch before it comes first")
-        if outcome.finish is None:
-            return outcome
-        self._unfinished = True
-        dead = outcome.finish()
-        self._unfinished = False
-        return outcome._replace(dead=[*outcome.dead, *dead])
-
-    def _complete(self, outcome_of: Callable[[], Outcome], batch: list[Message], member: Member) -> int:
+    def _complete(
+        self, outcome_of: Callable[[], Outcome], batch: list[Message], member: Member, before: Future[int] | None
+    ) -> int:
         """Make what is done of the batch final. Returns how many of it, from the front."""
-        if self._held_up:
-            raise Outage("the batch before it comes first")
-        self._held_up = True
+        _not_after_failed(before)
         began = time.monotonic()
         if self._in_doubt:
             self._delivery.open()
@@ -248,7 +238,6 @@ class Stream:
             except Outage:
                 self._in_doubt = True
                 raise
-        self._held_up = outcome.done < len(batch)
         if outcome.dead:
             log.warning("dead_letters", records=len(outcome.dead), first_reason=reason_of(outcome.dead[0]))
         busy_ms = round((time.monotonic() - began) * 1000)
@@ -312,7 +301,7 @@ class Stream:
         self._assigned = True
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Finish the batch in flight while these partitions are still ours; forget what else is waiting of them."""
+        """Finish what is in flight while these partitions are still ours; forget what else is waiting of them."""
         wait([each.done for each in self._in_flight], _REVOKE_WAIT_S)
         self._forget(partitions)
 
@@ -328,6 +317,19 @@ class Stream:
         for each in self._in_flight:
             each.gone |= gone
         self._waiting = [m for m in self._waiting if (m.topic(), m.partition()) not in gone]
+
+
+def _finish(handled: Future[Outcome], before: Future[Outcome] | None) -> Outcome:
+    """Do what the outcome leaves to be done in order."""
+    _not_after_failed(before)
+    outcome = handled.result()
+    return outcome._replace(dead=[*outcome.dead, *outcome.finish()]) if outcome.finish else outcome
+
+
+def _not_after_failed(before: Future[Any] | None) -> None:
+    """No batch overtakes one that did not get through. Raises Outage."""
+    if before and before.exception():
+        raise Outage("the batch before it comes first")
 
 
 def _tune() -> None:

@@ -357,6 +357,37 @@ def test_what_finishes_a_batch_is_done_in_order_and_before_its_offsets(rig: Rig,
     assert letters == {b"0", b"1", b"10", b"11", b"20", b"21", b"30", b"31"}
 
 
+def test_ahead_an_outage_is_told_once_and_tried_ever_more_seldom(rig: Rig, committed: Callable[[], int]) -> None:
+    rig.put(rig.topic_1, numbers(35), key=b"one card")
+    over = Event()
+    tries: list[float] = []
+    shutdown = Event()
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        def finish() -> Sequence[Record]:
+            if not over.is_set():
+                tries.append(time.monotonic())
+                raise Outage("away")
+            return []
+
+        return Outcome(len(batch), finish=finish)
+
+    settings = StreamSettings(max_batch_size=10, backoff_initial_seconds=0.05, backoff_max_seconds=2)
+    stream = make_stream(rig, shutdown, settings=settings)
+    thread = threading.Thread(target=lambda: stream.run(handle, ahead=True))
+    with capture_logs() as logs:
+        thread.start()
+        until(lambda: len(tries) >= 6, what="some tries")
+        over.set()
+        until(lambda: committed() == 35, what="all of it committed")
+        shutdown.set()
+        thread.join(20)
+
+    assert tries[5] - tries[0] > 0.4
+    said = [line["event"] for line in logs]
+    assert said.count("outage") == said.count("outage_over") == said.count("paused") == said.count("resumed") == 1
+
+
 class Fenced:
     """A consumer whose place in the group somebody else takes after the first message."""
 
