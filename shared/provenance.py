@@ -37,6 +37,6 @@ def from_headers(headers: Headers) -> Provenance:
         if name == HEADER and isinstance(raw, bytes):
             try:
                 return _decode(raw)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
     return _NONE

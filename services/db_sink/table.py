@@ -98,7 +98,7 @@ _STAGING = f"""
 SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s';
 CREATE TEMPORARY TABLE IF NOT EXISTS staging (LIKE {TABLE} INCLUDING DEFAULTS) ON COMMIT DELETE ROWS
 """
-COPY = f"COPY staging ({_COLUMNS}) FROM STDIN (FORMAT csv, NULL 'null', ESCAPE '\\')"
+COPY = f"COPY staging ({_COLUMNS}) FROM STDIN (FORMAT csv, NULL 'null', ESCAPE '\\', ENCODING 'UTF8')"
 _UPDATED = ", ".join(
     f'"{name}" = EXCLUDED."{name}"'
     for name in (*FEATURES_2, *PROVENANCE)

@@ -314,5 +314,5 @@ def test_a_wrong_url_is_refused_without_its_password(url: str) -> None:
 def test_headers_that_cannot_be_are_not_there() -> None:
     beyond = to_headers(Provenance("fraud", "3", 1.5, 1730134684025000000, 2**31, -1))
 
-    assert from_headers(beyond) == from_headers([("provenance", b"{")]) == from_headers([]) == Provenance()
+    assert from_headers(beyond) == from_headers([("provenance", b"[" * 9999)]) == from_headers([]) == Provenance()
     assert from_headers(to_headers(PROVENANCE)) == PROVENANCE
