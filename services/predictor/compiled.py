@@ -38,9 +38,10 @@ class Compiled:
     def predict_proba(self, rows: Any) -> np.ndarray:
         """Probabilities (n, 2), within TOLERANCE of the model's own."""
         features = np.asarray(self._prepare(rows))
-        narrow = np.ascontiguousarray(features, dtype=np.float32)
-        likelihoods = self._run(narrow).astype(float)
-        unsure = (np.abs(likelihoods[:, 1] - self._threshold) < _CLOSE) | np.isnan(narrow).any(axis=1)
+        with np.errstate(over="ignore"):
+            narrow = np.ascontiguousarray(features, dtype=np.float32)
+        likelihoods: np.ndarray = self._run(narrow).astype(float).clip(0.0, 1.0)
+        unsure = (np.abs(likelihoods[:, 1] - self._threshold) < _CLOSE) | ~np.isfinite(narrow).all(axis=1)
         if unsure.any():
             likelihoods[unsure] = self._trees.predict_proba(features[unsure])
         return likelihoods

@@ -122,7 +122,9 @@ def make_model(
         estimator=estimator,
         columns=wanted,
         threshold=None if threshold is None else float(threshold),
-        as_array=isinstance(estimator, _LABEL_IS_LIKELIEST) and set(wanted) <= _NUMBERS,
+        as_array=isinstance(estimator, _LABEL_IS_LIKELIEST)
+        and set(wanted) <= _NUMBERS
+        and tuple(getattr(estimator, "feature_names_in_", wanted)) == wanted,
     )
     try:
         score(model, [REFERENCE])
@@ -142,7 +144,7 @@ def _compiled(model: Model) -> Model:
         )
         if apart > TOLERANCE or [each.label for each in theirs] != [each.label for each in ours]:
             raise NotCompiled(f"it would answer otherwise, by up to {apart:.1e}")
-    except (NotCompiled, Poison) as reason:
+    except Exception as reason:  # whatever it is, the model itself can do without it
         log.info("scoring_not_compiled", model=model.name, version=model.version, reason=str(reason))
         return model
     log.info("scoring_compiled", model=model.name, version=model.version)

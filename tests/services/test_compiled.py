@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import make_transactions
 from sklearn.ensemble import (
@@ -20,7 +21,8 @@ from structlog.testing import capture_logs
 
 from services.predictor import compiled
 from services.predictor.compiled import Compiled
-from services.predictor.model import Model, make_model, recorded, score
+from services.predictor.model import Model, UnusableModel, make_model, recorded, score
+from shared.errors import Poison
 from shared.records import Transaction
 
 COLUMNS = ["amt", "lat", "long", "city_pop", "unix_time"]
@@ -77,6 +79,36 @@ def test_a_row_on_the_very_threshold_is_decided_by_the_model(training: tuple[np.
     fast, own = model_of(forest, threshold=on_it), model_of(forest, threshold=on_it, compiled=False)
 
     assert [each.label for each in score(fast, batch)] == [each.label for each in score(own, batch)]
+
+
+def test_a_number_too_large_for_the_model_is_so_for_what_is_compiled(training: tuple[np.ndarray, np.ndarray]) -> None:
+    forest = RandomForestClassifier(20, random_state=0).fit(*training)
+    (transaction,) = make_transactions(1)
+    transaction.amt = 1e39
+
+    for compiled_or_not in (True, False):
+        with pytest.raises(Poison):
+            score(model_of(forest, compiled=compiled_or_not), [transaction])
+
+
+def test_a_unanimous_forest_is_no_surer_than_sure(training: tuple[np.ndarray, np.ndarray]) -> None:
+    rows, labels = training
+    forest = RandomForestClassifier(30, random_state=0, bootstrap=False, max_features=None).fit(rows, labels)
+
+    probabilities = [each.probability for each in score(model_of(forest), recorded())]
+
+    assert {0.0, 1.0} <= set(probabilities)
+    assert all(probability is not None and 0 <= probability <= 1 for probability in probabilities)
+
+
+def test_columns_in_another_order_than_they_were_learnt_are_not_mixed_up(
+    training: tuple[np.ndarray, np.ndarray],
+) -> None:
+    rows, labels = training
+    forest = RandomForestClassifier(20, random_state=0).fit(pd.DataFrame(rows, columns=COLUMNS), labels)
+
+    with pytest.raises(UnusableModel, match="feature names"):
+        make_model(name="fraud", version="1", estimator=forest, columns=COLUMNS[::-1], metadata={}, compiled=True)
 
 
 @pytest.mark.parametrize(
