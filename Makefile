@@ -29,7 +29,7 @@ format: $(VENV)/.ready
 bench: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks --report build/bench.json $(ARGS)
 
-## The ratios that CI looks after, in two minutes
+## The ratios that CI looks after, in a minute
 guard: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks --guard --rounds 3
 
