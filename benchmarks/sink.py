@@ -137,7 +137,7 @@ def drained(bench: Bench, source: str, rows: int) -> dict[str, float]:
 def _into(bench: Bench, url: str, source: str, rows: int) -> dict[str, float]:
     with _engine(url) as engine, engine.begin() as connection:
         if sa.inspect(connection).has_table(table.TABLE):  # what an earlier round left of these rows
-            connection.execute(sa.text(f"DELETE FROM {table.TABLE} WHERE source_offset = {_WHO.source_offset}"))  # noqa: S608
+            connection.execute(sa.text(f"DELETE FROM {table.TABLE} WHERE source_offset = {_WHO.source_offset}"))
     group = f"sink-{uuid.uuid4().hex[:8]}"
     process = bench.service("db_sink", {"TOPIC_2": source, "DB_SINK_GROUP": group, "DATABASE_URL": url})
     return bench.drain([process], group=group, topic=source, rows=rows).quantities()
@@ -172,7 +172,7 @@ def _timed(bench: Bench, work: Callable[[sa.Engine, Values], None], *, rows: int
 
 def _multi_row(engine: sa.Engine, values: Values) -> None:
     names = ", ".join(f'"{name}"' for name in _COLUMNS)
-    statement = f"INSERT INTO {table.TABLE} ({names}) VALUES %s ON CONFLICT DO NOTHING"  # noqa: S608
+    statement = f"INSERT INTO {table.TABLE} ({names}) VALUES %s ON CONFLICT DO NOTHING"
     for start in range(0, len(values), _BATCH):
         with engine.begin() as connection:
             rows = [tuple(row.values()) for row in values[start : start + _BATCH]]
@@ -207,10 +207,10 @@ def _fill_table(url: str, rows: int) -> None:
             cursor = connection.connection.cursor()
             kept = ", ".join(f'"{name}"' for name in _COLUMNS if name not in ("trans_num", "source_offset"))
             cursor.execute(
-                f"INSERT INTO {table.TABLE} (trans_num, source_offset, {kept}) "  # noqa: S608
+                f"INSERT INTO {table.TABLE} (trans_num, source_offset, {kept}) "
                 f"SELECT md5(number::text), number, {kept} FROM {table.TABLE}, generate_series(1, {rows}) AS number"
             )
-            cursor.execute(f"DELETE FROM {table.TABLE} WHERE source_offset = {_WHO.source_offset}")  # noqa: S608
+            cursor.execute(f"DELETE FROM {table.TABLE} WHERE source_offset = {_WHO.source_offset}")
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(sa.text("VACUUM ANALYZE"))
             connection.execute(sa.text("CHECKPOINT"))

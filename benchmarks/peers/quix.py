@@ -1,7 +1,6 @@
-"""A Quix Streams application: `loop` adds a field to every record, `predict` asks the model for it, `store` inserts."""
+"""A Quix Streams application: `loop` adds a field to every record, `predict` asks the model for it."""
 
 import argparse
-import json
 from collections.abc import Callable
 
 import mlflow.sklearn
@@ -19,13 +18,11 @@ def main() -> None:
     parser.add_argument("--target", required=True)
     parser.add_argument("--model", help="a folder with a logged model")
     parser.add_argument("--columns", help="the model's, with commas between")
-    parser.add_argument("--extra", type=json.loads, default={}, help="librdkafka's settings for the consumer")
     arguments = parser.parse_args()
     application = Application(
         broker_address=arguments.bootstrap,
         consumer_group=arguments.group,
         auto_offset_reset="earliest",
-        consumer_extra_config=arguments.extra,
         auto_create_topics=False,
         loglevel="WARNING",
     )

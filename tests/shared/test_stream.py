@@ -41,11 +41,13 @@ def make_stream(
 
 
 @contextmanager
-def streaming(rig: Rig, handle: Handler, *, settings: StreamSettings = SETTINGS, **properties: str) -> Iterator[Event]:
+def streaming(
+    rig: Rig, handle: Handler, *, settings: StreamSettings = SETTINGS, ahead: bool = False, **properties: str
+) -> Iterator[Event]:
     """A stream over topic_1 in a thread of its own; yields its shutdown event, and sets it at the end."""
     shutdown = Event()
     stream = make_stream(rig, shutdown, settings=settings, **properties)
-    thread = threading.Thread(target=stream.run, args=[handle])
+    thread = threading.Thread(target=stream.run, args=[handle], kwargs={"ahead": ahead})
     thread.start()
     try:
         yield shutdown
@@ -310,7 +312,6 @@ def test_ahead_the_next_batch_is_handled_while_one_is_made_final(
 def test_ahead_no_batch_overtakes_one_that_waits(rig: Rig, committed: Callable[[], int]) -> None:
     rig.put(rig.topic_1, numbers(35), key=b"one card")
     tries = 0
-    shutdown = Event()
 
     def handle(batch: Sequence[Message]) -> Outcome:
         nonlocal tries
@@ -318,12 +319,8 @@ def test_ahead_no_batch_overtakes_one_that_waits(rig: Rig, committed: Callable[[
             raise Outage("away")
         return Outcome(len(batch), [Record(rig.topic_2, message.value(), b"one card", []) for message in batch])
 
-    stream = make_stream(rig, shutdown)
-    thread = threading.Thread(target=lambda: stream.run(handle, ahead=True))
-    thread.start()
-    until(lambda: committed() == 35, what="all of it committed")
-    shutdown.set()
-    thread.join(20)
+    with streaming(rig, handle, ahead=True):
+        until(lambda: committed() == 35, what="all of it committed")
 
     assert [message.value() for message in rig.read(rig.topic_2, 35)] == numbers(35)
 
@@ -332,7 +329,6 @@ def test_what_finishes_a_batch_is_done_in_order_and_before_its_offsets(rig: Rig,
     rig.put(rig.topic_1, numbers(35), key=b"one card")
     finished: list[tuple[list[bytes], int]] = []
     tries = 0
-    shutdown = Event()
 
     def handle(batch: Sequence[Message]) -> Outcome:
         def finish() -> Sequence[Record]:
@@ -344,12 +340,8 @@ def test_what_finishes_a_batch_is_done_in_order_and_before_its_offsets(rig: Rig,
 
         return Outcome(len(batch), dead=[dead_letter(batch[1], "by way of example", group="g")], finish=finish)
 
-    stream = make_stream(rig, shutdown)
-    thread = threading.Thread(target=lambda: stream.run(handle, ahead=True))
-    thread.start()
-    until(lambda: committed() == 35, what="all of it committed")
-    shutdown.set()
-    thread.join(20)
+    with streaming(rig, handle, ahead=True):
+        until(lambda: committed() == 35, what="all of it committed")
 
     assert [value for batch, _ in finished for value in batch] == numbers(35)
     assert all(before <= int(batch[0]) for batch, before in finished)
@@ -361,7 +353,6 @@ def test_ahead_an_outage_is_told_once_and_tried_ever_more_seldom(rig: Rig, commi
     rig.put(rig.topic_1, numbers(35), key=b"one card")
     over = Event()
     tries: list[float] = []
-    shutdown = Event()
 
     def handle(batch: Sequence[Message]) -> Outcome:
         def finish() -> Sequence[Record]:
@@ -373,15 +364,10 @@ def test_ahead_an_outage_is_told_once_and_tried_ever_more_seldom(rig: Rig, commi
         return Outcome(len(batch), finish=finish)
 
     settings = StreamSettings(max_batch_size=10, backoff_initial_seconds=0.05, backoff_max_seconds=2)
-    stream = make_stream(rig, shutdown, settings=settings)
-    thread = threading.Thread(target=lambda: stream.run(handle, ahead=True))
-    with capture_logs() as logs:
-        thread.start()
+    with capture_logs() as logs, streaming(rig, handle, settings=settings, ahead=True):
         until(lambda: len(tries) >= 6, what="some tries")
         over.set()
         until(lambda: committed() == 35, what="all of it committed")
-        shutdown.set()
-        thread.join(20)
 
     assert tries[5] - tries[0] > 0.4
     said = [line["event"] for line in logs]
