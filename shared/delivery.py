@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from threading import Event, Thread
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -12,7 +12,6 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 from shared.errors import Outage
 from shared.kafka import NOTHING, Record, coordinates
 from shared.kafka import producer as make_producer
-from shared.retry import until_over
 from shared.settings import DeliveryGuarantee
 
 log = structlog.get_logger()
@@ -30,14 +29,6 @@ _NOT_OURS = frozenset(
 )
 
 
-class Member(NamedTuple):
-    """Who read a batch: the consumer, its group's generation at that time, and whether its place was lost since."""
-
-    consumer: Consumer
-    generation: object
-    lost: Event
-
-
 class Delivery(Protocol):
     """Makes a batch final."""
 
@@ -45,13 +36,17 @@ class Delivery(Protocol):
         """Take over from a predecessor that died: what it left half-done is undone. Raises Outage."""
 
     def deliver(
-        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), member: Member | None = None
+        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), generation: object = None
     ) -> None:
-        """Write `records` and commit `offsets`, the next to be read. Raises Outage: the batch is to be given again.
+        """Write `records`, and commit with them, if that can be, `offsets`: the next to be read, by who read in
+        `generation` of its group. Raises Outage: the batch is to be given again.
 
-        What does not come from Kafka has neither offsets nor a member that read it. May block for as long as the broker
-        is away; ends with an Outage soon after the shutdown event is set.
+        What does not come from Kafka has neither. May block for as long as the broker is away; ends with an Outage soon
+        after the shutdown event is set.
         """
+
+    def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
+        """Commit what `deliver` did not. Raises Outage: to be tried again."""
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
         """Have the broker end the transactions of ours that it forgot at these partitions. Raises Outage.
@@ -79,7 +74,10 @@ class AtLeastOnce:
         """Nothing is ever half-done."""
 
     def deliver(
-        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), member: Member | None = None
+        self,
+        records: Sequence[Record],
+        offsets: Sequence[TopicPartition] = (),  # noqa: ARG002 - they come after, see commit
+        generation: object = None,  # noqa: ARG002
     ) -> None:
         # 1. Outputs and dead letters go into the producer's queue.
         try:
@@ -96,24 +94,22 @@ class AtLeastOnce:
             reason = self._failed[0]
             self._failed.clear()
             raise Outage(f"a record was not written: {reason}")
+
+    def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
         # 3. The offsets are committed.
-        if reader := member:
-            until_over(lambda: self._commit(reader, list(offsets)), shutdown=self._shutdown, initial_s=0.1, max_s=2.0)
+        try:
+            consumer.commit(offsets=list(offsets), asynchronous=False)
+        except KafkaException as exception:
+            error = exception.args[0]
+            if error.code() not in _NOT_OURS:
+                raise Outage(f"offsets not committed: {error.str()}") from None
+            log.warning("commit_too_late", reason=error.str())
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
         """There are none."""
 
     def close(self) -> None:
         self._producer.flush(_WAIT_S)
-
-    def _commit(self, member: Member, offsets: list[TopicPartition]) -> None:
-        try:
-            member.consumer.commit(offsets=offsets, asynchronous=False)
-        except KafkaException as exception:
-            error = exception.args[0]
-            if error.code() not in _NOT_OURS and not member.lost.is_set():
-                raise Outage(f"offsets not committed: {error.str()}") from None
-            log.warning("commit_too_late", reason=error.str())
 
 
 class ExactlyOnce:
@@ -140,17 +136,19 @@ class ExactlyOnce:
         self._ready()
 
     def deliver(
-        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), member: Member | None = None
+        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), generation: object = None
     ) -> None:
         # 1. The transaction begins, and outputs and dead letters go into it.
         with self._transaction() as producer:
             _enqueue(producer, records, self._shutdown)
             # 2. So do the offsets, under the generation that read the batch: who lost its partitions is fenced here.
-            if member:
-                generation = member.generation
+            if generation:
                 _bounded(lambda: producer.send_offsets_to_transaction(list(offsets), generation, _TRANSACTION_WAIT_S))
             # 3. All of it becomes visible at once.
             _bounded(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
+
+    def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
+        """They are."""
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
         if not places:

@@ -20,7 +20,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from shared.dead_letters import reason_of
-from shared.delivery import Delivery, Member, next_offsets
+from shared.delivery import Delivery, next_offsets
 from shared.errors import Outage
 from shared.flow import Flow
 from shared.kafka import Record, coordinates
@@ -30,7 +30,7 @@ from shared.settings import StreamSettings
 log = structlog.get_logger()
 
 _IDLE_POLL_S = 0.5
-_SHORT_WAIT_S = 0.002
+_BUSY_POLL_S = 0.01
 _KEEPALIVE_S = 1.0
 _REVOKE_WAIT_S = 30.0
 _COMMITTED_WAIT_S = 5.0
@@ -58,21 +58,24 @@ Handler = Callable[[Sequence[Message]], Outcome]
 away: the batch comes again later, so what it did before must bear repeating."""
 
 
+class _Final(NamedTuple):
+    """What of a batch is delivered."""
+
+    done: int  # messages, from the front
+    offsets: list[TopicPartition]  # that follow them
+
+
 @dataclass
 class _InFlight:
     """A batch that was handed over."""
 
     batch: list[Message]
-    finished: Future[Outcome] | None  # None: not before it is its turn to be made final
-    done: Future[int]  # how many of it, from the front
+    final: Future[_Final]
     gone: set[tuple[str | None, int | None]] = field(default_factory=set)  # partitions revoked since
 
     def left(self, done: int) -> list[Message]:
         """What of it is to come again."""
         return [m for m in self.batch[done:] if (m.topic(), m.partition()) not in self.gone]
-
-
-Submit = Callable[[list[Message], Member], _InFlight]
 
 
 class Stream:
@@ -95,10 +98,11 @@ class Stream:
         self._delivery = delivery
         self._settings = settings
         self._shutdown = shutdown
+        self._handling = ThreadPoolExecutor(1, thread_name_prefix="handle")
+        self._delivering = ThreadPoolExecutor(1, thread_name_prefix="deliver")
         self._waiting: list[Message] = []  # consumed, not handed over
         self._in_flight: deque[_InFlight] = deque()
         self._most_in_flight = 1
-        self._too_late = Event()  # what the batches in flight were read under is lost
         self._paused = False
         self._assigned = False  # just now: what was paused when it was taken away comes back paused
         self._in_doubt = False  # a delivery failed, and perhaps only its answer was lost
@@ -114,43 +118,28 @@ class Stream:
         _tune()
         try:
             self._until_over(self._delivery.open)
-            with (
-                ThreadPoolExecutor(1, thread_name_prefix="handle") as handling,
-                ThreadPoolExecutor(1, thread_name_prefix="finish") as finishing,
-                ThreadPoolExecutor(1, thread_name_prefix="deliver") as delivering,
-            ):
-
-                def start(batch: list[Message], before: _InFlight | None) -> Future[Outcome]:
-                    handled = handling.submit(handle, batch)
-                    return finishing.submit(_finish, handled, before.finished if before else None)
-
-                def submit(batch: list[Message], member: Member) -> _InFlight:
-                    before = self._in_flight[-1] if self._in_flight else None
-                    finished = start(batch, before) if ahead and not self._in_doubt else None
-                    outcome_of = (lambda: finished.result()) if finished else (lambda: start(batch, before).result())
-                    done = delivering.submit(self._complete, outcome_of, batch, member, before.done if before else None)
-                    return _InFlight(batch, finished, done)
-
-                while not self._shutdown.is_set():
-                    self._consume(submit)
+            while not self._shutdown.is_set():
+                self._consume(handle)
         except Outage as outage:
             log.warning("stopped_in_outage", reason=str(outage), left_for_later=len(self._waiting))
         finally:
+            self._handling.shutdown()
+            self._delivering.shutdown()
             self._flow.report()
             self._delivery.close()
             self._consumer.close()
 
-    def _consume(self, submit: Submit) -> None:
+    def _consume(self, handle: Handler) -> None:
         """Hold a place in the group until the shutdown, or until the consumer is lost; then have a new one."""
         self._consumer.subscribe(
             [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
         while not self._shutdown.is_set() and not self._lost:
             self._fill()
-            self._process(submit)
+            self._process(handle)
             if self._in_doubt and not (self._waiting or self._in_flight):
                 with suppress(Outage):  # its partitions are gone; who has them waits for the end of it
-                    self._delivery.open()
+                    self._settle()
         while self._in_flight:
             with suppress(Outage) if self._lost else nullcontext():
                 self._collect(down_to=0)
@@ -160,7 +149,6 @@ class Stream:
             self._waiting.clear()
             self._shutdown.wait(self._settings.backoff_initial_seconds)
             self._consumer, self._lost, self._paused = self._make_consumer(), None, False
-            self._too_late = Event()
 
     def _fill(self) -> None:
         """Grow the batch until it is full or has waited long enough; at backlog it is full at once."""
@@ -170,19 +158,16 @@ class Stream:
             self._resume()
         wait_s = 0.0  # a batch that comes again has waited long enough
         if not self._waiting:
-            # consume() sits out its whole timeout on a partial batch: the idle wait is for one message only. The client
-            # lets one thread in at a time: a delivery in flight, which may have to commit, would wait in vain.
-            self._poll(0 if self._in_flight else _IDLE_POLL_S)
-            if self._in_flight and not self._waiting:
-                wait([self._in_flight[0].done], _SHORT_WAIT_S)
+            # consume() sits out its whole timeout on a partial batch: the idle wait is for one message only.
+            self._poll(_BUSY_POLL_S if self._in_flight else _IDLE_POLL_S)
             wait_s = self._settings.max_batch_wait_ms / 1000
         room = self._settings.max_batch_size - len(self._waiting)
         if self._waiting and room > 0:
             self._accept(self._consumer.consume(room, wait_s))
 
-    def _process(self, submit: Submit) -> None:
+    def _process(self, handle: Handler) -> None:
         """Bring the batch to its end: final, or forgotten because its partitions went to another member."""
-        self._until_over(lambda: self._attempt(submit), wait=self._wait_out)
+        self._until_over(lambda: self._attempt(handle), wait=self._wait_out)
         if self._paused and not self._lost:
             self._resume()
             log.info("resumed")
@@ -196,71 +181,99 @@ class Stream:
             wait=wait,
         )
 
-    def _attempt(self, submit: Submit) -> None:
+    def _attempt(self, handle: Handler) -> None:
         """Hand a batch over, and keep polling while too many are in flight. Raises Outage; they then wait on."""
+        self._collect(down_to=self._most_in_flight - 1)
+        if self._in_doubt:
+            self._settle()
         if self._waiting and not self._lost:
-            size = self._settings.max_batch_size
-            batch, self._waiting = self._waiting[:size], self._waiting[size:]
-            member = Member(self._consumer, self._consumer.consumer_group_metadata(), self._too_late)
-            self._in_flight.append(submit(batch, member))
+            self._submit(handle)
         self._collect(down_to=0 if self._paused else self._most_in_flight - 1)  # an outage is over when one is through
 
+    def _submit(self, handle: Handler) -> None:
+        size = self._settings.max_batch_size
+        batch, self._waiting = self._waiting[:size], self._waiting[size:]
+        before = self._in_flight[-1].final if self._in_flight else None
+        handled = self._handling.submit(handle, batch)
+        generation = self._consumer.consumer_group_metadata()
+        final = self._delivering.submit(self._complete, handled, batch, generation, before)
+        self._in_flight.append(_InFlight(batch, final))
+
     def _collect(self, *, down_to: int) -> None:
-        """Take note of batches that are through until so many, or fewer, are in flight. Raises Outage."""
-        while self._in_flight and (len(self._in_flight) > down_to or self._in_flight[0].done.done()):
-            while not wait([self._in_flight[0].done], _KEEPALIVE_S).done:
-                self._keep_place(0)
-            first = self._in_flight.popleft()
-            done = 0
+        """Commit batches that are delivered until so many, or fewer, are in flight. Raises Outage."""
+        while self._in_flight and (len(self._in_flight) > down_to or self._in_flight[0].final.done()):
+            first = self._in_flight[0]
+            self._until_done(first.final)
             try:
-                done = first.done.result()
-            finally:
-                if left := first.left(done):
-                    wait([each.done for each in self._in_flight])  # they cannot get through either
-                    self._waiting = [*left, *(m for each in self._in_flight for m in each.left(0)), *self._waiting]
-                    self._in_flight.clear()
+                done = first.final.result().done
+            except Outage:
+                for each in self._in_flight:  # they cannot get through either
+                    self._until_done(each.final)
+                self._waiting = [*(m for each in self._in_flight for m in each.left(0)), *self._waiting]
+                self._in_flight.clear()
+                raise
+            self._commit(first)
+            self._in_flight.popleft()
+            if left := first.left(done):
+                self._waiting = [*left, *self._waiting]
+
+    def _until_done(self, future: Future[Any]) -> None:
+        while not wait([future], _KEEPALIVE_S).done:
+            self._keep_place(0)
+
+    def _commit(self, delivered: _InFlight) -> None:
+        """Commit what the delivery has left to do, in this thread: the client lets in one at a time. Raises Outage."""
+        following, gone = delivered.final.result().offsets, delivered.gone
+        offsets = [each for each in following if (each.topic, each.partition) not in gone]
+        if offsets and not self._lost:
+            self._delivery.commit(self._consumer, offsets)
 
     def _complete(
-        self, outcome_of: Callable[[], Outcome], batch: list[Message], member: Member, before: Future[int] | None
-    ) -> int:
-        """Make what is done of the batch final. Returns how many of it, from the front."""
-        _not_after_failed(before)
+        self, handled: Future[Outcome], batch: list[Message], generation: object, before: Future[_Final] | None
+    ) -> _Final:
+        """Deliver what is done of the batch."""
+        if before and before.exception():
+            raise Outage("the batch before it comes first")  # none overtakes one that did not get through
+        outcome = handled.result()
         began = time.monotonic()
-        if self._in_doubt:
-            self._delivery.open()
-            if final := self._final_already(batch):
-                return final
-        outcome = outcome_of()
+        dead = [*outcome.dead, *outcome.finish()] if outcome.finish else outcome.dead
         finished = batch[: outcome.done]
+        offsets = next_offsets(finished)
         if finished:
             try:
-                self._delivery.deliver([*outcome.outputs, *outcome.dead], next_offsets(finished), member)
+                self._delivery.deliver([*outcome.outputs, *dead], offsets, generation)
             except Outage:
                 self._in_doubt = True
                 raise
-        if outcome.dead:
-            log.warning("dead_letters", records=len(outcome.dead), first_reason=reason_of(outcome.dead[0]))
-        busy_ms = round((time.monotonic() - began) * 1000)
-        self._flow.add(records=len(finished), dead_letters=len(outcome.dead), busy_ms=busy_ms)
-        return outcome.done
+        if dead:
+            log.warning("dead_letters", records=len(dead), first_reason=reason_of(dead[0]))
+        delivery_ms = round((time.monotonic() - began) * 1000)
+        self._flow.add(records=len(finished), dead_letters=len(dead), delivery_ms=delivery_ms)
+        return _Final(outcome.done, offsets)
 
-    def _final_already(self, batch: list[Message]) -> int:
-        """How many, from the front, a delivery made final whose answer was lost: it committed all of them or none."""
-        places = [coordinates(message) for message in batch]
+    def _settle(self) -> None:
+        """Forget what a delivery made final whose answer was lost: it was all of its batch or none. Raises Outage."""
+        opened = self._delivering.submit(self._delivery.open)
+        self._until_done(opened)
+        opened.result()
+        places = [coordinates(message) for message in self._waiting]
         partitions = [TopicPartition(topic, partition) for topic, partition in {place[:2] for place in places}]
         try:
-            committed = self._consumer.committed(partitions, timeout=_COMMITTED_WAIT_S)
+            committed = self._consumer.committed(partitions, timeout=_COMMITTED_WAIT_S) if partitions else []
         except KafkaException as exception:
             raise Outage(f"committed offsets: {exception.args[0].str()}") from None
         if failed := next((each.error for each in committed if each.error), None):
             raise Outage(f"committed offsets: {failed.str()}")
         self._in_doubt = False
         following = {(each.topic, each.partition): each.offset for each in committed}
-        return len(list(takewhile(lambda place: place[2] < following[place[:2]], places)))
+        final = len(list(takewhile(lambda place: place[2] < following[place[:2]], places)))
+        self._waiting = self._waiting[final:]
 
     def _wait_out(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        while self._waiting and not (self._shutdown.is_set() or self._lost) and (left := until - time.monotonic()) > 0:
+        while (self._waiting or self._in_flight) and not (self._shutdown.is_set() or self._lost):
+            if (left := until - time.monotonic()) <= 0:
+                break
             self._keep_place(min(left, _IDLE_POLL_S))
 
     def _keep_place(self, timeout_s: float) -> None:
@@ -292,7 +305,6 @@ class Stream:
     def _hear(self, error: KafkaError) -> None:
         if error.fatal() or error.code() in _FATAL:
             self._lost = error.str()
-            self._too_late.set()
         else:
             log.warning("consumer_error", reason=error.str())
 
@@ -302,13 +314,16 @@ class Stream:
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Finish what is in flight while these partitions are still ours; forget what else is waiting of them."""
-        wait([each.done for each in self._in_flight], _REVOKE_WAIT_S)
+        wait([each.final for each in self._in_flight], _REVOKE_WAIT_S)
+        try:
+            for each in takewhile(lambda each: each.final.done() and not each.final.exception(), self._in_flight):
+                self._commit(each)
+        except Outage as outage:
+            log.warning("comes_again", reason=str(outage))
         self._forget(partitions)
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """These partitions are others' already: there is nothing to wait for."""
-        self._too_late.set()
-        self._too_late = Event()
         self._forget(partitions)
 
     def _forget(self, partitions: list[TopicPartition]) -> None:
@@ -317,19 +332,6 @@ class Stream:
         for each in self._in_flight:
             each.gone |= gone
         self._waiting = [m for m in self._waiting if (m.topic(), m.partition()) not in gone]
-
-
-def _finish(handled: Future[Outcome], before: Future[Outcome] | None) -> Outcome:
-    """Do what the outcome leaves to be done in order."""
-    _not_after_failed(before)
-    outcome = handled.result()
-    return outcome._replace(dead=[*outcome.dead, *outcome.finish()]) if outcome.finish else outcome
-
-
-def _not_after_failed(before: Future[Any] | None) -> None:
-    """No batch overtakes one that did not get through. Raises Outage."""
-    if before and before.exception():
-        raise Outage("the batch before it comes first")
 
 
 def _tune() -> None:

@@ -8,12 +8,12 @@ from threading import Event
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 from conftest import Rig, until
 from structlog.testing import capture_logs
 
 from shared.dead_letters import dead_letter
-from shared.delivery import AtLeastOnce, Delivery, Member
+from shared.delivery import AtLeastOnce, Delivery
 from shared.errors import Outage
 from shared.kafka import Record, consumer
 from shared.settings import StreamSettings
@@ -218,39 +218,61 @@ def test_what_a_rebalance_brings_in_an_outage_waits_on_the_broker(rig: Rig) -> N
         thread.join(20)
 
 
-class AnswerLost:
-    """A delivery whose first answer is lost on its way: what it was given is final all the same."""
+class Through:
+    """A delivery that hands everything on to another."""
 
     def __init__(self, inner: Delivery) -> None:
         self._inner = inner
-        self._answers = 0
 
     def open(self) -> None:
         self._inner.open()
 
     def deliver(
-        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), member: Member | None = None
+        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), generation: object = None
     ) -> None:
-        self._inner.deliver(records, offsets, member)
-        self._answers += 1
-        if self._answers == 1:
-            raise Outage("the answer was lost")
+        self._inner.deliver(records, offsets, generation)
+
+    def commit(self, client: Consumer, offsets: Sequence[TopicPartition]) -> None:
+        self._inner.commit(client, offsets)
+
+    def release(self, places: Sequence[tuple[str, int]]) -> None:
+        self._inner.release(places)
 
     def close(self) -> None:
         self._inner.close()
+
+
+class AnswerLost(Through):
+    """A delivery whose first answer is lost on its way: what it was given is final all the same."""
+
+    def __init__(self, inner: Delivery, client: Consumer) -> None:
+        super().__init__(inner)
+        self._client = client
+        self._answers = 0
+
+    def deliver(
+        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), generation: object = None
+    ) -> None:
+        super().deliver(records, offsets, generation)
+        self._client.commit(offsets=list(offsets), asynchronous=False)
+        self._answers += 1
+        if self._answers == 1:
+            raise Outage("the answer was lost")
 
 
 def test_what_was_made_final_without_an_answer_is_not_handled_again(rig: Rig, committed: Callable[[], int]) -> None:
     rig.put(rig.topic_1, numbers(25), key=b"one card")
     handled: list[bytes] = []
     shutdown = Event()
+    client = consumer(rig.properties, group=rig.topic_1)
 
     def handle(batch: Sequence[Message]) -> Outcome:
         handled.extend(message.value() or b"" for message in batch[:4])
         return Outcome(min(4, len(batch)))
 
-    delivery = AnswerLost(AtLeastOnce(properties=rig.properties, shutdown=shutdown))
-    thread = threading.Thread(target=make_stream(rig, shutdown, delivery=delivery).run, args=[handle])
+    delivery = AnswerLost(AtLeastOnce(properties=rig.properties, shutdown=shutdown), client)
+    stream = make_stream(rig, shutdown, delivery=delivery, make_consumer=lambda: client)
+    thread = threading.Thread(target=stream.run, args=[handle])
     thread.start()
     until(lambda: committed() == 25, what="all of it committed")
     shutdown.set()
@@ -259,28 +281,22 @@ def test_what_was_made_final_without_an_answer_is_not_handled_again(rig: Rig, co
     assert handled == numbers(25)
 
 
-class Gated:
+class Gated(Through):
     """A delivery that waits for a gate, and perhaps fails behind it the first time."""
 
-    def __init__(self, inner: Delivery, *, fails: bool) -> None:
-        self._inner = inner
+    def __init__(self, inner: Delivery, *, fails: bool = False) -> None:
+        super().__init__(inner)
         self._fails = fails
         self.gate = Event()
 
-    def open(self) -> None:
-        self._inner.open()
-
     def deliver(
-        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), member: Member | None = None
+        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), generation: object = None
     ) -> None:
         assert self.gate.wait(20)
         if self._fails:
             self._fails = False
             raise Outage("away")
-        self._inner.deliver(records, offsets, member)
-
-    def close(self) -> None:
-        self._inner.close()
+        super().deliver(records, offsets, generation)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["final", "in vain"])
@@ -419,22 +435,36 @@ def test_a_lost_consumer_is_replaced_and_the_stream_goes_on(rig: Rig, committed:
     assert not thread.is_alive()
 
 
-class Away:
-    """A consumer whose group cannot be reached."""
+class NotAtFirst(Through):
+    """A delivery whose offsets cannot be committed the first times."""
 
-    def commit(self, **_: object) -> None:
-        raise KafkaException(KafkaError(KafkaError._WAIT_COORD, "waiting for coordinator"))
+    def __init__(self, inner: Delivery) -> None:
+        super().__init__(inner)
+        self.tries = 0
+
+    def commit(self, client: Consumer, offsets: Sequence[TopicPartition]) -> None:
+        self.tries += 1
+        if self.tries < 3:
+            raise Outage("waiting for coordinator")
+        super().commit(client, offsets)
 
 
-def test_a_commit_is_insisted_on_until_its_member_is_lost(rig: Rig) -> None:
-    delivery = AtLeastOnce(properties=rig.properties, shutdown=Event())
-    member = Member(Away(), None, Event())
-    thread = threading.Thread(target=delivery.deliver, args=[[], [TopicPartition(rig.topic_1, 0, 5)], member])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_commit_is_tried_again_and_its_batch_is_not(rig: Rig, committed: Callable[[], int], ahead: bool) -> None:
+    rig.put(rig.topic_1, numbers(35), key=b"one card")
+    handled: list[bytes] = []
+    shutdown = Event()
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        handled.extend(message.value() or b"" for message in batch)
+        return Outcome(len(batch))
+
+    delivery = NotAtFirst(AtLeastOnce(properties=rig.properties, shutdown=shutdown))
+    stream = make_stream(rig, shutdown, delivery=delivery)
+    thread = threading.Thread(target=stream.run, args=[handle], kwargs={"ahead": ahead})
     thread.start()
-    thread.join(1)
-    assert thread.is_alive()
+    until(lambda: committed() == 35, what="all of it committed")
+    shutdown.set()
+    thread.join(20)
 
-    member.lost.set()
-
-    thread.join(10)
-    assert not thread.is_alive()
+    assert handled == numbers(35)

@@ -1,0 +1,81 @@
+"""Partitions that change hands on Apache Kafka while a batch of theirs is in flight."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from threading import Event, Thread
+
+import pytest
+from confluent_kafka import Consumer, Message, TopicPartition
+from conftest import Rig, until
+from structlog.testing import capture_logs
+
+from shared.delivery import AtLeastOnce
+from shared.kafka import Record, consumer
+from shared.settings import StreamSettings
+from shared.stream import Handler, Outcome, Stream
+
+pytestmark = pytest.mark.kafka
+
+
+class Gated(AtLeastOnce):
+    """Nothing is delivered until the gate opens."""
+
+    gate: Event
+
+    def deliver(
+        self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), generation: object = None
+    ) -> None:
+        assert self.gate.wait(30)
+        super().deliver(records, offsets, generation)
+
+
+@contextmanager
+def streaming(rig: Rig, handle: Handler, client: Consumer, gate: Event) -> Iterator[None]:
+    shutdown = Event()
+    delivery = Gated(properties=rig.properties, shutdown=shutdown)
+    delivery.gate = gate
+    stream = Stream(
+        make_consumer=lambda: client,
+        topic=rig.topic_1,
+        delivery=delivery,
+        settings=StreamSettings(max_batch_size=10),
+        shutdown=shutdown,
+    )
+    thread = Thread(target=lambda: stream.run(handle, ahead=True))
+    thread.start()
+    try:
+        yield
+    finally:
+        gate.set()
+        shutdown.set()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_what_is_in_flight_is_committed_before_its_partitions_go_to_another(apache_rig: Rig) -> None:
+    for number in range(40):
+        apache_rig.put(apache_rig.topic_1, [str(number).encode()], key=str(number).encode())
+    handled: list[bytes] = []
+    gate = Event()
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        handled.extend(message.value() or b"" for message in batch)
+        return Outcome(len(batch))
+
+    def client() -> Consumer:
+        return consumer(apache_rig.properties, group=apache_rig.topic_1)
+
+    first, second = client(), client()
+    with ExitStack() as both, capture_logs() as logs:
+        both.enter_context(streaming(apache_rig, handle, first, gate))
+        until(lambda: len(handled) == 20, what="two batches in flight")
+        both.enter_context(streaming(apache_rig, handle, second, Event()))
+        until(lambda: [line["event"] for line in logs].count("assigned") == 2, what="a group of two")
+        time.sleep(2)  # longer than the first lets pass until it looks up, and finds that it is to give some away
+        began = time.monotonic()
+        gate.set()
+        until(lambda: second.assignment() and len(handled) >= 40, what="all of it")
+        assert time.monotonic() - began < 10
+
+    assert sorted(handled, key=int) == [str(number).encode() for number in range(40)]
