@@ -47,6 +47,7 @@ APACHE: dict[str, Suite] = {
     "sink": lambda bench, rounds: sink.throughput(bench, rounds=rounds, rows=200_000),
     "table": lambda bench, rounds: sink.full_table(bench, rounds=rounds, rows=100_000, there=5_000_000),
     "latency": lambda bench, rounds: latency.latencies(bench, rounds=rounds, rates=(100, 500, 2000, 5000), seconds=20),
+    "catching-up": lambda bench, rounds: latency.catching_up(bench, rounds=rounds, rows=360_000),
     "idle": lambda bench, rounds: idle.idle(bench, rounds=rounds, seconds=10),
     "partitions": lambda bench, rounds: growth.with_partitions(bench, rounds=rounds, rows=100_000),
     "growing-replicas": lambda bench, rounds: growth.with_replicas(bench, rounds=rounds, rows=400_000),

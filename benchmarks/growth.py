@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import predictor, sink
-from benchmarks.load import Bench, topic_1_records
+from benchmarks.load import Bench
 from benchmarks.measure import Figure, Section, side_by_side
 
 PARTITIONS = (1, 3, 6, 12)
@@ -20,21 +20,21 @@ _EXPONENT = "exponent"
 
 def with_partitions(bench: Bench, *, rounds: int, rows: int) -> Section:
     """One predictor, more and more partitions."""
-    sources = {number: _backlog(bench, rows, partitions=number) for number in PARTITIONS}
+    sources = {number: bench.backlog(rows, partitions=number) for number in PARTITIONS}
     variants = {number: partial(predictor.drained, bench, source, rows) for number, source in sources.items()}
     return _grown("Partitions", f"one predictor, exactly once, {rows:,} rows, Apache Kafka", variants, rounds=rounds)
 
 
 def with_replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
     """More and more predictors."""
-    source = _backlog(bench, rows, partitions=12)
+    source = bench.backlog(rows, partitions=12)
     variants = {number: partial(predictor.drained, bench, source, rows, replicas=number) for number in REPLICAS}
     return _grown("Predictors", f"12 partitions, exactly once, {rows:,} rows, Apache Kafka", variants, rounds=rounds)
 
 
 def with_backlog(bench: Bench, *, rounds: int) -> Section:
     """One predictor, more and more to catch up with."""
-    sources = {rows: _backlog(bench, rows, partitions=6) for rows in BACKLOGS}
+    sources = {rows: bench.backlog(rows, partitions=6) for rows in BACKLOGS}
     variants = {rows: partial(predictor.drained, bench, source, rows) for rows, source in sources.items()}
     return _grown("Backlog", "one predictor, exactly once, 6 partitions, Apache Kafka", variants, rounds=rounds)
 
@@ -86,9 +86,3 @@ def _slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
 def _cost(work: Callable[[], dict[str, float]]) -> dict[str, float]:
     found = work()
     return {"us a row": 1e6 / found["rows/s"], "CPU s a million": found["CPU s a million"]}
-
-
-def _backlog(bench: Bench, rows: int, *, partitions: int) -> str:
-    (source,) = bench.topics("backlog", partitions=partitions)
-    bench.fill(topic_1_records(source, rows))
-    return source

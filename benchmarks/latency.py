@@ -1,13 +1,14 @@
-"""How long a transaction takes from topic_1 to a prediction, to a mail and to a row, at a steady rate."""
+"""How long a transaction takes from topic_1 to a prediction, to a mail and to a row; how long a backlog takes."""
 
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import sqlalchemy as sa
 
-from benchmarks.load import Bench, backlog
-from benchmarks.measure import Bar, Figure, Section, percentiles
+from benchmarks.load import Bench, backlog, watch
+from benchmarks.measure import Bar, Figure, Section, percentiles, side_by_side
 from benchmarks.sink import database
 from fraudctl import topics
 from fraudctl.audit import TopicReader, mailed
@@ -46,6 +47,43 @@ def latencies(bench: Bench, *, rounds: int, rates: Sequence[int], seconds: float
         if once
         else [],
     )
+
+
+def catching_up(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """From topic_1 to the rows of the table, as fast as it goes: predictor and db_sink at the same time."""
+    source = bench.backlog(rows)
+    found = side_by_side(
+        {
+            guarantee.replace("_", " "): partial(_caught_up, bench, source, rows, guarantee)
+            for guarantee in ("exactly_once", "at_least_once")
+        },
+        rounds=rounds,
+    )
+    return Section(
+        "Catching up",
+        f"{rows:,} rows, an hour at {rows // 3600} tx/s, from topic_1 into PostgreSQL; Apache Kafka, 6 partitions",
+        ("seconds", "rows/s", "CPU s a million"),
+        found,
+    )
+
+
+def _caught_up(bench: Bench, source: str, rows: int, guarantee: str) -> dict[str, float]:
+    (target,) = bench.topics("out")
+    with database(bench) as url:
+        own = {"TOPIC_1": source, "TOPIC_2": target, "DATABASE_URL": url, "DELIVERY": guarantee}
+        own |= {"PREDICTOR_GROUP": target, "DB_SINK_GROUP": f"{target}-sink"}
+        services = [bench.service(name, own) for name in ("predictor", "db_sink")]
+        try:
+            with bench.committed(f"{target}-sink", target) as committed:
+                for each in services:
+                    each.spawn()
+                usage = watch(services, committed, rows=rows)  # marks of transactions are counted, too: half a percent
+            _wait_until(lambda: _rows(url) == rows, "rows", services)
+        finally:
+            for each in services:
+                each.stop()
+    found = usage.quantities()
+    return {"seconds": rows / found["rows/s"], **found}
 
 
 def _measure(bench: Bench, rate: int, seconds: float, guarantee: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from threading import Event
 
 import msgspec
 from confluent_kafka import Consumer, TopicPartition
@@ -19,6 +20,7 @@ from sandbox.embedded import EmbeddedBroker
 from sandbox.generator import transactions
 from sandbox.processes import Process, StandInError
 from sandbox.stack import Stack, service
+from shared.delivery import enqueue
 from shared.kafka import Record, consumer, producer
 from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
 
@@ -79,14 +81,14 @@ class Bench:
     def fill(self, records: Iterator[Record]) -> None:
         """Write the records and wait until all are there."""
         client = producer(self.properties)
-        for record in records:
-            while True:
-                try:
-                    client.produce(record.topic, value=record.value, key=record.key, headers=record.headers)
-                    break
-                except BufferError:
-                    client.poll(0.1)
+        enqueue(client, records, Event())
         client.flush()
+
+    def backlog(self, rows: int, *, partitions: int = PARTITIONS) -> str:
+        """A new topic with the backlog as the producer writes it."""
+        (topic,) = self.topics("backlog", partitions=partitions)
+        self.fill(topic_1_records(topic, rows))
+        return topic
 
     def service(self, name: str, settings: Mapping[str, str], *, replica: int = 1) -> Process:
         """A service, not started yet, in a folder of its own."""

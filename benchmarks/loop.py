@@ -10,7 +10,7 @@ from pathlib import Path
 import mlflow.artifacts
 import requests
 
-from benchmarks.load import Bench, backlog, topic_1_records, watch
+from benchmarks.load import Bench, backlog, watch
 from benchmarks.measure import Bar, Section, side_by_side
 from benchmarks.predictor import BOOSTING, FOREST, FOREST_COLUMNS, drained
 from sandbox.processes import Process, free_port
@@ -23,7 +23,7 @@ _COLUMNS = {BOOSTING: RAW, FOREST: FOREST_COLUMNS}
 
 def loops(bench: Bench, *, rounds: int, rows: int) -> Section:
     """Decode, add a field, encode: nothing else."""
-    source = _backlog(bench, rows)
+    source = bench.backlog(rows)
     ours = [sys.executable, str(_PEERS / "stream_loop.py")]
     found = side_by_side(
         {
@@ -45,7 +45,7 @@ def loops(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 def scoring(bench: Bench, *, rounds: int, rows: int) -> Section:
     """The same model, asked by others."""
-    source = _backlog(bench, rows)
+    source = bench.backlog(rows)
     found = side_by_side(
         {
             "predictor, boosting": lambda: _throughput(bench, source, rows, BOOSTING),
@@ -143,9 +143,3 @@ def _run(bench: Bench, command: Sequence[str], source: str, *, rows: int, at_mos
 
 def _throughput(bench: Bench, source: str, rows: int, model: str) -> dict[str, float]:
     return {"rows/s": drained(bench, source, rows, settings={"MODEL_NAME": model})["rows/s"]}
-
-
-def _backlog(bench: Bench, rows: int) -> str:
-    (source,) = bench.topics("backlog")
-    bench.fill(topic_1_records(source, rows))
-    return source

@@ -10,7 +10,7 @@ from confluent_kafka import Message, TopicPartition
 from mlflow.models import infer_signature
 from sklearn.ensemble import RandomForestClassifier
 
-from benchmarks.load import Bench, backlog, topic_1_records
+from benchmarks.load import Bench, backlog
 from benchmarks.measure import Bar, Figure, Section, side_by_side
 from fraudctl import topics
 from sandbox.generator import training_frame
@@ -95,7 +95,7 @@ def against_its_ceiling(
     bench: Bench, *, rounds: int, rows: int = _EMBEDDED_ROWS, guarantee: str = "at_least_once"
 ) -> Section:
     """The service against decoding, scoring and encoding alone."""
-    source = _backlog(bench, rows)
+    source = bench.backlog(rows)
     model, messages = load_model(bench, BOOSTING, compiled=False), consumed(bench, source)
     found = side_by_side(
         {
@@ -116,7 +116,7 @@ def against_its_ceiling(
 
 def guarantees(bench: Bench, *, rounds: int, rows: int) -> Section:
     """Exactly once against at least once, on Apache Kafka."""
-    source = _backlog(bench, rows)
+    source = bench.backlog(rows)
     found = side_by_side(
         {
             guarantee: partial(drained, bench, source, rows, settings={"DELIVERY": guarantee})
@@ -136,7 +136,7 @@ def guarantees(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 def replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
     """Two predictors against one."""
-    source = _backlog(bench, rows)
+    source = bench.backlog(rows)
     found = side_by_side(
         {f"{number} predictors": partial(drained, bench, source, rows, replicas=number) for number in (1, 2)},
         rounds=rounds,
@@ -156,7 +156,7 @@ def replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 def batch_sizes(bench: Bench, *, rounds: int, rows: int) -> Section:
     """Both models, at every size of batch."""
-    source = _backlog(bench, rows)
+    source = bench.backlog(rows)
     found = side_by_side(
         {
             f"{model}, batches of {size:,}": partial(
@@ -200,7 +200,7 @@ def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
 
 def compiled_service(bench: Bench, *, rounds: int, rows: int) -> Section:
     """What of that is left beside decoding and encoding, and beside a transaction for every 100 rows."""
-    source = _backlog(bench, rows)
+    source = bench.backlog(rows)
     messages = consumed(bench, source)[:20_000]
     variants: dict[str, Callable[[], dict[str, float]]] = {}
     for how, flag in (("compiled", True), ("as it is", False)):
@@ -229,12 +229,6 @@ def _forest(bench: Bench, source: str, rows: int, *, compiled: bool, guarantee: 
     settings = {"MODEL_NAME": FOREST, "MAX_BATCH_SIZE": "100", "DELIVERY": guarantee}
     settings["COMPILED_SCORING"] = str(compiled).lower()
     return _throughput(drained(bench, source, rows, settings=settings))
-
-
-def _backlog(bench: Bench, rows: int) -> str:
-    (source,) = bench.topics("backlog")
-    bench.fill(topic_1_records(source, rows))
-    return source
 
 
 def _throughput(quantities: Mapping[str, float]) -> dict[str, float]:

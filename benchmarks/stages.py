@@ -3,10 +3,9 @@
 import smtplib
 import time
 import uuid
-from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
+from threading import Event
 
 from benchmarks.load import Bench, backlog, topic_1_records, watch
 from benchmarks.measure import Section, side_by_side
@@ -14,6 +13,7 @@ from fraudctl import topics
 from sandbox.payments_api import PaymentsApi
 from sandbox.stack import RECIPIENT, SENDER
 from services.alerter.mail import compose
+from shared.delivery import enqueue
 from shared.kafka import Record, consumer, producer
 from shared.provenance import Provenance, to_headers
 from shared.records import Prediction, decode_prediction, encode_prediction, encode_transaction
@@ -67,23 +67,13 @@ def _produced(bench: Bench, rows: int) -> dict[str, float]:
     records = list(topic_1_records(target, rows))
     client = producer(bench.properties)
     began = time.monotonic()
-    for record in records:
-        _enqueue(client.poll, partial(client.produce, target, value=record.value, key=record.key))
+    enqueue(client, records, Event())
     client.flush()
     return {"rows/s": rows / (time.monotonic() - began)}
 
 
-def _enqueue(poll: Callable[[float], object], produce: Callable[[], None]) -> None:
-    while True:
-        try:
-            return produce()
-        except BufferError:
-            poll(0.01)
-
-
 def _consumed(bench: Bench, rows: int) -> dict[str, float]:
-    (source,) = bench.topics("backlog")
-    bench.fill(topic_1_records(source, rows))
+    source = bench.backlog(rows)
     reader = consumer(bench.properties, group=source)
     ends = topics.ends(bench.properties, [source])
     for end in ends:

@@ -1,6 +1,6 @@
 """What makes a batch final: its outputs, its dead letters and its offsets, in an order that keeps the promise."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from threading import Event, Thread
@@ -81,7 +81,7 @@ class AtLeastOnce:
     ) -> None:
         # 1. Outputs and dead letters go into the producer's queue.
         try:
-            _enqueue(self._producer, records, self._shutdown)
+            enqueue(self._producer, records, self._shutdown)
         except KafkaException as exception:
             self._failed.append(exception.args[0].str())
             if exception.args[0].fatal() or exception.args[0].code() == KafkaError._FATAL:
@@ -140,7 +140,7 @@ class ExactlyOnce:
     ) -> None:
         # 1. The transaction begins, and outputs and dead letters go into it.
         with self._transaction() as producer:
-            _enqueue(producer, records, self._shutdown)
+            enqueue(producer, records, self._shutdown)
             # 2. So do the offsets, under the generation that read the batch: who lost its partitions is fenced here.
             if generation:
                 _bounded(lambda: producer.send_offsets_to_transaction(list(offsets), generation, _TRANSACTION_WAIT_S))
@@ -246,7 +246,7 @@ def delivery(
     return AtLeastOnce(properties=properties, shutdown=shutdown)
 
 
-def _enqueue(producer: Producer, records: Sequence[Record], shutdown: Event) -> None:
+def enqueue(producer: Producer, records: Iterable[Record], shutdown: Event) -> None:
     """Hand records over to the producer; while its queue is full, wait.
 
     Raises Outage when that is cut short, KafkaException if the producer does not take one: its topic is unknown, or it
