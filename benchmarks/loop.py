@@ -24,9 +24,10 @@ _COLUMNS = {BOOSTING: RAW, FOREST: FOREST_COLUMNS}
 def loops(bench: Bench, *, rounds: int, rows: int) -> Section:
     """Decode, add a field, encode: nothing else."""
     source = bench.backlog(rows)
-    ours = [sys.executable, str(_PEERS / "stream_loop.py")]
+    ours, alone = ([sys.executable, str(_PEERS / f"{name}.py")] for name in ("stream_loop", "pass_through"))
     found = side_by_side(
         {
+            "the clients alone, nothing decoded": lambda: _run(bench, alone, source, rows=rows),
             "this stream loop": lambda: _run(bench, ours, source, rows=rows),
             "Quix Streams": lambda: _peer(bench, "quix", "loop", source, rows=rows),
             "Faust": lambda: _peer(bench, "faust_agent", "loop", source, rows=rows),
