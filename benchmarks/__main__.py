@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks import growth, idle, latency, loop, predictor, sink, stages
 from benchmarks.load import Bench
-from benchmarks.measure import Bar, Section
+from benchmarks.measure import Bar, Figure, Section
 from sandbox.apache import VERSION as KAFKA_VERSION
 from sandbox.processes import StandInError
 from sandbox.stack import local_stack
@@ -143,7 +143,7 @@ def show(section: Section, console: Console) -> None:
     """Print a section: medians, and how far the rounds lie apart."""
     table = Table("", *section.columns, title=section.title, caption=section.settings)
     for label, row in section.rows.items():
-        cells = [f"{row[name].median:,.1f} ±{row[name].spread:.0%}" if name in row else "" for name in section.columns]
+        cells = [_cell(row[name]) if name in row else "" for name in section.columns]
         table.add_row(label, *cells)
     console.print(table)
     for bar in section.bars:
@@ -166,7 +166,7 @@ def markdown(section: Section) -> str:
     lines = [f"### {section.title}", "", f"{section.settings}.", ""]
     lines += ["| | " + " | ".join(section.columns) + " |", "|---|" + "---:|" * len(section.columns)]
     for label, row in section.rows.items():
-        cells = [f"{row[name].median:,.4g} ±{row[name].spread:.0%}" if name in row else "" for name in section.columns]
+        cells = [_cell(row[name]) if name in row else "" for name in section.columns]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines.append("")
     if section.bars:
@@ -178,6 +178,11 @@ def markdown(section: Section) -> str:
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def _cell(figure: Figure) -> str:
+    precise = ",.0f" if abs(figure.median) >= 100 else ".3g"
+    return f"{figure.median:{precise}} ±{figure.spread:.0%}"
 
 
 if __name__ == "__main__":

@@ -52,8 +52,9 @@ def draw(sections: Sequence[Section], path: Path) -> None:
     mpl.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(sections), figsize=(3.2 * len(sections), 3.2), layout="constrained")
-    for axis, section in zip(axes, sections, strict=True):
+    size = (3.2 * len(sections), 3.2)
+    figure, axes = pyplot.subplots(1, len(sections), figsize=size, layout="constrained", squeeze=False)
+    for axis, section in zip(axes[0], sections, strict=True):
         grown = {label: row for label, row in section.rows.items() if label != _EXPONENT}
         sizes = [float(label.replace(",", "")) for label in grown]
         for name in _COLUMNS:

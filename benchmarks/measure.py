@@ -20,7 +20,7 @@ class Figure:
     @property
     def spread(self) -> float:
         """Half the distance of the extremes, as a share of the median."""
-        return (max(self.values) - min(self.values)) / 2 / self.median if self.median else 0.0
+        return (max(self.values) - min(self.values)) / 2 / abs(self.median) if self.median else 0.0
 
     def over(self, other: "Figure") -> "Figure":
         """The ratio in each round."""
