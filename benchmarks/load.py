@@ -17,7 +17,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 from fraudctl import topics
 from sandbox.embedded import EmbeddedBroker
-from sandbox.generator import transactions
+from sandbox.generator import FRAUD_RATE, transactions
 from sandbox.processes import Process, StandInError
 from sandbox.stack import Stack, service
 from shared.delivery import enqueue
@@ -45,9 +45,10 @@ class Usage:
 
 
 @cache
-def backlog(rows: int) -> tuple[Transaction, ...]:
+def backlog(rows: int, *, fraud_rate: float = FRAUD_RATE) -> tuple[Transaction, ...]:
     """Generated transactions, the same ones each time."""
-    table = {"columns": RAW_COLUMNS, "index": [], "data": list(islice(transactions(seed=1, start=_START), rows))}
+    stream = transactions(seed=1, start=_START, fraud_rate=fraud_rate)
+    table = {"columns": RAW_COLUMNS, "index": [], "data": list(islice(stream, rows))}
     return tuple(read_split(msgspec.json.encode(table)).transactions)
 
 

@@ -1,6 +1,7 @@
 """The stream loop and the predictor against other ways to do the same: on the same topic, on the same broker."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -80,6 +81,7 @@ def _served(bench: Bench, *, rows: int, batch: int) -> dict[str, float]:
         "MLflow's scoring server",
         [sys.executable, "-m", "mlflow", "models", "serve", "--workers", "1", *arguments],
         log=bench.directory / f"serve-{port}.log",
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},  # it calls uvicorn by name
         ready=lambda: _answers(f"{url}/ping"),
     )
     values = [[getattr(each, name) for name in RAW] for each in backlog(rows)]

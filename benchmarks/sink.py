@@ -198,17 +198,19 @@ def _row_by_row(engine: sa.Engine, values: Values) -> None:
 
 
 def _fill_table(url: str, rows: int) -> None:
-    """Rows that resemble the backlog's, with identities as random as theirs, made by PostgreSQL itself."""
+    """Rows that resemble the backlog's, with names as random as theirs and earlier times, made by PostgreSQL itself."""
     first = next(iter(_batches(1)))[0]
     with _engine(url) as engine:
         migrate(engine)
         table.upsert(engine, copy_text([first]))
         with engine.begin() as connection:
             cursor = connection.connection.cursor()
-            kept = ", ".join(f'"{name}"' for name in _COLUMNS if name not in ("trans_num", "source_offset"))
+            made = ("trans_num", "unix_time", "source_offset")
+            kept = ", ".join(f'"{name}"' for name in _COLUMNS if name not in made)
             cursor.execute(
-                f"INSERT INTO {table.TABLE} (trans_num, source_offset, {kept}) "
-                f"SELECT md5(number::text), number, {kept} FROM {table.TABLE}, generate_series(1, {rows}) AS number"
+                f"INSERT INTO {table.TABLE} ({', '.join(made)}, {kept}) "
+                f"SELECT md5(number::text), unix_time - {rows} + number - 1, number, {kept} "
+                f"FROM {table.TABLE}, generate_series(1, {rows}) AS number"
             )
             cursor.execute(f"DELETE FROM {table.TABLE} WHERE source_offset = {_WHO.source_offset}")
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
