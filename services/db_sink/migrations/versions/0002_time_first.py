@@ -20,4 +20,4 @@ def downgrade() -> None:
 
 def _identity(*columns: str) -> None:
     op.drop_constraint("transactions_pkey", "transactions", type_="primary")
-    op.create_primary_key("transactions_pkey", "transactions", columns)
+    op.create_primary_key("transactions_pkey", "transactions", list(columns))
