@@ -37,24 +37,22 @@ EMBEDDED: dict[str, Suite] = {
 APACHE: dict[str, Suite] = {
     "guarantees": lambda bench, rounds: predictor.guarantees(bench, rounds=rounds, rows=200_000),
     "compiled": lambda bench, rounds: predictor.compiled_scoring(bench, rounds=rounds),
-    "compiled-service": lambda bench, rounds: predictor.compiled_service(bench, rounds=rounds, rows=100_000),
-    "batches": lambda bench, rounds: predictor.batch_sizes(bench, rounds=rounds, rows=200_000),
-    "replicas": lambda bench, rounds: predictor.replicas(bench, rounds=rounds, rows=400_000),
+    "batches": lambda bench, rounds: predictor.batch_sizes(bench, rounds=rounds, rows=100_000),
     "loops": lambda bench, rounds: loop.loops(bench, rounds=rounds, rows=500_000),
     "scoring": lambda bench, rounds: loop.scoring(bench, rounds=rounds, rows=200_000),
     "producer": lambda bench, rounds: stages.producing(bench, rounds=rounds, rows=100_000),
     "alerter": lambda bench, rounds: stages.alerting(bench, rounds=rounds, mails=1000),
     "sink": lambda bench, rounds: sink.throughput(bench, rounds=rounds, rows=200_000),
     "table": lambda bench, rounds: sink.full_table(bench, rounds=rounds, rows=100_000, there=5_000_000),
-    "latency": lambda bench, rounds: latency.latencies(bench, rounds=rounds, rates=(100, 500, 2000, 5000), seconds=20),
+    "latency": lambda bench, rounds: latency.latencies(bench, rounds=rounds, rates=(100, 500, 2000, 5000), seconds=12),
     "catching-up": lambda bench, rounds: latency.catching_up(bench, rounds=rounds, rows=360_000),
     "idle": lambda bench, rounds: idle.idle(bench, rounds=rounds, seconds=10),
     "partitions": lambda bench, rounds: growth.with_partitions(bench, rounds=rounds, rows=100_000),
-    "growing-replicas": lambda bench, rounds: growth.with_replicas(bench, rounds=rounds, rows=400_000),
+    "replicas": lambda bench, rounds: growth.with_replicas(bench, rounds=rounds, rows=400_000),
     "backlog": lambda bench, rounds: growth.with_backlog(bench, rounds=rounds),
     "growing-table": lambda bench, rounds: growth.with_table(bench, rounds=rounds, rows=100_000),
 }
-GROWTH = ("partitions", "growing-replicas", "backlog", "growing-table")
+GROWTH = ("partitions", "replicas", "backlog", "growing-table")
 # Ratios that a change must not lower, in a minute.
 GUARD: dict[str, Suite] = {
     "ceiling": lambda bench, rounds: predictor.against_its_ceiling(

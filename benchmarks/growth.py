@@ -3,18 +3,20 @@
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from benchmarks import predictor, sink
 from benchmarks.load import Bench
-from benchmarks.measure import Figure, Section, side_by_side
+from benchmarks.measure import Bar, Figure, Section, side_by_side
 
 PARTITIONS = (1, 3, 6, 12)
 REPLICAS = (1, 2, 3, 4)
 BACKLOGS = (10_000, 100_000, 1_000_000)
 TABLES = (100_000, 1_000_000, 10_000_000)
 _COLUMNS = ("us a row", "CPU s a million")
+_BUSY = "% of the machine"
 _EXPONENT = "exponent"
 
 
@@ -27,9 +29,16 @@ def with_partitions(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 def with_replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
     """More and more predictors."""
-    source = bench.backlog(rows, partitions=12)
+    source = bench.backlog(rows)
     variants = {number: partial(predictor.drained, bench, source, rows, replicas=number) for number in REPLICAS}
-    return _grown("Predictors", f"12 partitions, exactly once, {rows:,} rows, Apache Kafka", variants, rounds=rounds)
+    settings = f"6 partitions, exactly once, {rows:,} rows, Apache Kafka on the same cores"
+    section = _grown("Predictors", settings, variants, rounds=rounds)
+    one, two = section.rows["1"], section.rows["2"]
+    bars = [
+        Bar("two predictors / one", one["us a row"].over(two["us a row"]), 1.5),
+        Bar("CPU a row, two / one", two["CPU s a million"].over(one["CPU s a million"]), 1.1, at_most=True),
+    ]
+    return replace(section, bars=bars)
 
 
 def with_backlog(bench: Bench, *, rounds: int) -> Section:
@@ -76,7 +85,7 @@ def _grown(
     for name in _COLUMNS:
         of_rounds = zip(*(row[name].values for row in found.values()), strict=True)
         exponents[name] = Figure(tuple(_slope(sizes, costs) for costs in of_rounds))
-    return Section(title, settings, _COLUMNS, {**found, _EXPONENT: exponents})
+    return Section(title, settings, (*_COLUMNS, _BUSY), {**found, _EXPONENT: exponents})
 
 
 def _slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
@@ -86,4 +95,4 @@ def _slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 def _cost(work: Callable[[], dict[str, float]]) -> dict[str, float]:
     found = work()
-    return {"us a row": 1e6 / found["rows/s"], "CPU s a million": found["CPU s a million"]}
+    return {"us a row": 1e6 / found["rows/s"], **{name: found[name] for name in ("CPU s a million", _BUSY)}}

@@ -33,15 +33,21 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process did with a backlog."""
+    """What processes did with a backlog."""
 
     rows_per_s: float
     cpu_s_per_million: float
     peak_rss_mb: float
+    machine_busy: float  # share of all cores, whoever used them
 
     def quantities(self) -> dict[str, float]:
         """By the names that the tables have for them."""
-        return {"rows/s": self.rows_per_s, "CPU s a million": self.cpu_s_per_million, "MB": self.peak_rss_mb}
+        return {
+            "rows/s": self.rows_per_s,
+            "CPU s a million": self.cpu_s_per_million,
+            "MB": self.peak_rss_mb,
+            "% of the machine": 100 * self.machine_busy,
+        }
 
 
 @cache
@@ -122,12 +128,14 @@ class Bench:
     def _partitions(self, topic: str) -> list[TopicPartition]:
         return [TopicPartition(end.topic, end.partition) for end in topics.ends(self.properties, [topic])]
 
-    def drain(self, processes: Sequence[Process], *, group: str, topic: str, rows: int) -> Usage:
+    def drain(
+        self, processes: Sequence[Process], *, group: str, topic: str, rows: int, at_most_s: float = 60.0
+    ) -> Usage:
         """Start the processes, which commit as this group what they read of the topic, and stop them at the end."""
         with self.committed(group, topic) as committed:
             for process in processes:
                 process.spawn()
-            usage = watch(processes, committed, rows=rows)
+            usage = watch(processes, committed, rows=rows, at_most_s=at_most_s)
         for process in processes:
             if process.stop() != 0:
                 raise StandInError(f"{process.name} failed: {process.last_line()}")
@@ -137,7 +145,7 @@ class Bench:
 def watch(processes: Sequence[Process], count: Callable[[], int], *, rows: int, at_most_s: float = 60.0) -> Usage:
     """What the processes do from the first rows that are counted to the last of `rows`, or until time is up."""
     first, began = _first(processes, count)
-    cpu = sum(map(cpu_s, processes))
+    cpu, machine = sum(map(cpu_s, processes)), _machine()
     done, now = first, began
     while done < rows and now - began < at_most_s:
         time.sleep(_LOOK_S)
@@ -146,7 +154,8 @@ def watch(processes: Sequence[Process], count: Callable[[], int], *, rows: int, 
     peak = max(rss_mb(process, peak=True) for process in processes)
     if done == first:
         raise StandInError(f"{rows:,} rows are too few: they were done in an instant")
-    return Usage((done - first) / (now - began), 1e6 * spent / (done - first), peak)
+    busy, all_of_it = (after - before for before, after in zip(machine, _machine(), strict=True))
+    return Usage((done - first) / (now - began), 1e6 * spent / (done - first), peak, busy / all_of_it)
 
 
 def _first(processes: Sequence[Process], count: Callable[[], int]) -> tuple[int, float]:
@@ -165,6 +174,13 @@ def cpu_s(process: Process) -> float:
     """User and system time of a process so far."""
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _machine() -> tuple[int, int]:
+    """Ticks of all cores so far: at work, and all."""
+    user, nice, system, idle, iowait, *others = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    total = user + nice + system + idle + iowait + sum(others)
+    return total - idle - iowait, total
 
 
 def rss_mb(process: Process, *, peak: bool = False) -> float:

@@ -1,7 +1,7 @@
 """The predictor, against what it could be without Kafka, and against itself with other settings."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 
@@ -82,13 +82,19 @@ def without_kafka(model: Model, messages: Sequence[Message], *, batch_size: int)
 
 
 def drained(
-    bench: Bench, source: str, rows: int, *, replicas: int = 1, settings: Mapping[str, str] | None = None
+    bench: Bench,
+    source: str,
+    rows: int,
+    *,
+    replicas: int = 1,
+    settings: Mapping[str, str] | None = None,
+    at_most_s: float = 60.0,
 ) -> dict[str, float]:
     """What predictors do with a backlog that lies on `source`, in a group of their own."""
     (target,) = bench.topics("predicted")
     own = {"TOPIC_1": source, "TOPIC_2": target, "PREDICTOR_GROUP": target} | dict(settings or {})
     processes = [bench.service("predictor", own, replica=number) for number in range(1, replicas + 1)]
-    return bench.drain(processes, group=target, topic=source, rows=rows).quantities()
+    return bench.drain(processes, group=target, topic=source, rows=rows, at_most_s=at_most_s).quantities()
 
 
 def against_its_ceiling(
@@ -134,33 +140,13 @@ def guarantees(bench: Bench, *, rounds: int, rows: int) -> Section:
     )
 
 
-def replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Two predictors against one."""
-    source = bench.backlog(rows)
-    found = side_by_side(
-        {f"{number} predictors": partial(drained, bench, source, rows, replicas=number) for number in (1, 2)},
-        rounds=rounds,
-    )
-    one, two = found["1 predictors"], found["2 predictors"]
-    return Section(
-        "Two predictors and one",
-        f"{rows:,} rows, Apache Kafka on the same cores, 6 partitions, exactly once",
-        ("rows/s", "CPU s a million", "MB"),
-        found,
-        [
-            Bar("two predictors / one", two["rows/s"].over(one["rows/s"]), 1.5),
-            Bar("CPU a row, two / one", two["CPU s a million"].over(one["CPU s a million"]), 1.1, at_most=True),
-        ],
-    )
-
-
 def batch_sizes(bench: Bench, *, rounds: int, rows: int) -> Section:
     """Both models, at every size of batch."""
     source = bench.backlog(rows)
     found = side_by_side(
         {
             f"{model}, batches of {size:,}": partial(
-                drained, bench, source, rows, settings={"MODEL_NAME": model, "MAX_BATCH_SIZE": str(size)}
+                drained, bench, source, rows, settings={"MODEL_NAME": model, "MAX_BATCH_SIZE": str(size)}, at_most_s=8
             )
             for model in (BOOSTING, FOREST)
             for size in BATCH_SIZES
@@ -198,37 +184,11 @@ def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
     )
 
 
-def compiled_service(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """What of that is left beside decoding and encoding, and beside a transaction for every 100 rows."""
-    source = bench.backlog(rows)
-    messages = consumed(bench, source)[:20_000]
-    variants: dict[str, Callable[[], dict[str, float]]] = {}
-    for how, flag in (("compiled", True), ("as it is", False)):
-        model = load_model(bench, FOREST, compiled=flag)
-        variants[f"all but Kafka, {how}"] = partial(without_kafka, model, messages, batch_size=100)
-        for guarantee in ("at_least_once", "exactly_once"):
-            variants[f"{guarantee.replace('_', ' ')}, {how}"] = partial(
-                _forest, bench, source, rows, compiled=flag, guarantee=guarantee
-            )
-    return Section(
-        "The predictor with compiled scoring",
-        "random forest of 150 trees, batches of 100",
-        ("rows/s",),
-        side_by_side(variants, rounds=rounds),
-    )
-
-
 def _scored(model: Model, transactions: Sequence[Transaction]) -> dict[str, float]:
     began = time.monotonic()
     for start in range(0, len(transactions), 100):
         score(model, transactions[start : start + 100])
     return {"rows/s": len(transactions) / (time.monotonic() - began)}
-
-
-def _forest(bench: Bench, source: str, rows: int, *, compiled: bool, guarantee: str) -> dict[str, float]:
-    settings = {"MODEL_NAME": FOREST, "MAX_BATCH_SIZE": "100", "DELIVERY": guarantee}
-    settings["COMPILED_SCORING"] = str(compiled).lower()
-    return _throughput(drained(bench, source, rows, settings=settings))
 
 
 def _throughput(quantities: Mapping[str, float]) -> dict[str, float]:
