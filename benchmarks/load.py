@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event
 
 import msgspec
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from fraudctl import topics
 from sandbox.embedded import EmbeddedBroker
@@ -28,6 +28,7 @@ PARTITIONS = 6
 _START = datetime(2024, 5, 17, tzinfo=UTC)
 _TIMEOUT_S = 180.0
 _LOOK_S = 0.03
+_COORDINATOR_MOVES = (KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -111,7 +112,7 @@ class Bench:
         reader = Consumer({**self.properties, "group.id": group, "isolation.level": "read_uncommitted"})
         partitions = self._partitions(topic)
         try:
-            yield lambda: sum(max(each.offset, 0) for each in reader.committed(partitions, timeout=10))
+            yield lambda: _committed(reader, partitions)
         finally:
             reader.close()
 
@@ -140,6 +141,15 @@ class Bench:
             if process.stop() != 0:
                 raise StandInError(f"{process.name} failed: {process.last_line()}")
         return usage
+
+
+def _committed(reader: Consumer, partitions: list[TopicPartition]) -> int:
+    try:
+        return sum(max(each.offset, 0) for each in reader.committed(partitions, timeout=10))
+    except KafkaException as error:
+        if error.args[0].code() in _COORDINATOR_MOVES:
+            return 0
+        raise
 
 
 def watch(processes: Sequence[Process], count: Callable[[], int], *, rows: int, at_most_s: float = 60.0) -> Usage:
