@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow.artifacts
@@ -48,17 +49,18 @@ def loops(bench: Bench, *, rounds: int, rows: int) -> Section:
 def scoring(bench: Bench, *, rounds: int, rows: int) -> Section:
     """The same model, asked by others."""
     source = bench.backlog(rows)
-    found = side_by_side(
-        {
-            "predictor, boosting": lambda: _throughput(bench, source, rows, BOOSTING),
-            "Quix Streams, boosting": lambda: _peer(bench, "quix", "predict", source, rows=rows, model=BOOSTING),
-            "MLflow's server, 1,000 rows a call": lambda: _served(bench, rows=20_000, batch=1000),
-            "MLflow's server, a row a call": lambda: _served(bench, rows=100, batch=1),
-            "predictor, forest": lambda: _throughput(bench, source, rows, FOREST),
-            "one at a time, forest": lambda: _peer(bench, "original", "predict", source, rows=rows, model=FOREST),
-        },
-        rounds=rounds,
-    )
+    with _server(bench) as url:
+        found = side_by_side(
+            {
+                "predictor, boosting": lambda: _throughput(bench, source, rows, BOOSTING),
+                "Quix Streams, boosting": lambda: _peer(bench, "quix", "predict", source, rows=rows, model=BOOSTING),
+                "MLflow's server, 1,000 rows a call": lambda: _served(url, rows=20_000, batch=1000),
+                "MLflow's server, a row a call": lambda: _served(url, rows=100, batch=1),
+                "predictor, forest": lambda: _throughput(bench, source, rows, FOREST),
+                "one at a time, forest": lambda: _peer(bench, "original", "predict", source, rows=rows, model=FOREST),
+            },
+            rounds=rounds,
+        )
     boosting, forest = found["predictor, boosting"]["rows/s"], found["predictor, forest"]["rows/s"]
     return Section(
         "The same model, one row at a time",
@@ -72,22 +74,27 @@ def scoring(bench: Bench, *, rounds: int, rows: int) -> Section:
     )
 
 
-def _served(bench: Bench, *, rows: int, batch: int) -> dict[str, float]:
-    """MLflow's scoring server, asked by HTTP; without Kafka."""
+@contextmanager
+def _server(bench: Bench) -> Iterator[str]:
+    """The address of MLflow's scoring server."""
     port = free_port()
     arguments = ["-m", _downloaded(bench, BOOSTING), "-h", "127.0.0.1", "-p", str(port), "--env-manager", "local"]
     url = f"http://127.0.0.1:{port}"
-    process = Process(
+    with Process(
         "MLflow's scoring server",
         [sys.executable, "-m", "mlflow", "models", "serve", "--workers", "1", *arguments],
         log=bench.directory / f"serve-{port}.log",
         env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},  # it calls uvicorn by name
         ready=lambda: _answers(f"{url}/ping"),
-    )
+    ):
+        yield url
+
+
+def _served(url: str, *, rows: int, batch: int) -> dict[str, float]:
+    """Rows in calls by HTTP; without Kafka."""
     values = [[getattr(each, name) for name in RAW] for each in backlog(rows)]
     calls = [{"dataframe_split": {"columns": RAW, "data": values[at : at + batch]}} for at in range(0, rows, batch)]
-    with process, requests.Session() as session:
-        session.post(f"{url}/invocations", json=calls[0], timeout=60).raise_for_status()
+    with requests.Session() as session:
         began = time.monotonic()
         for call in calls:
             session.post(f"{url}/invocations", json=call, timeout=60).raise_for_status()
@@ -130,7 +137,7 @@ def _peer(
     return _run(bench, command, source, rows=rows)
 
 
-def _run(bench: Bench, command: Sequence[str], source: str, *, rows: int, at_most_s: float = 15.0) -> dict[str, float]:
+def _run(bench: Bench, command: Sequence[str], source: str, *, rows: int, at_most_s: float = 10.0) -> dict[str, float]:
     """How fast records come onto a new topic, from the first ones until all are there or time is up."""
     (target,) = bench.topics("copied")
     broker = bench.properties["bootstrap.servers"]
