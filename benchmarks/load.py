@@ -25,7 +25,7 @@ from shared.kafka import Record, consumer, producer
 from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
 
 PARTITIONS = 6
-_START = datetime(2024, 5, 17, tzinfo=UTC)
+_START = datetime(2024, 5, 17, 18, tzinfo=UTC)  # the hours of fraud come soon
 _TIMEOUT_S = 180.0
 _LOOK_S = 0.03
 _COORDINATOR_MOVES = (KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
