@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from shared.settings import DeliveryGuarantee
 log = structlog.get_logger()
 
 _WAIT_S = 1.0
-_TRANSACTION_WAIT_S = 8.0  # after ten, the broker ends it
+_TRANSACTION_WAIT_S = 8.0  # after ten, the broker ends it, and there is nothing to wait for any more
 _STUCK_S = 10.0
 # Another member owns these partitions by now: it will commit them, this commit has come too late.
 _NOT_OURS = frozenset(
@@ -121,7 +122,7 @@ class ExactlyOnce:
 
     def __init__(self, *, properties: Mapping[str, str], transactional_id: str, shutdown: Event) -> None:
         self._shutdown = shutdown
-        self._shaken = False  # a connection broke: the client may hang in its next transaction, see _bounded
+        self._shaken = False  # a connection broke: the client may hang in its next transaction, see _Calls
         self._failed: list[str] = []
         self._make: Callable[[], Producer] = lambda: make_producer(
             properties,
@@ -129,6 +130,7 @@ class ExactlyOnce:
             on_failure=lambda error, _: self._failed.append(error.str()),
             on_error=self._on_error,
         )
+        self._calls = _Calls()
         self._fresh: Producer | None = self._make()  # a wrong setting is told at the start
         self._producer: Producer | None = None
 
@@ -141,11 +143,15 @@ class ExactlyOnce:
         # 1. The transaction begins, and outputs and dead letters go into it.
         with self._transaction() as producer:
             enqueue(producer, records, self._shutdown)
-            # 2. So do the offsets, under the generation that read the batch: who lost its partitions is fenced here.
-            if generation:
-                _bounded(lambda: producer.send_offsets_to_transaction(list(offsets), generation, _TRANSACTION_WAIT_S))
-            # 3. All of it becomes visible at once.
-            _bounded(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
+
+            def finish() -> None:
+                # 2. So do the offsets, under the generation that read the batch: who lost its partitions is fenced.
+                if generation:
+                    producer.send_offsets_to_transaction(list(offsets), generation, _TRANSACTION_WAIT_S)
+                # 3. All of it becomes visible at once.
+                producer.commit_transaction(_TRANSACTION_WAIT_S)
+
+            self._bounded(finish)
 
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
         """They are."""
@@ -156,7 +162,7 @@ class ExactlyOnce:
         with self._transaction() as producer:
             for topic, partition in places:
                 producer.produce(topic, partition=partition, headers=NOTHING)
-            _bounded(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
+            self._bounded(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
         log.warning("forgotten_transactions_ended", partitions=[f"{topic} {partition}" for topic, partition in places])
 
     @contextmanager
@@ -177,6 +183,14 @@ class ExactlyOnce:
         except _Stuck:
             self._producer = None
             raise Outage(f"transaction given up: the client did not return in {_STUCK_S:.0f} s") from None
+
+    def _bounded(self, call: Callable[[], None]) -> None:
+        """Raises what the call raises, or _Stuck."""
+        done = self._calls.start(call)
+        if not wait([done], _STUCK_S).done:
+            self._calls = _Calls()
+            raise _Stuck
+        done.result()
 
     def close(self) -> None:
         self._producer = None
@@ -211,26 +225,33 @@ class _Stuck(Exception):
     """The client hangs in a call."""
 
 
-def _bounded(step: Callable[[], None]) -> None:
-    """Run the step in a thread that can be left behind: librdkafka 2.16 may ignore a call's own timeout for ever.
+class _Calls:
+    """A thread that calls into the client, and that can be left behind.
 
-    https://github.com/confluentinc/librdkafka/issues/5456 is about send_offsets_to_transaction. Raises what the step
-    raises, or _Stuck.
+    librdkafka 2.16 may ignore a call's own timeout for ever: https://github.com/confluentinc/librdkafka/issues/5456 is
+    about send_offsets_to_transaction.
     """
-    done: Future[None] = Future()
 
-    def run() -> None:
-        try:
-            step()
-        except Exception as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
+    def __init__(self) -> None:
+        self._waiting: SimpleQueue[tuple[Callable[[], None], Future[None]]] = SimpleQueue()
+        Thread(target=self._run, daemon=True, name="transaction").start()
 
-    Thread(target=run, daemon=True, name="transaction").start()
-    if not wait([done], _STUCK_S).done:
-        raise _Stuck
-    done.result()
+    def start(self, call: Callable[[], None]) -> Future[None]:
+        """Have it called once those before it have returned."""
+        done: Future[None] = Future()
+        self._waiting.put((call, done))
+        return done
+
+    def _run(self) -> None:
+        while True:
+            call, done = self._waiting.get()
+            try:
+                call()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+            del call, done  # and with them the client, which may have been given up
 
 
 def delivery(
