@@ -118,7 +118,7 @@ def copy_text(rows: Iterable[Row]) -> bytes:
     """
     last = {row.prediction.identity: row for row in rows}
     lines = list(map(stored, last.values()))
-    text = _as_json(lines)[1:-2].replace(b"]\n[", b"\n")
+    text = b"\n".join(_as_json(lines)[1:-2].split(b"]\n["))
     return b"\n".join(map(_csv, lines)) if _UNLIKE_CSV(text) else text
 
 
