@@ -193,7 +193,7 @@ def _on_conflict(engine: sa.Engine, values: Values) -> None:
 def _row_by_row(engine: sa.Engine, values: Values) -> None:
     as_it_comes = sa.create_engine(engine.url)
     for row in values:
-        frame = pd.DataFrame([row | {"cc_num": str(row["cc_num"])}])  # pandas has no integers of 19 digits
+        frame = pd.DataFrame([{**row, "cc_num": str(row["cc_num"])}])  # pandas has no integers of 19 digits
         frame.to_sql(table.TABLE, as_it_comes, if_exists="append", index=False)
     as_it_comes.dispose()
 
