@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # as in the predictor, before numpy is imported
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 import sqlalchemy as sa
 from confluent_kafka import libversion

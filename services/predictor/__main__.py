@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # This service has its own backoff; MLflow's own tries take minutes and hear no SIGTERM.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+# It would tell its makers of its use, from a thread that changes the environment under a request's feet.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import structlog
 from confluent_kafka import Message
