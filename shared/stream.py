@@ -183,8 +183,9 @@ class Stream:
 
     def _attempt(self, handle: Handler) -> None:
         """Hand a batch over, and keep polling while too many are in flight. Raises Outage; they then wait on."""
-        self._collect(down_to=self._most_in_flight - 1)
-        if self._in_doubt and not self._lost:
+        if len(self._in_flight) == self._most_in_flight:  # a commit failed; otherwise, it can wait for the handing over
+            self._collect(down_to=self._most_in_flight - 1)
+        if self._in_doubt and not (self._in_flight or self._lost):
             self._settle()
         if self._waiting and not self._lost:
             self._submit(handle)
