@@ -78,4 +78,6 @@ def test_what_is_in_flight_is_committed_before_its_partitions_go_to_another(apac
         until(lambda: second.assignment() and sum(map(len, batches)) >= 40, what="all of it")
         assert time.monotonic() - began < 10
 
-    assert sorted((value for batch in batches for value in batch), key=int) == [str(number).encode() for number in range(40)]
+    assert sorted((value for batch in batches for value in batch), key=int) == [
+        str(number).encode() for number in range(40)
+    ]
