@@ -25,7 +25,7 @@ format: $(VENV)/.ready
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-## Ratios to the limits of the parts and to other ways, two hours. Options: make bench ARGS="sink latency --rounds 3"
+## Ratios to the limits of the parts and to other ways, an hour. Options: make bench ARGS="sink latency --rounds 3"
 bench: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks --report build/bench.json $(ARGS)
 

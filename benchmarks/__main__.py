@@ -49,7 +49,7 @@ APACHE: dict[str, Suite] = {
     "catching-up": lambda bench, rounds: latency.catching_up(bench, rounds=rounds, rows=360_000),
     "idle": lambda bench, rounds: idle.idle(bench, rounds=rounds, seconds=10),
     "partitions": lambda bench, rounds: growth.with_partitions(bench, rounds=rounds, rows=100_000),
-    "replicas": lambda bench, rounds: growth.with_replicas(bench, rounds=rounds, rows=400_000),
+    "replicas": lambda bench, rounds: growth.with_replicas(bench, rounds=rounds, rows=800_000),
     "backlog": lambda bench, rounds: growth.with_backlog(bench, rounds=rounds),
     "growing-table": lambda bench, rounds: growth.with_table(bench, rounds=rounds, rows=100_000),
 }

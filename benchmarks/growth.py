@@ -13,6 +13,7 @@ from benchmarks.measure import Bar, Figure, Section, side_by_side
 
 PARTITIONS = (1, 3, 6, 12)
 REPLICAS = (1, 2, 3, 4)
+_TOGETHER = 0.9  # then one replica after the other has nothing left to do
 BACKLOGS = (10_000, 100_000, 1_000_000)
 TABLES = (100_000, 1_000_000, 10_000_000)
 _COLUMNS = ("us a row", "CPU s a million")
@@ -30,12 +31,14 @@ def with_partitions(bench: Bench, *, rounds: int, rows: int) -> Section:
 def with_replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
     """More and more predictors."""
     source = bench.backlog(rows)
-    variants = {number: partial(predictor.drained, bench, source, rows, replicas=number) for number in REPLICAS}
-    settings = f"6 partitions, exactly once, {rows:,} rows, Apache Kafka on the same cores"
+    most = int(_TOGETHER * rows)
+    variants = {number: partial(predictor.drained, bench, source, most, replicas=number) for number in REPLICAS}
+    settings = f"6 partitions, exactly once, {_TOGETHER:.0%} of {rows:,} rows, Apache Kafka on the same cores"
     section = _grown("Predictors", settings, variants, rounds=rounds)
     one, two = section.rows["1"], section.rows["2"]
     bars = [
         Bar("two predictors / one", one["us a row"].over(two["us a row"]), 1.5),
+        Bar("two predictors: % of the machine, which bounds them", two[_BUSY], 90),
         Bar("CPU a row, two / one", two["CPU s a million"].over(one["CPU s a million"]), 1.1, at_most=True),
     ]
     return replace(section, bars=bars)

@@ -153,7 +153,7 @@ def _committed(reader: Consumer, partitions: list[TopicPartition]) -> int:
 
 
 def watch(processes: Sequence[Process], count: Callable[[], int], *, rows: int, at_most_s: float = 60.0) -> Usage:
-    """What the processes do from the first rows that are counted to the last of `rows`, or until time is up."""
+    """What the processes do together, from the first rows that are counted to the last of them, or until time is up."""
     first, began = _first(processes, count)
     cpu, machine = sum(map(cpu_s, processes)), _machine()
     done, now = first, began
@@ -171,13 +171,18 @@ def watch(processes: Sequence[Process], count: Callable[[], int], *, rows: int, 
 def _first(processes: Sequence[Process], count: Callable[[], int]) -> tuple[int, float]:
     deadline = time.monotonic() + _TIMEOUT_S
     while time.monotonic() < deadline:
-        if done := count():
+        if (done := count()) and (len(processes) == 1 or all(map(_has_partitions, processes))):
             return done, time.monotonic()
         for process in processes:
             if not process.running:
                 raise StandInError(f"{process.name} ended: {process.last_line()}")
         time.sleep(_LOOK_S)
     raise StandInError(f"nothing done in {_TIMEOUT_S:.0f} s: {processes[0].last_line()}")
+
+
+def _has_partitions(process: Process) -> bool:
+    """Replicas join one after the other: what they do together begins when the last one has its share."""
+    return any(process.said(f"event='assigned' partitions=[{first}") for first in range(10))
 
 
 def cpu_s(process: Process) -> float:
