@@ -97,6 +97,8 @@ def main() -> int:
     except StandInError as error:
         sys.stderr.write(f"benchmarks: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        return 130  # as a shell says it; what was measured so far is saved
     bars = [bar for section in sections.values() for bar in section.bars]
     return guarded(bars, console) if arguments.guard else int(not all(bar.reached for bar in bars))
 
