@@ -70,14 +70,23 @@ _JOBS = (
     "Film editor|Geologist|Journalist|Lawyer|Librarian|Musician|Nurse|Pharmacist|Physicist|Pilot|Sales executive|"
     "Surveyor|Teacher, primary school|Translator"
 ).split("|")
-# The middle of each state, in degrees.
+# How many customers live in each state, and where its middle lies, in degrees.
 _STATES = {
-    "AL": (32.8, -86.8), "AZ": (34.3, -111.7), "CA": (37.2, -119.5), "CO": (39.0, -105.5), "FL": (28.6, -82.4),
-    "GA": (32.6, -83.4), "IL": (40.0, -89.2), "KS": (38.5, -98.4), "KY": (37.5, -85.3), "MI": (44.3, -85.4),
-    "MN": (46.3, -94.3), "MO": (38.4, -92.5), "NC": (35.6, -79.4), "NE": (41.5, -99.8), "NY": (42.9, -75.5),
-    "OH": (40.3, -82.8), "OK": (35.6, -97.5), "OR": (43.9, -120.6), "PA": (40.9, -77.8), "TX": (31.5, -99.3),
-    "VA": (37.5, -78.9), "WA": (47.4, -120.4),
+    "TX": (60, 31.7, -98.2), "NY": (60, 42.4, -75.2), "PA": (52, 40.7, -78.0), "CA": (36, 36.8, -119.8),
+    "OH": (35, 40.4, -82.8), "IL": (31, 39.9, -89.2), "FL": (30, 27.9, -82.0), "MI": (30, 43.6, -84.7),
+    "AL": (28, 32.9, -86.8), "MO": (27, 38.6, -92.4), "MN": (24, 45.8, -94.3), "VA": (23, 37.8, -78.4),
+    "IA": (22, 42.0, -93.5), "GA": (21, 32.5, -83.4), "WI": (21, 44.1, -89.6), "KY": (20, 37.5, -85.0),
+    "OK": (19, 35.6, -97.4), "IN": (19, 39.9, -86.3), "NE": (18, 41.3, -98.2), "AR": (18, 35.0, -92.3),
+    "NC": (18, 35.6, -79.6), "SC": (18, 33.8, -81.1), "MD": (17, 39.1, -76.8), "OR": (17, 44.4, -121.8),
+    "KS": (16, 38.5, -97.9), "NJ": (16, 40.2, -74.6), "WV": (15, 38.6, -80.7), "MS": (14, 32.7, -89.8),
+    "TN": (13, 35.9, -86.5), "WY": (12, 42.8, -107.6), "LA": (12, 30.9, -91.4), "CO": (12, 39.3, -105.0),
+    "NM": (11, 34.9, -106.1), "ME": (10, 44.4, -69.7), "WA": (9, 47.4, -120.4), "SD": (9, 44.3, -100.0),
+    "MA": (9, 42.3, -71.8), "NH": (8, 43.4, -71.6), "ND": (8, 47.3, -100.6), "MT": (7, 46.6, -110.9),
+    "UT": (7, 39.7, -111.3), "AZ": (6, 34.0, -111.8), "VT": (6, 44.0, -72.8), "CT": (5, 41.6, -72.7),
 }  # fmt: skip
+# Of a customer: the size of the town and the year of birth, at _LEVELS without the two ends.
+_INHABITANTS = (60.0, 270.0, 740.0, 2_400.0, 19_000.0, 190_000.0, 1_530_000.0)
+_BIRTH_YEARS = (1928.0, 1946.0, 1960.0, 1973.5, 1986.0, 1993.0, 2001.0)
 
 
 def transactions(
@@ -176,10 +185,10 @@ def _draw(world: np.random.Generator, weights: np.ndarray, count: int) -> np.nda
 def _customer(world: np.random.Generator) -> list[Any]:
     """cc_num, first, last, gender, street, city, state, zip, lat, long, city_pop, job, dob."""
     gender = str(world.choice(["F", "M"]))
-    state = str(world.choice(list(_STATES)))
-    latitude, longitude = _STATES[state]
+    state = list(_STATES)[_draw(world, np.array([weight for weight, _, _ in _STATES.values()], dtype=float), 1)[0]]
+    _, latitude, longitude = _STATES[state]
     digits = int(world.choice([12, 13, 14, 15, 16, 19], p=[0.07, 0.07, 0.10, 0.16, 0.50, 0.10]))
-    born = datetime(1934, 1, 1, tzinfo=UTC) + timedelta(days=int(world.triangular(0, 16_000, 25_500)))
+    born = datetime(1, 1, 1) + timedelta(days=365.2425 * (_between(world.random(), _BIRTH_YEARS) - 1))
     return [
         int("".join(map(str, [world.integers(1, 10), *world.integers(0, 10, digits - 1)]))),
         _one(world, _FIRST[gender]),
@@ -190,11 +199,16 @@ def _customer(world: np.random.Generator) -> list[Any]:
         state,
         int(world.integers(1001, 99_900)),
         round(latitude + float(world.uniform(-1.5, 1.5)), 4),
-        round(longitude + float(world.uniform(-1.5, 1.5)), 4),
-        int(np.exp(world.normal(7.9, 2.3)).clip(25, 2_900_000)),
+        round(longitude + float(world.uniform(-2.0, 2.0)), 4),
+        round(float(np.exp(_between(world.random(), np.log(_INHABITANTS))))),
         _one(world, _JOBS),
         born.date().isoformat(),
     ]
+
+
+def _between(level: float, quantiles: Sequence[float] | np.ndarray) -> float:
+    """The value at a level (0 to 1) of a distribution known by its quantiles at _LEVELS without the two ends."""
+    return float(np.interp(level, _LEVELS[1:-1], quantiles))
 
 
 def _merchant(world: np.random.Generator) -> str:
