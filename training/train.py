@@ -1,37 +1,48 @@
 """The model: how it is made, how good it is on cards it never saw, and how it gets into the registry."""
 
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-# It would tell its makers of its use, from a thread that changes the environment under a request's feet.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
 import cloudpickle
 import mlflow
+import msgspec
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
-from mlflow.tracking import MlflowClient
+from sklearn.calibration import CalibrationDisplay
 from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.metrics import average_precision_score, precision_recall_curve, precision_score, recall_score
+from sklearn.metrics import (
+    ConfusionMatrixDisplay,
+    PrecisionRecallDisplay,
+    average_precision_score,
+    confusion_matrix,
+    precision_recall_curve,
+    precision_score,
+    recall_score,
+)
 from sklearn.model_selection import GroupShuffleSplit
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from sandbox.generator import training_frame
-from shared.errors import Outage
+from shared.profile import Profile, make_profile
 from shared.records import FEATURES
-from training import features
+from training import aliases, features
+from training.aliases import Alias
 
 TARGET_PRECISION = 0.9
+_TIME = "trans_date_trans_time"
+_FORMS = {_TIME: r"\d{4}-[01]\d-[0-3]\d [0-2]\d:[0-5]\d:[0-5]\d", "dob": r"\d{4}-[01]\d-[0-3]\d"}
 _HELD_OUT = 0.3
-_GENERATED_ROWS = 30_000
+_FEWEST = 20  # rows of either kind on either side of a split by time
+_SUREST = 100
+_GENERATED_ROWS = 60_000
 _GENERATED_FRAUD_RATE = 0.02
 _GENERATED_START = datetime(2024, 1, 1, tzinfo=UTC)
 _PACKAGES = ("cloudpickle", "numpy", "pandas", "scikit-learn")
@@ -39,12 +50,31 @@ _PACKAGES = ("cloudpickle", "numpy", "pandas", "scikit-learn")
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A fitted pipeline over the raw columns, its threshold, and how it did on the held-out cards."""
+    """A fitted pipeline over the raw columns, its threshold, and how it did on what it had not seen."""
 
     pipeline: Pipeline
     threshold: float
-    metrics: dict[str, float]
-    example: pd.DataFrame
+    labels: np.ndarray  # (n,) of 0 and 1, of the held-out rows
+    probabilities: np.ndarray  # (n,) of fraud, by a model that had not seen them
+    held_out: str
+    profile: Profile
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """On the held-out rows, at the threshold where it matters."""
+        alarms = self.probabilities >= self.threshold
+        (true_negatives, false_positives), (false_negatives, true_positives) = confusion_matrix(self.labels, alarms)
+        surest = self.labels[np.argsort(-self.probabilities, kind="stable")[:_SUREST]]
+        return {
+            "average_precision": float(average_precision_score(self.labels, self.probabilities)),
+            "precision": float(precision_score(self.labels, alarms, zero_division=0.0)),
+            "recall": float(recall_score(self.labels, alarms)),
+            f"precision_at_{_SUREST}": float(surest.mean()),
+            "true_positives": float(true_positives),
+            "false_positives": float(false_positives),
+            "false_negatives": float(false_negatives),
+            "true_negatives": float(true_negatives),
+        }
 
 
 def build_pipeline(*, seed: int) -> Pipeline:
@@ -74,82 +104,109 @@ def choose_threshold(labels: np.ndarray, probabilities: np.ndarray, *, target_pr
 def fit(frame: pd.DataFrame, *, seed: int, target_precision: float = TARGET_PRECISION) -> Trained:
     """Train on labelled transactions in the training file's columns; rows without a label are left out.
 
-    Measured on cards that the measured model never saw; the model returned has learnt from all. Raises ValueError if
-    either part of the cards has no frauds, or nothing but frauds.
+    The measured model saw neither the cards nor, where the labels allow it, the time that it is measured on; the model
+    returned has learnt from all. Raises ValueError if either part has no frauds, or nothing but frauds.
     """
     frame = frame.dropna(subset=["is_fraud"])
     labels = frame["is_fraud"].to_numpy(dtype=int)
     if len(np.unique(labels)) < 2 or frame["cc_num"].nunique() < 2:
         raise ValueError("training needs frauds and legitimate transactions, on several cards")
     raw = frame[features.RAW]
-    split = GroupShuffleSplit(n_splits=1, test_size=_HELD_OUT, random_state=seed)
-    known, unseen = next(split.split(raw, groups=frame["cc_num"]))
-    if any(len(np.unique(labels[part])) < 2 for part in (known, unseen)):
-        raise ValueError("training needs frauds on more cards: none are left to learn from, or to measure on")
-    probabilities = _fitted(raw.iloc[known], labels[known], seed).predict_proba(raw.iloc[unseen])[:, 1]
-    threshold = choose_threshold(labels[unseen], probabilities, target_precision=target_precision)
-    predicted = (probabilities >= threshold).astype(int)
+    known, unseen, held_out = split(frame, labels, seed=seed)
+    probabilities = _fitted(raw[known], labels[known], seed).predict_proba(raw[unseen])[:, 1]
+    legitimate = raw[labels == 0]
     return Trained(
         pipeline=_fitted(raw, labels, seed),
-        threshold=threshold,
-        metrics={
-            "average_precision": float(average_precision_score(labels[unseen], probabilities)),
-            "precision": float(precision_score(labels[unseen], predicted, zero_division=0.0)),
-            "recall": float(recall_score(labels[unseen], predicted, zero_division=0.0)),
-        },
-        example=raw.head(3),
+        threshold=choose_threshold(labels[unseen], probabilities, target_precision=target_precision),
+        labels=labels[unseen],
+        probabilities=probabilities,
+        held_out=held_out,
+        profile=make_profile(
+            {name: legitimate[name].tolist() for name in features.RAW if name != _TIME}, legitimate[_TIME].tolist()
+        ),
     )
 
 
-def register(trained: Trained, *, tracking_uri: str, name: str, alias: str) -> str:
+def split(frame: pd.DataFrame, labels: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """What to learn from and what to measure on, as masks (n,), and in words what is held out.
+
+    Cards are on one side only. So is time, the last part of it being held out, if both sides then still have frauds
+    enough and legitimate rows; a file whose frauds and legitimate rows are from different years is split by card alone.
+    Raises ValueError if even then a side has no frauds, or nothing but frauds.
+    """
+    cards = GroupShuffleSplit(n_splits=1, test_size=_HELD_OUT, random_state=seed)
+    unseen = np.zeros(len(frame), dtype=bool)
+    unseen[next(cards.split(frame, groups=frame["cc_num"]))[1]] = True
+    times = frame[_TIME].astype(str)
+    later = (times >= times.sort_values().iloc[int(len(times) * (1 - _HELD_OUT))]).to_numpy()
+    by_time = (~unseen & ~later, unseen & later)
+    if all(min(np.bincount(labels[part], minlength=2)) >= _FEWEST for part in by_time):
+        return *by_time, f"{_HELD_OUT:.0%} of the cards, in the last {_HELD_OUT:.0%} of the time"
+    if any(len(np.unique(labels[part])) < 2 for part in (~unseen, unseen)):
+        raise ValueError("training needs frauds on more cards: none are left to learn from, or to measure on")
+    return ~unseen, unseen, f"{_HELD_OUT:.0%} of the cards"
+
+
+def register(trained: Trained, of: Alias) -> str:
     """Log the pipeline and its threshold to MLflow, give the new version the alias, and return its number.
 
     Raises Outage if the registry does not do it.
     """
-    mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_tracking_uri(of.tracking_uri)
     cloudpickle.register_pickle_by_value(features)  # the artifact must load where this package is not installed
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     try:
-        mlflow.set_experiment(name)
+        mlflow.set_experiment(of.name)
         with mlflow.start_run(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            mlflow.log_params({**trained.pipeline.named_steps["trees"].get_params(), "threshold": trained.threshold})
+            example = generate(seed=0, rows=3)[features.RAW]  # nobody's, for whoever reads the registry
+            learner = trained.pipeline.named_steps["trees"].get_params()
+            mlflow.log_params({**learner, "threshold": trained.threshold, "held_out": trained.held_out})
+            mlflow.set_tags({f"version.{package}": version(package) for package in _PACKAGES})
             mlflow.log_metrics(trained.metrics)
+            for name_of, figure in curves(trained).items():
+                mlflow.log_figure(figure, f"{name_of}.png")
             logged = mlflow.sklearn.log_model(
                 trained.pipeline,
                 name="model",
                 serialization_format=mlflow.sklearn.SERIALIZATION_FORMAT_CLOUDPICKLE,
                 pip_requirements=[f"{package}=={version(package)}" for package in _PACKAGES],
-                signature=infer_signature(trained.example, trained.pipeline.predict(trained.example)),
-                input_example=trained.example,
-                metadata={"threshold": trained.threshold},
-                registered_model_name=name,
+                signature=infer_signature(example, trained.pipeline.predict(example)),
+                input_example=example,
+                metadata={
+                    "threshold": trained.threshold,
+                    "reference_profile": msgspec.json.encode(trained.profile).decode(),
+                },
+                registered_model_name=of.name,
             )
         number = str(logged.registered_model_version)
-        MlflowClient().set_registered_model_alias(name, alias, number)
     except MlflowException as error:
-        raise _away(tracking_uri, error) from None
+        raise aliases.away(of.tracking_uri, error) from None
     finally:
         cloudpickle.unregister_pickle_by_value(features)
+    aliases.move(of, number)
     return number
+
+
+def curves(trained: Trained) -> dict[str, Figure]:
+    """Pictures of how it did on the held-out rows, by name."""
+    labels, probabilities = trained.labels, trained.probabilities
+    found = {}
+    for name, draw in {
+        "precision_recall": lambda axes: PrecisionRecallDisplay.from_predictions(labels, probabilities, ax=axes),
+        "calibration": lambda axes: CalibrationDisplay.from_predictions(labels, probabilities, n_bins=10, ax=axes),
+        "confusion_matrix": lambda axes: ConfusionMatrixDisplay.from_predictions(
+            labels, probabilities >= trained.threshold, display_labels=["legitimate", "fraud"], ax=axes
+        ),
+    }.items():
+        figure = Figure(figsize=(5, 5), layout="constrained")
+        draw(figure.add_subplot())  # type: ignore[no-untyped-call]
+        found[name] = figure
+    return found
 
 
 def _fitted(raw: pd.DataFrame, labels: np.ndarray, seed: int) -> Pipeline:
     return build_pipeline(seed=seed).fit(raw, labels)
-
-
-def version_of(*, tracking_uri: str, name: str, alias: str) -> str | None:
-    """The version that bears the alias, or None. Raises Outage if the registry does not answer."""
-    try:
-        return str(MlflowClient(tracking_uri).get_model_version_by_alias(name, alias).version)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise _away(tracking_uri, error) from None
-
-
-def _away(tracking_uri: str, error: MlflowException) -> Outage:
-    return Outage(f"MLflow at {tracking_uri}: {str(error).splitlines()[0]}")
 
 
 def read(sources: Sequence[str]) -> pd.DataFrame:
@@ -161,16 +218,31 @@ def read(sources: Sequence[str]) -> pd.DataFrame:
     for source in sources:
         try:
             frame = pd.read_csv(source, dtype={"cc_num": str})
-        except ValueError as error:  # pandas' own words do not name the file
+        except ImportError as error:  # of what opens s3:// and the like
             raise ValueError(f"{source}: {error}") from None
+        except OSError as error:
+            raise error if error.filename and error.strerror else OSError(f"{source}: {error}") from None
+        except Exception as error:  # pandas' own, and whatever a transport has
+            raise ValueError(f"{source}: {error or type(error).__name__}") from None
         if absent := [name for name in FEATURES if name not in frame]:
             raise ValueError(f"{source}: columns missing: {', '.join(absent)}")
         if frame[features.RAW].isna().any(axis=None):
             raise ValueError(f"{source}: empty values in the columns that the model learns from")
+        for name, form in _FORMS.items():
+            if wrong := int((~frame[name].astype(str).str.fullmatch(form)).sum()):
+                raise ValueError(
+                    f"{source}: in {wrong:,} rows, {name} is not of the form YYYY-MM-DD{' HH:MM:SS' * (name == _TIME)}"
+                )
         frames.append(frame[list(FEATURES)])
     return pd.concat(frames, ignore_index=True)
 
 
-def generate(*, seed: int) -> pd.DataFrame:
+def together(frame: pd.DataFrame, confirmed: pd.DataFrame) -> pd.DataFrame:
+    """Training rows and confirmed rows; of a transaction that is in both, the label that somebody confirmed."""
+    rows = pd.concat([frame, confirmed.dropna(subset=["is_fraud"])], ignore_index=True)
+    return rows.drop_duplicates(["trans_num", "unix_time"], keep="last", ignore_index=True)
+
+
+def generate(*, seed: int, rows: int = _GENERATED_ROWS) -> pd.DataFrame:
     """Generated transactions to train on, with more frauds than there are in life."""
-    return training_frame(rows=_GENERATED_ROWS, seed=seed, start=_GENERATED_START, fraud_rate=_GENERATED_FRAUD_RATE)
+    return training_frame(rows=rows, seed=seed, start=_GENERATED_START, fraud_rate=_GENERATED_FRAUD_RATE)

@@ -7,15 +7,19 @@ import uuid
 from pathlib import Path
 
 import mlflow
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn
 from conftest import SAMPLE
 from sklearn.metrics import average_precision_score, precision_score
 
 from sandbox.registry import Registry
+from shared.profile import Profile
 from shared.records import FEATURES
 from training import features, train
+from training.aliases import Alias
 
 needs_sample = pytest.mark.skipif(not SAMPLE.exists(), reason="the real sample is not here")
 
@@ -66,8 +70,53 @@ def test_where_no_threshold_reaches_the_precision_it_is_the_most_precise() -> No
 
 def test_the_measured_precision_is_the_one_asked_for(trained: train.Trained) -> None:
     assert trained.metrics["precision"] >= train.TARGET_PRECISION
-    assert set(trained.metrics) == {"average_precision", "precision", "recall"}
     assert 0 < trained.threshold < 1
+
+
+def test_the_measures_count_every_row_that_was_held_out(trained: train.Trained) -> None:
+    kinds = ("true_positives", "false_positives", "false_negatives", "true_negatives")
+    found = trained.metrics
+
+    assert sum(found[kind] for kind in kinds) == len(trained.labels)
+    assert found["true_positives"] / (found["true_positives"] + found["false_positives"]) == found["precision"]
+    assert found["true_positives"] / (found["true_positives"] + found["false_negatives"]) == found["recall"]
+    surest = sorted(zip(trained.probabilities, trained.labels, strict=True), key=lambda each: -each[0])[:100]
+    assert found["precision_at_100"] == pytest.approx(sum(label for _, label in surest) / 100, abs=0.02)
+
+
+def test_it_is_measured_on_later_rows_of_other_cards() -> None:
+    history = train.generate(seed=1)
+    labels = history["is_fraud"].to_numpy(dtype=int)
+
+    known, unseen, held_out = train.split(history, labels, seed=1)
+
+    cards, times = history["cc_num"], history["trans_date_trans_time"]
+    assert not set(cards[known]) & set(cards[unseen])
+    assert times[known].max() < times[unseen].min()
+    assert "time" in held_out
+
+
+def test_a_file_whose_frauds_are_from_other_days_is_split_by_card_alone() -> None:
+    history = train.generate(seed=1).head(8000)
+    labels = history["is_fraud"].to_numpy(dtype=int)
+    days = np.where(labels == 1, "2020-06-21", "2019-01-01")
+    history = history.assign(trans_date_trans_time=days + history["trans_date_trans_time"].str[10:])
+
+    known, unseen, held_out = train.split(history, labels, seed=1)
+
+    assert not set(history["cc_num"][known]) & set(history["cc_num"][unseen])
+    assert (known | unseen).all()
+    assert "time" not in held_out
+
+
+def test_a_confirmed_label_takes_the_place_of_the_one_before(history: pd.DataFrame) -> None:
+    confirmed = history.iloc[[3]].assign(is_fraud=1 - history["is_fraud"].iloc[3])
+
+    rows = train.together(history.head(10), pd.concat([confirmed, history.iloc[[20]]]))
+
+    assert len(rows) == 11
+    wanted = rows[rows["trans_num"] == history["trans_num"].iloc[3]]
+    assert wanted["is_fraud"].tolist() == confirmed["is_fraud"].tolist()
 
 
 def test_the_same_rows_and_seed_make_the_same_model(history: pd.DataFrame, trained: train.Trained) -> None:
@@ -113,8 +162,10 @@ def test_there_must_be_frauds_to_learn_from_and_to_measure_on(history: pd.DataFr
 
 
 @pytest.mark.parametrize("category", ["space_flights", "", None])
-def test_an_unknown_category_is_scored_all_the_same(trained: train.Trained, category: str | None) -> None:
-    one = trained.example.head(1).assign(category=category)
+def test_an_unknown_category_is_scored_all_the_same(
+    history: pd.DataFrame, trained: train.Trained, category: str | None
+) -> None:
+    one = history.head(1).assign(category=category)
 
     (probability,) = trained.pipeline.predict_proba(one)[:, 1]
 
@@ -161,33 +212,29 @@ def test_a_file_that_is_no_training_file_is_named(tmp_path: Path) -> None:
         train.read([str(tmp_path / "nowhere.csv")])
 
 
-def test_the_alias_follows_the_newest_version(trained: train.Trained, registry: Registry, name: str) -> None:
-    assert train.version_of(tracking_uri=registry.uri, name=name, alias="champion") is None
-
-    for version in ("1", "2"):
-        assert train.register(trained, tracking_uri=registry.uri, name=name, alias="champion") == version
-        assert train.version_of(tracking_uri=registry.uri, name=name, alias="champion") == version
-    assert train.version_of(tracking_uri=registry.uri, name=name, alias="challenger") is None
-
-
 def test_a_version_carries_its_threshold_its_columns_and_its_measures(
     trained: train.Trained, registry: Registry, name: str
 ) -> None:
-    train.register(trained, tracking_uri=registry.uri, name=name, alias="champion")
+    train.register(trained, Alias(registry.uri, name, "champion"))
 
     mlflow.set_tracking_uri(registry.uri)
     info = mlflow.models.get_model_info(f"models:/{name}@champion")
-    assert info.metadata == {"threshold": trained.threshold}
+    assert info.metadata["threshold"] == trained.threshold
+    assert msgspec.json.decode(info.metadata["reference_profile"], type=Profile) == trained.profile
     assert info.signature.inputs.input_names() == features.RAW
     run = mlflow.get_run(info.run_id).data
     assert run.metrics == pytest.approx(trained.metrics)
     assert float(run.params["threshold"]) == trained.threshold
+    assert run.params["held_out"] == trained.held_out
+    assert run.tags["version.scikit-learn"] == sklearn.__version__
+    pictures = {each.path for each in mlflow.MlflowClient().list_artifacts(info.run_id)}
+    assert {"precision_recall.png", "calibration.png", "confusion_matrix.png"} <= pictures
 
 
 def test_a_version_loads_where_this_project_is_not_installed(
     trained: train.Trained, registry: Registry, name: str, history: pd.DataFrame, tmp_path: Path
 ) -> None:
-    train.register(trained, tracking_uri=registry.uri, name=name, alias="champion")
+    train.register(trained, Alias(registry.uri, name, "champion"))
     batch = history[features.RAW].head(300)
 
     done = subprocess.run(

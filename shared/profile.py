@@ -1,0 +1,77 @@
+"""What a model's features looked like in training: it travels with the model, and live data is held against it.
+
+What to expect depends on the hour: people do not buy at night what they buy at noon. So a profile has shares for each
+quarter of the day. It is one of legitimate payments: in training data frauds are far more frequent than in life.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+BINS = 10
+QUARTERS = 4
+_MOST_CATEGORIES = 50
+_PRIOR_ROWS = 100
+
+
+class Numbers(msgspec.Struct, frozen=True):
+    """A numeric feature: between `edges` (BINS - 1) lie bins of about a tenth of the rows each."""
+
+    low: float
+    high: float
+    edges: list[float]
+    shares: list[list[float]]  # (quarters of the day, BINS)
+
+
+class Names(msgspec.Struct, frozen=True):
+    """A feature of few values."""
+
+    known: list[str]
+    shares: list[list[float]]  # (quarters of the day, len(known))
+
+
+class Profile(msgspec.Struct, frozen=True):
+    """What each feature looked like in training."""
+
+    numbers: dict[str, Numbers]
+    names: dict[str, Names]
+
+
+def make_profile(columns: Mapping[str, Sequence[Any]], times: Sequence[str]) -> Profile:
+    """The profile of legitimate payments: raw `columns` (n values each) and their trans_date_trans_time.
+
+    Dates of birth count by their year. Columns of many different words, such as names, are left out.
+    """
+    quarters = quarters_of(times)
+    numbers, names = {}, {}
+    for feature, values in columns.items():
+        if feature == "dob" or not isinstance(values[0], str):
+            found = numbers_of(feature, values)
+            edges = np.unique(np.quantile(found, np.linspace(0, 1, BINS + 1)[1:-1]))
+            bins = np.searchsorted(edges, found, side="right")
+            shares = _shares(bins, quarters, len(edges) + 1)
+            numbers[feature] = Numbers(float(found.min()), float(found.max()), edges.tolist(), shares)
+        elif len(known := sorted(set(values))) <= _MOST_CATEGORIES:
+            codes = {name: code for code, name in enumerate(known)}
+            names[feature] = Names(known, _shares(np.array([codes[value] for value in values]), quarters, len(known)))
+    return Profile(numbers, names)
+
+
+def quarters_of(times: Sequence[str]) -> np.ndarray:
+    """The quarter of the day (n,) of each `YYYY-MM-DD HH:MM:SS`."""
+    return np.array([int(time[11:13]) * QUARTERS // 24 for time in times])
+
+
+def numbers_of(feature: str, values: Sequence[Any]) -> np.ndarray:
+    """A feature's values (n,) as numbers; of a date of birth, the year."""
+    return np.array([int(value[:4]) for value in values] if feature == "dob" else values, dtype=float)
+
+
+def _shares(bins: np.ndarray, quarters: np.ndarray, count: int) -> list[list[float]]:
+    """Shares of the bins in each quarter of the day, and as many as _PRIOR_ROWS of the whole day."""
+    whole = np.bincount(bins, minlength=count)
+    found = [np.bincount(bins[quarters == quarter], minlength=count) for quarter in range(QUARTERS)]
+    mixed = [each + _PRIOR_ROWS * whole / whole.sum() for each in found]  # few rows say little of their quarter
+    return [np.round(each / each.sum(), 5).tolist() for each in mixed]

@@ -1,0 +1,100 @@
+"""Which version bears an alias, and which bore it before: moved there, and moved back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from shared.errors import Outage
+
+_MOST_REMEMBERED = 20
+
+
+class Alias(NamedTuple):
+    """An alias of a registered model."""
+
+    tracking_uri: str
+    name: str
+    alias: str
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.alias}"
+
+
+class NoSuchVersion(Exception):
+    """There is none to move the alias to; the message says which was meant."""
+
+
+def bearer(of: Alias) -> str | None:
+    """The version that bears the alias, or None. Raises Outage if the registry does not answer."""
+    with _registry(of) as client:
+        try:
+            return str(client.get_model_version_by_alias(of.name, of.alias).version)
+        except MlflowException as error:
+            if error.error_code not in _ABSENT:
+                raise
+            return None
+
+
+def exists(of: Alias, version: str) -> bool:
+    """Whether the registered model has such a version. Raises Outage."""
+    with _registry(of) as client:
+        try:
+            return client.get_model_version(of.name, version) is not None
+        except MlflowException as error:
+            if error.error_code not in _ABSENT:
+                raise
+            return False
+
+
+def move(of: Alias, version: str) -> None:
+    """Give the alias to a version, and remember which had it. Raises Outage."""
+    before = bearer(of)
+    with _registry(of) as client:
+        client.set_registered_model_alias(of.name, of.alias, version)
+        if before and before != version:
+            _remember(client, of, [before, *_earlier(client, of)])
+
+
+def move_back(of: Alias) -> str:
+    """Give the alias back to the version that had it before, and so on at each call. Raises NoSuchVersion, Outage."""
+    now = bearer(of)
+    with _registry(of) as client:
+        earlier = [version for version in _earlier(client, of) if version != now]  # somebody may have moved it by hand
+        while earlier:
+            version = earlier.pop(0)
+            if exists(of, version):
+                client.set_registered_model_alias(of.name, of.alias, version)
+                _remember(client, of, earlier)
+                return version
+    raise NoSuchVersion(f"no version bore {of} before")
+
+
+def away(tracking_uri: str, error: MlflowException) -> Outage:
+    """What an answer of the registry means that is none."""
+    return Outage(f"MLflow at {tracking_uri}: {str(error).splitlines()[0]}")
+
+
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+@contextmanager
+def _registry(of: Alias) -> Iterator[MlflowClient]:
+    try:
+        yield MlflowClient(of.tracking_uri)
+    except MlflowException as error:
+        raise away(of.tracking_uri, error) from None
+
+
+def _earlier(client: MlflowClient, of: Alias) -> list[str]:
+    return [each for each in client.get_registered_model(of.name).tags.get(_tag(of), "").split(",") if each]
+
+
+def _remember(client: MlflowClient, of: Alias, versions: list[str]) -> None:
+    client.set_registered_model_tag(of.name, _tag(of), ",".join(versions[:_MOST_REMEMBERED]))
+
+
+def _tag(of: Alias) -> str:
+    return f"before.{of.alias}"
