@@ -104,6 +104,7 @@ class Rows(msgspec.Struct, frozen=True, gc=False):
     transactions: Sequence[Transaction]
     bad: Sequence[BadRow] = ()
     canonical: bytes | None = None  # the value, if it is the one transaction's own
+    in_milliseconds: int = 0  # of its transactions, those whose unix_time was not in seconds
 
 
 def encode_transaction(transaction: Transaction) -> bytes:
@@ -142,7 +143,7 @@ def read_topic_1(value: bytes | None) -> Rows:
         raise Poison(without_digits(str(error))) from None
     if transaction.unix_time > _LARGEST_SECONDS:
         transaction.unix_time = to_seconds(transaction.unix_time)
-        return Rows((_checked(transaction),))
+        return Rows((_checked(transaction),), in_milliseconds=1)
     return Rows((_checked(transaction),), (), value)
 
 
@@ -222,7 +223,16 @@ def _rows(payload: Any) -> Rows:
         except Poison as error:
             alone = msgspec.json.encode({"columns": columns, "index": [0], "data": [row]})
             bad.append(BadRow(f"row {number}: {error}", alone))
-    return Rows(transactions, bad)
+    return Rows(transactions, bad, in_milliseconds=_in_milliseconds(columns, data))
+
+
+def _in_milliseconds(columns: list[Any], data: list[Any]) -> int:
+    """How many rows give `unix_time`, which should be seconds; `current_time` is milliseconds by right."""
+    if "current_time" in columns:
+        return 0
+    at = columns.index("unix_time")
+    epochs = (row[at] for row in data if isinstance(row, list) and len(row) == len(columns))
+    return sum(type(epoch) is int and epoch > _LARGEST_SECONDS for epoch in epochs)
 
 
 def _check_columns(columns: Iterable[object]) -> None:

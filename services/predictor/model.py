@@ -9,6 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pandas as pd
 import structlog
@@ -23,6 +24,7 @@ from sklearn.tree import DecisionTreeClassifier
 
 from services.predictor.compiled import TOLERANCE, Compiled, NotCompiled
 from shared.errors import Poison, without_digits
+from shared.profile import Profile
 from shared.records import FEATURES, Transaction, read_topic_1
 
 log = structlog.get_logger()
@@ -92,6 +94,7 @@ class Model:
     estimator: Any
     columns: tuple[str, ...]
     threshold: float | None  # of the probability of fraud, if one was logged with the model
+    profile: Profile | None  # of what it learnt from, if one was logged with the model
     as_array: bool  # whether it is given an array of numbers, not a frame
 
 
@@ -122,15 +125,28 @@ def make_model(
         estimator=estimator,
         columns=wanted,
         threshold=None if threshold is None else float(threshold),
+        profile=_profile(metadata),
         as_array=isinstance(estimator, _LABEL_IS_LIKELIEST)
         and set(wanted) <= _NUMBERS
         and tuple(getattr(estimator, "feature_names_in_", wanted)) == wanted,
     )
     try:
-        score(model, [REFERENCE])
+        score(model, [REFERENCE, *recorded()])
     except Poison as poison:
-        raise UnusableModel(f"it fails on the reference transaction: {poison}") from None
+        raise UnusableModel(f"it fails on the recorded transactions: {poison}") from None
     return _compiled(model) if compiled else model
+
+
+def _profile(metadata: Mapping[str, Any]) -> Profile | None:
+    """What the training left of its data. One that cannot be read is as good as none: scoring does not need it."""
+    text = metadata.get("reference_profile")
+    if text is None:
+        return None
+    try:
+        return msgspec.json.decode(text, type=Profile)
+    except (msgspec.MsgspecError, TypeError) as error:
+        log.warning("reference_profile_unreadable", reason=str(error))
+        return None
 
 
 def _compiled(model: Model) -> Model:
@@ -162,6 +178,10 @@ def score(model: Model, transactions: Sequence[Transaction]) -> list[Score]:
     try:
         rows = _array(transactions, model.columns) if model.as_array else _frame(transactions, model.columns)
         labels, probabilities = _predict(model, rows)
+        if len(labels) != len(transactions):
+            raise ValueError("not one answer for each row")
+        if probabilities is not None and np.isnan(probabilities).any():
+            raise ValueError("the model's probability is not a number")
     except Exception as error:  # whatever a user's model raises is about these rows, or about the model
         raise Poison(without_digits(f"{type(error).__name__}: {error}")) from None
     if probabilities is None:
@@ -173,7 +193,7 @@ def _predict(model: Model, rows: pd.DataFrame | np.ndarray) -> tuple[Any, Any]:
     """Labels (n,) of 0 and 1, and the probabilities of fraud (n,) or None."""
     classes = list(getattr(model.estimator, "classes_", []))
     if not hasattr(model.estimator, "predict_proba") or 1 not in classes:
-        return _labels(model.estimator.predict(rows)), None
+        return _answers(model.estimator.predict(rows), model.threshold)
     likelihoods = np.asarray(model.estimator.predict_proba(rows))
     probabilities = likelihoods[:, classes.index(1)]
     if model.threshold is not None:
@@ -183,11 +203,21 @@ def _predict(model: Model, rows: pd.DataFrame | np.ndarray) -> tuple[Any, Any]:
     return _labels(model.estimator.predict(rows)), probabilities
 
 
+def _answers(predicted: Any, threshold: float | None) -> tuple[Any, Any]:
+    """Of a model that only predicts: labels, or probabilities if a threshold was logged with it."""
+    if threshold is None:
+        return _labels(predicted), None
+    probabilities = np.asarray(predicted, dtype=float).ravel()
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise ValueError("the model was logged with a threshold, but predicts no probabilities")
+    return (probabilities >= threshold).astype(int), probabilities
+
+
 def _labels(predicted: Any) -> Any:
-    labels = np.asarray(predicted).astype(int)
-    if ((labels != 0) & (labels != 1)).any():
-        raise ValueError("the model predicts labels other than 0 and 1")
-    return labels
+    labels = np.asarray(predicted).ravel().astype(float)
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError("the model answers with other labels than zero and one: probabilities need a logged threshold")
+    return labels.astype(int)
 
 
 def _frame(transactions: Sequence[Transaction], columns: Sequence[str]) -> pd.DataFrame:

@@ -1,0 +1,92 @@
+"""What the predictor means: a batch of messages becomes predictions and dead letters."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from confluent_kafka import Message
+
+from services.predictor.model import REFERENCE, Model, Score, score
+from shared.dead_letters import Limit, dead_letter, isolate
+from shared.errors import Outage, Poison
+from shared.kafka import Record, coordinates, says_nothing
+from shared.provenance import Provenance, to_headers
+from shared.records import Transaction, encode_prediction, encode_transaction, read_topic_1
+from shared.stream import Outcome
+
+
+class Seen(NamedTuple):
+    """A transaction as the model saw it."""
+
+    transaction: Transaction
+    fraud: bool
+    in_milliseconds: bool  # its time came in a unit that is not the agreed one
+
+
+class Predicted(NamedTuple):
+    """What became of a batch, and what was in it."""
+
+    outcome: Outcome
+    seen: list[Seen]
+
+
+def predict(
+    model: Model, messages: Sequence[Message], *, topic: str, group: str, now_ms: int, limit: Limit
+) -> Predicted:
+    """A prediction for every transaction of the batch, a dead letter for every message that holds what is none.
+
+    Raises Outage if it is the model that is broken, not the rows.
+    """
+    transactions: list[Transaction] = []
+    in_milliseconds: list[bool] = []
+    values: list[bytes] = []
+    sources: list[int] = []  # for each transaction, the number of its message
+    faults: defaultdict[int, list[str]] = defaultdict(list)
+    for number, message in enumerate(messages):
+        if says_nothing(message):
+            continue
+        try:
+            rows = read_topic_1(message.value())
+        except Poison as poison:
+            faults[number].append(str(poison))
+            continue
+        transactions += rows.transactions
+        values += [rows.canonical] if rows.canonical else map(encode_transaction, rows.transactions)
+        sources += [number] * len(rows.transactions)
+        in_milliseconds += [rows.in_milliseconds > 0] * len(rows.transactions)
+        for row in rows.bad:
+            faults[number].append(row.reason)
+    results = _scores(model, transactions)
+    limit.check(results)
+    records, seen = [], []
+    for number, transaction, value, old, result in zip(
+        sources, transactions, values, in_milliseconds, results, strict=True
+    ):
+        if isinstance(result, Poison):
+            faults[number].append(str(result))
+        else:
+            _, partition, offset = coordinates(messages[number])
+            about = Provenance(model.name, model.version, result.probability, now_ms, partition, offset)
+            record = Record(topic, encode_prediction(value, result.label), transaction.key, to_headers(about))
+            records.append(record)
+            seen.append(Seen(transaction, result.label == 1, old))
+    dead = [dead_letter(messages[number], "; ".join(reasons), group=group) for number, reasons in faults.items()]
+    return Predicted(Outcome(len(messages), records, dead), seen)
+
+
+def _scores(model: Model, transactions: Sequence[Transaction]) -> Sequence[Score | Poison]:
+    if not transactions:
+        return []
+    try:
+        return score(model, transactions)
+    except Poison:
+        _check(model)
+        return isolate(transactions, lambda rows: score(model, rows))
+
+
+def _check(model: Model) -> None:
+    """Before rows are blamed: does the model still score what it scored when it was loaded?"""
+    try:
+        score(model, [REFERENCE])
+    except Poison as poison:
+        raise Outage(f"the model fails on the reference transaction: {poison}") from None
