@@ -15,8 +15,10 @@ PARTITIONS = 6
 _TIMEOUT_S = 15.0
 
 
-def create(properties: Mapping[str, str], names: Sequence[str], *, partitions: int = PARTITIONS) -> list[str]:
-    """Create what is missing of the topics and of their dead-letter topics; returns the names of the new ones.
+def create(
+    properties: Mapping[str, str], names: Sequence[str], *, partitions: int = PARTITIONS, letters: bool = True
+) -> list[str]:
+    """Create what is missing of the topics and, with `letters`, of their dead-letter topics; returns the new names.
 
     Several may do so at once. Raises Outage if the broker does not do it, SettingsError for wrong properties.
     """
@@ -24,7 +26,7 @@ def create(properties: Mapping[str, str], names: Sequence[str], *, partitions: i
     wanted = [
         NewTopic(name + suffix, num_partitions=partitions, config=config)
         for name in names
-        for suffix, config in (("", {}), (SUFFIX, {"max.message.bytes": str(MAX_RECORD_BYTES)}))
+        for suffix, config in (("", {}), (SUFFIX, {"max.message.bytes": str(MAX_RECORD_BYTES)}))[: 1 + letters]
     ]
     try:
         present = client.list_topics(timeout=_TIMEOUT_S).topics

@@ -34,6 +34,11 @@ class ServiceSettings(BaseSettings):
     log_level: LogLevel = Field("INFO", description="The lowest level that is logged")
     log_format: LogFormat = Field("console", description="How log lines look")
 
+    @property
+    def challenger_topic(self) -> str:
+        """Where the predictions of a challenger go, if there is one."""
+        return f"{self.topic_2}.challenger"
+
 
 class StreamSettings(ServiceSettings):
     """What every consumer reads on top: how large its batches grow, and how long it waits when something is away."""

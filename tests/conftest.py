@@ -26,6 +26,7 @@ from shared.dead_letters import SUFFIX
 from shared.kafka import consumer
 from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
 from training import train
+from training.aliases import Alias
 
 START = datetime(2024, 5, 17, 21, 30, tzinfo=UTC)
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "training_sample.csv"
@@ -154,7 +155,7 @@ def registry(session_directory: Path) -> Iterator[Registry]:
     """An MLflow registry whose model `fraud` has a champion."""
     with Registry(session_directory / "registry") as server:
         trained = train.fit(train.generate(seed=1).head(8000), seed=1)
-        train.register(trained, tracking_uri=server.uri, name="fraud", alias="champion")
+        train.register(trained, Alias(server.uri, "fraud", "champion"))
         yield server
 
 

@@ -2,15 +2,18 @@
 
 import errno
 import hashlib
+import importlib
 import shutil
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import mlflow.artifacts
-import mlflow.sklearn
+import mlflow.pyfunc
 import structlog
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model as LoggedModel
 from mlflow.tracking import MlflowClient
 
@@ -19,20 +22,27 @@ from shared.errors import Outage, SettingsError
 
 log = structlog.get_logger()
 
-_UNDER_WAY = "download-"
-_LONGEST_FETCH_S = 3600.0
+_WITH_ESTIMATOR = ("sklearn", "lightgbm", "xgboost", "catboost")
+_LONGEST_LOAD_S = 3600.0
+_WITHOUT_RUN = "without-run"
+_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC})
+
+
+class Found(NamedTuple):
+    """A version as the registry names it."""
+
+    version: str
+    run_id: str | None
 
 
 class Registry:
     """The versions of one registered model, each kept on disk once it was loaded."""
 
-    def __init__(self, *, tracking_uri: str, name: str, alias: str, cache: Path, compiled: bool) -> None:
+    def __init__(self, *, tracking_uri: str, name: str, cache: Path, compiled: bool) -> None:
         """Raises SettingsError if nothing can be kept in the folder `cache`."""
         self._name = name
-        self._alias = alias
         self._compiled = compiled
-        self._cache = cache / hashlib.sha256(f"{name}@{alias}".encode()).hexdigest()[:16]
-        self._last_good = self._cache / "last-good"
+        self._cache = cache / hashlib.sha256(name.encode()).hexdigest()[:16]
         mlflow.set_tracking_uri(tracking_uri)
         try:
             self._cache.mkdir(parents=True, exist_ok=True)
@@ -42,48 +52,83 @@ class Registry:
                 return
             raise SettingsError(f"MODEL_CACHE_DIRECTORY: {cache}: {error.strerror}") from None
 
-    def champion(self, *, but_not: str | None = None) -> Model:
-        """The version that bears the alias, ready to score, and from now on the last good one.
-
-        Raises Outage if the registry does not answer, has no such version, or none but version `but_not`;
-        UnusableModel if it cannot be served.
-        """
-        source = f"models:/{self._name}@{self._alias}"
+    def find(self, alias: str) -> Found | None:
+        """The version that bears the alias, or None. Raises Outage if the registry does not answer."""
         try:
-            found = MlflowClient().get_model_version_by_alias(self._name, self._alias)
-            version = str(found.version)
-            if version == but_not:
-                raise Outage(f"{source} is still version {version}")
-            folder = self._cache / f"{version}-{found.run_id or 'without-run'}"
+            found = MlflowClient().get_model_version_by_alias(self._name, alias)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise self._away(error) from None
+        except Exception as error:
+            raise self._away(error) from None
+        return Found(str(found.version), found.run_id)
+
+    def load(self, found: Found) -> Model:
+        """That version, ready to score. Raises Outage if it cannot be fetched, UnusableModel if it cannot be served."""
+        folder = self._folder(found)
+        try:
             with tempfile.TemporaryDirectory() as elsewhere:
                 try:
                     if not _intact(folder):
-                        self._fetch(version, folder)
+                        self._fetch(found.version, folder)
                 except OSError as error:
                     if error.errno != errno.ENOSPC:
                         raise
                     log.warning("model_not_kept", reason=str(error))
-                    folder = Path(_download(self._name, version, elsewhere))
-                model = self._read(folder, version)
+                    folder = Path(_download(self._name, found.version, elsewhere))
+                return self._read(folder, found.version)
         except (Outage, UnusableModel):
             raise
         except Exception as error:  # the client's, its transport's, or an artifact store's own
-            raise Outage(f"{source}: {type(error).__name__}: {error}") from None
-        if folder.parent == self._cache:
-            self._keep(folder)
-        return model
+            raise self._away(error) from None
 
-    def last_good(self) -> Model | None:
-        """The version that was served last, if it is still on disk as it was then."""
+    def last_good(self, alias: str) -> tuple[Found, Model] | None:
+        """The version that was kept for the alias, if it is still on disk as it was then."""
         try:
-            folder = self._cache / self._last_good.read_text()
-            return self._read(folder, folder.name.partition("-")[0]) if _intact(folder) else None
-        except (OSError, UnusableModel):
+            folder = self._cache / self._last_good(alias).read_text()
+            version, _, run_id = folder.name.partition("-")
+            if not _intact(folder):
+                return None
+            return Found(version, None if run_id == _WITHOUT_RUN else run_id), self._read(folder, version)
+        except OSError:
             return None
+        except UnusableModel as error:
+            log.error("model_refused", alias=alias, reason=str(error), serving="none")
+            return None
+
+    def keep(self, found: Found, alias: str) -> None:
+        """Note that this version is good, and forget those that no alias needs any more."""
+        folder, note = self._folder(found), self._last_good(alias)
+        if not folder.exists():
+            return
+        try:
+            with tempfile.NamedTemporaryFile("w", dir=self._cache, suffix=".partial", delete=False) as partial:
+                partial.write(folder.name)
+            Path(partial.name).rename(note)
+            wanted = {each.read_text() for each in self._cache.glob("*.last-good")}
+        except OSError as error:
+            log.warning("model_not_kept", reason=str(error))
+            return
+        for other in self._cache.iterdir():
+            with suppress(OSError):  # another replica may tidy up as well
+                under_way = time.time() - other.stat().st_mtime < _LONGEST_LOAD_S  # perhaps by another replica
+                if other.is_dir() and other.name not in wanted and not under_way:
+                    shutil.rmtree(other, ignore_errors=True)
+                    _digest_file(other).unlink(missing_ok=True)
+
+    def _folder(self, found: Found) -> Path:
+        return self._cache / f"{found.version}-{found.run_id or _WITHOUT_RUN}"
+
+    def _last_good(self, alias: str) -> Path:
+        return self._cache / f"{hashlib.sha256(alias.encode()).hexdigest()[:16]}.last-good"
+
+    def _away(self, error: Exception) -> Outage:
+        return Outage(f"the registry, for {self._name}: {type(error).__name__}: {error}")
 
     def _fetch(self, version: str, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=self._cache, prefix=_UNDER_WAY) as directory:
+        with tempfile.TemporaryDirectory(dir=self._cache) as directory:
             path = Path(_download(self._name, version, directory))
             _digest_file(folder).write_text(_digest(path))
             with suppress(OSError):  # another replica with the same cache was faster
@@ -93,36 +138,39 @@ class Registry:
         model = f"models:/{self._name}/{version}"
         try:
             logged = LoggedModel.load(str(folder))
-            if "sklearn" not in logged.flavors:
-                raise UnusableModel("it was not logged with mlflow.sklearn")
             inputs = logged.signature.inputs if logged.signature else None
             return make_model(
                 name=self._name,
                 version=version,
-                estimator=mlflow.sklearn.load_model(str(folder)),
+                estimator=_estimator(folder, logged),
                 columns=inputs.input_names() if inputs is not None and inputs.has_input_names() else None,
                 metadata=logged.metadata or {},
                 compiled=self._compiled,
             )
         except UnusableModel as error:
             raise UnusableModel(f"{model}: {error}") from None
+        except ImportError as error:
+            raise UnusableModel(f"{model} needs {error.name or error}, which is not installed here") from None
         except Exception as error:  # unpickling runs whatever the artifact holds
-            raise UnusableModel(f"{model} does not load: {type(error).__name__}: {error}") from None
+            reason = f"{model} does not load: {type(error).__name__}: {error}"
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING:
+                raise Outage(reason) from None
+            _digest_file(folder).unlink(
+                missing_ok=True
+            )  # fetched anew when it is tried again: perhaps it was not whole
+            raise UnusableModel(reason) from None
 
-    def _keep(self, folder: Path) -> None:
-        """Note the last good version, and forget those before it."""
-        try:
-            partial = self._last_good.with_suffix(".partial")
-            partial.write_text(folder.name)
-            partial.rename(self._last_good)
-        except OSError as error:
-            log.warning("model_not_kept", reason=str(error))
-            return
-        for other in self._cache.iterdir():
-            under_way = other.name.startswith(_UNDER_WAY) and time.time() - other.stat().st_mtime < _LONGEST_FETCH_S
-            if other.is_dir() and other != folder and not under_way:
-                shutil.rmtree(other, ignore_errors=True)
-                _digest_file(other).unlink(missing_ok=True)
+
+def _estimator(folder: Path, logged: LoggedModel) -> Any:
+    """The model itself where it has scikit-learn's interface, else MLflow's own wrapping of it."""
+    for flavor in _WITH_ESTIMATOR:
+        if flavor in logged.flavors:
+            found = importlib.import_module(f"mlflow.{flavor}").load_model(str(folder))
+            if flavor == "sklearn" or hasattr(found, "classes_"):
+                return found
+    if "python_function" not in logged.flavors:
+        raise UnusableModel("it was logged without a flavor that can be served")
+    return mlflow.pyfunc.load_model(str(folder))
 
 
 def _download(name: str, version: str, directory: str) -> str:

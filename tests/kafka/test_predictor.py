@@ -1,6 +1,7 @@
 """The predictor on Apache Kafka: exactly once, also when it is killed in the middle."""
 
 import random
+import socket
 import time
 
 import pytest
@@ -70,6 +71,27 @@ def test_killed_and_restarted_it_delays_nobody_for_long(predictor_rig: Rig) -> N
 
     assert time.monotonic() - began < 5
     assert len(messages) == len(batch)
+
+
+@pytest.mark.parametrize("registry_is", ["away", "silent"])
+def test_killed_and_restarted_without_its_registry_it_goes_on_with_the_last_good_model(
+    predictor_rig: Rig, registry_is: str
+) -> None:
+    batch = make_transactions(200)
+    predictor_rig.start("predictor").kill()
+    predictor_rig.put_transactions(batch)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1] if registry_is == "silent" else 9
+        predictor_rig.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{port}"
+        began = time.monotonic()
+
+        process = predictor_rig.start("predictor")
+
+        messages = predictor_rig.read(predictor_rig.topic_2, len(batch), extra_s=0)
+        took_s = time.monotonic() - began
+    assert took_s < 10
+    assert {decode_prediction(each.value()).identity for each in messages} == {each.identity for each in batch}
+    assert process.said("event='last_good_model'")
 
 
 def test_killed_for_good_another_takes_over_before_long(predictor_rig: Rig) -> None:

@@ -1,25 +1,35 @@
 """topic_1 to topic_2, on a real broker with a real registry."""
 
+import importlib
 import json
 import sys
+import time
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import mlflow
+import mlflow.lightgbm
+import mlflow.pyfunc
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Message, Producer
 from conftest import Rig, dead_letter_topic, make_transactions, until
 from mlflow.models import infer_signature
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
+from fraudctl import topics
 from sandbox.processes import Process
 from sandbox.registry import Registry
 from sandbox.stack import service
+from services.predictor.model import REFERENCE
 from shared.kafka import NOTHING, headers
 from shared.provenance import from_headers
 from shared.records import FEATURES, Transaction, decode_prediction, encode_transaction
@@ -174,8 +184,8 @@ def test_a_model_made_by_hand_is_served_as_it_was_logged(rig: Rig, registry: Reg
     assert not np.isclose(probabilities, probabilities[0]).all()
 
 
-def promote(registry: Registry, name: str, model: Any, **metadata: object) -> str:
-    """Log the model as the champion of that name; returns its version."""
+def promote(registry: Registry, name: str, model: Any, *, alias: str = "champion", **metadata: object) -> str:
+    """Log the model under that name and give it the alias; returns its version."""
     mlflow.set_tracking_uri(registry.uri)
     mlflow.set_experiment("by-hand")
     with mlflow.start_run():
@@ -189,7 +199,7 @@ def promote(registry: Registry, name: str, model: Any, **metadata: object) -> st
             metadata=metadata,
         )
     version = str(mlflow.MlflowClient().search_model_versions(f"name='{name}'")[0].version)
-    mlflow.MlflowClient().set_registered_model_alias(name, "champion", version)
+    mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
     return version
 
 
@@ -202,40 +212,51 @@ def name(rig: Rig, registry: Registry) -> str:
 
 
 class Fussy:
-    """A model that scores the reference transaction and raises for other amounts above its limit."""
+    """A model that says `label` of all rows, but raises for some amounts, and for all of them once a file is there."""
 
-    def __init__(self, most: float) -> None:
-        self.most = most
+    def __init__(
+        self, *, label: int = 0, refuses: Sequence[float] = (), broken: Path | None = None, takes_s: float = 0
+    ):
+        self.label = label
+        self.refuses = set(refuses)
+        self.broken = broken
+        self.takes_s = takes_s
 
     def predict(self, rows: pd.DataFrame) -> "np.ndarray[Any, Any]":
-        if ((rows["amt"] > self.most) & (rows["amt"] != 104.32)).any():
-            raise ValueError("too large")
-        return np.zeros(len(rows), dtype=int)
+        if rows["amt"].isin(self.refuses).any() or (self.broken and self.broken.exists()):
+            raise ValueError("too fussy")
+        time.sleep(self.takes_s)
+        return np.full(len(rows), self.label)
 
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def test_a_broken_model_is_not_taken_out_on_the_rows(rig: Rig, registry: Registry, name: str) -> None:
-    promote(registry, name, Fussy(-1.0))
+def versions(messages: Sequence[Message]) -> Counter[str | None]:
+    """How many of these predictions each version made."""
+    return Counter(from_headers(headers(message)).model_version for message in messages)
+
+
+def test_a_broken_model_is_not_taken_out_on_the_rows(rig: Rig, registry: Registry, name: str, tmp_path: Path) -> None:
+    promote(registry, name, Fussy(broken=tmp_path / "broken"))
+    process = rig.start("predictor", BACKOFF_MAX_SECONDS="0.5")
+    (tmp_path / "broken").touch()
     batch = make_transactions(200)
     rig.put_transactions(batch)
-    process = rig.start("predictor", BACKOFF_MAX_SECONDS="0.5")
-    until(lambda: process.said("rows refused, it is not the rows: ValueError: too large"), what="a word on the model")
+    until(lambda: process.said("the model fails on the reference transaction"), what="a word on the model")
     assert process.running
 
-    version = promote(registry, name, Fussy(1e9))
+    version = promote(registry, name, Fussy())
 
     messages = rig.read(rig.topic_2, len(batch), extra_s=1)
-    assert {from_headers(headers(message)).model_version for message in messages} == {version}
-    assert len(messages) == len(batch)
+    assert versions(messages) == {version: len(batch)}
     assert not process.said("event='dead_letters'")
 
 
 def test_rows_that_a_model_refuses_now_and_then_are_bad_rows(rig: Rig, registry: Registry, name: str) -> None:
     batch = make_transactions(300)
     dear = sorted(batch, key=lambda each: each.amt)[-5:]
-    promote(registry, name, Fussy(sorted(each.amt for each in batch)[-6]))
+    promote(registry, name, Fussy(refuses=[each.amt for each in dear]))
     rig.put_transactions(batch)
     rig.start("predictor")
 
@@ -244,23 +265,198 @@ def test_rows_that_a_model_refuses_now_and_then_are_bad_rows(rig: Rig, registry:
     assert {message.value() for message in dead} == {encode_transaction(each) for each in dear}
 
 
-def test_while_the_registry_is_away_the_last_good_model_serves(rig: Rig, registry: Registry, name: str) -> None:
-    version = promote(registry, name, Fussy(1e9))
-    first = rig.start("predictor")
-    first.kill()
-    rig.environment["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
-    batch = make_transactions(50)
+def test_the_alias_is_followed_without_a_restart(rig: Rig, registry: Registry, name: str) -> None:
+    first = promote(registry, name, Fussy(label=0))
+    process = rig.start("predictor", MODEL_REFRESH_SECONDS="0.2")
+    batch = make_transactions(200)
+    rig.put_transactions(batch[:100])
+    assert versions(rig.read(rig.topic_2, 100)) == {first: 100}
+
+    second = promote(registry, name, Fussy(label=1))
+    until(lambda: process.said("event='model_loaded'") and process.said(f"version='{second}'"), what="the new version")
+    rig.put_transactions(batch[100:])
+
+    messages = rig.read(rig.topic_2, 200)
+    assert versions(messages) == {first: 100, second: 100}
+    for message in messages:
+        label = decode_prediction(message.value()).prediction
+        assert label == int(from_headers(headers(message)).model_version == second)
+
+
+class NeedsMore:
+    """A model of somebody who has a package that is not installed here."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, ("a_package_of_theirs",)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        pytest.param(NeedsMore(), "needs a_package_of_theirs, which is not installed here", id="a package is missing"),
+        pytest.param(Fussy(label=7), "other labels than zero and one", id="it does not answer 0 or 1"),
+        pytest.param(Fussy(refuses=[REFERENCE.amt]), "fails on the recorded transactions", id="it raises"),
+    ],
+)
+def test_a_version_that_cannot_serve_never_does(
+    rig: Rig, registry: Registry, name: str, model: Any, reason: str
+) -> None:
+    good = promote(registry, name, Fussy())
+    process = rig.start("predictor", MODEL_REFRESH_SECONDS="0.2")
+
+    promote(registry, name, model)
+    until(lambda: process.said(reason), what="the refusal in the log")
+    rig.put_transactions(make_transactions(100))
+
+    assert versions(rig.read(rig.topic_2, 100)) == {good: 100}
+    time.sleep(1)  # several looks at the registry
+    assert rig.log("predictor").count("event='model_refused'") == 1
+
+
+def test_the_challenger_scores_the_same_rows_beside_the_champion(rig: Rig, registry: Registry, name: str) -> None:
+    champion = promote(registry, name, Fussy(label=0))
+    challenger = promote(registry, name, Fussy(label=1), alias="challenger")
+    topics.use(rig.properties, [f"{rig.topic_2}.challenger"])
+    process = rig.start("predictor", MODEL_REFRESH_SECONDS="0.2")
+    until(lambda: process.said("alias='challenger'"), what="the challenger")
+    batch = make_transactions(200)
     rig.put_transactions(batch)
 
-    process = rig.start("predictor")
+    theirs, ours = rig.read(f"{rig.topic_2}.challenger", 200), rig.read(rig.topic_2, 200)
 
-    messages = rig.read(rig.topic_2, len(batch))
-    assert {from_headers(headers(message)).model_version for message in messages} == {version}
-    assert process.said("event='last_good_model'")
+    assert (versions(theirs), versions(ours)) == ({challenger: 200}, {champion: 200})
+    assert {decode_prediction(message.value()).prediction for message in theirs} == {1}
+    assert {decode_prediction(message.value()).prediction for message in ours} == {0}
+    identities = [{decode_prediction(message.value()).identity for message in each} for each in (theirs, ours)]
+    assert identities[0] == identities[1] == {each.identity for each in batch}
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("raises", "the model fails on the reference transaction"), ("is slow", "rows took")]
+)
+def test_a_challenger_that_fails_rests_and_the_champion_goes_on(
+    rig: Rig, registry: Registry, name: str, tmp_path: Path, fault: str, reason: str
+) -> None:
+    champion = promote(registry, name, Fussy())
+    promote(
+        registry,
+        name,
+        Fussy(takes_s=1.2) if fault == "is slow" else Fussy(broken=tmp_path / "broken"),
+        alias="challenger",
+    )
+    process = rig.start("predictor", MODEL_REFRESH_SECONDS="0.2")
+    until(lambda: process.said("alias='challenger'"), what="the challenger")
+    (tmp_path / "broken").touch()
+    for batch in range(5):
+        rig.put_transactions(make_transactions(20, seed=batch))
+
+    assert versions(rig.read(rig.topic_2, 100)) == {champion: 100}
+    until(lambda: process.said("event='challenger_rests'"), what="the challenger's rest")
+    assert process.said(reason)
+    assert rig.log("predictor").count("event='challenger_rests'") == 1
+
+
+def test_a_challenger_whose_alias_was_taken_away_scores_no_more(rig: Rig, registry: Registry, name: str) -> None:
+    champion = promote(registry, name, Fussy(label=0))
+    challenger = promote(registry, name, Fussy(label=1), alias="challenger")
+    topics.use(rig.properties, [f"{rig.topic_2}.challenger"])
+    process = rig.start("predictor", MODEL_REFRESH_SECONDS="0.2")
+    until(lambda: process.said("alias='challenger'"), what="the challenger")
+    rig.put_transactions(make_transactions(20))
+    rig.read(f"{rig.topic_2}.challenger", 20)
+
+    mlflow.MlflowClient(registry.uri).delete_registered_model_alias(name, "challenger")
+    until(lambda: process.said("event='model_gone'"), what="the end of the challenger")
+    rig.put_transactions(make_transactions(20, seed=2))
+
+    assert versions(rig.read(rig.topic_2, 40)) == {champion: 40}
+    time.sleep(1)  # as long as a challenger may take
+    assert versions(rig.read(f"{rig.topic_2}.challenger", 20)) == {challenger: 20}
+
+
+def test_times_in_milliseconds_are_brought_to_seconds_and_told(champion_rig: Rig) -> None:
+    batch = make_transactions(1600)
+    old = [encode_transaction(msgspec.structs.replace(each, unix_time=1000 * each.unix_time)) for each in batch]
+    champion_rig.put(champion_rig.topic_1, old)
+
+    process = champion_rig.start("predictor")
+
+    found = {decode_prediction(message.value()).identity for message in champion_rig.read(champion_rig.topic_2, 1600)}
+    assert found == {each.identity for each in batch}
+    until(lambda: process.said("measure='milliseconds'"), what="the drift in the log")
+
+
+class Halves(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """A model that MLflow alone knows how to ask: a probability by the amount."""
+
+    def predict(self, context: object, model_input: pd.DataFrame) -> "np.ndarray[Any, Any]":  # noqa: ARG002
+        return np.where(model_input["amt"] > 50, 0.75, 0.25)
+
+
+def test_a_model_that_only_mlflow_can_ask_is_served(rig: Rig, registry: Registry, name: str) -> None:
+    mlflow.set_tracking_uri(registry.uri)
+    mlflow.set_experiment("by-hand")
+    with mlflow.start_run():
+        mlflow.pyfunc.log_model(
+            name="model",
+            python_model=Halves(),
+            signature=infer_signature(frame(make_transactions(2))[["amt"]]),
+            registered_model_name=name,
+            pip_requirements=[],
+            metadata={"threshold": 0.5},
+        )
+    mlflow.MlflowClient().set_registered_model_alias(name, "champion", "1")
+    rig.put_transactions(make_transactions(100))
+    rig.start("predictor")
+
+    for message in rig.read(rig.topic_2, 100):
+        prediction = decode_prediction(message.value())
+        dear = prediction.amt > 50
+        assert (prediction.prediction, from_headers(headers(message)).probability) == (dear, 0.75 if dear else 0.25)
+
+
+@pytest.mark.parametrize("kind", ["lightgbm", "imblearn"])
+def test_other_libraries_models_are_served_with_their_probabilities(
+    rig: Rig, registry: Registry, name: str, kind: str
+) -> None:
+    history = train.generate(seed=3).head(4000)
+    rows, labels = history[NUMERIC].astype(float), history["is_fraud"].astype(int)
+    mlflow.set_tracking_uri(registry.uri)
+    mlflow.set_experiment("by-hand")
+    if kind == "lightgbm":
+        from lightgbm import LGBMClassifier
+
+        model: Any = LGBMClassifier(n_estimators=10, verbose=-1).fit(rows, labels)
+        log: Any = mlflow.lightgbm.log_model
+    else:
+        from imblearn.over_sampling import RandomOverSampler
+        from imblearn.pipeline import Pipeline as Resampled
+
+        model = Resampled([("more", RandomOverSampler(random_state=0)), ("trees", RandomForestClassifier(10))])
+        model.fit(rows, labels)
+        log = partial(mlflow.sklearn.log_model, serialization_format="cloudpickle")
+    with mlflow.start_run():
+        log(
+            model,
+            name="model",
+            signature=infer_signature(rows.head()),
+            registered_model_name=name,
+            pip_requirements=[],
+        )
+    mlflow.MlflowClient().set_registered_model_alias(name, "champion", "1")
+    batch = make_transactions(100)
+    rig.put_transactions(batch)
+    rig.start("predictor")
+
+    wanted = model.predict_proba(frame(batch)[NUMERIC].astype(float))[:, 1]
+    likely = {each.identity: chance for each, chance in zip(batch, wanted, strict=True)}
+    for message in rig.read(rig.topic_2, 100):
+        chance = from_headers(headers(message)).probability
+        assert chance == pytest.approx(likely[decode_prediction(message.value()).identity])
 
 
 def test_a_last_good_model_that_was_changed_is_not_served(rig: Rig, registry: Registry, name: str) -> None:
-    promote(registry, name, Fussy(1e9))
+    promote(registry, name, Fussy())
     first = rig.start("predictor")
     first.kill()
     rig.environment["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
@@ -274,7 +470,7 @@ def test_a_last_good_model_that_was_changed_is_not_served(rig: Rig, registry: Re
 
 
 def test_a_changed_model_is_fetched_anew(rig: Rig, registry: Registry, name: str) -> None:
-    promote(registry, name, Fussy(1e9))
+    promote(registry, name, Fussy())
     rig.start("predictor").kill()
     (pickle,) = (rig.directory / "models").rglob("model.pkl")
     good = pickle.read_bytes()
@@ -288,9 +484,9 @@ def test_a_changed_model_is_fetched_anew(rig: Rig, registry: Registry, name: str
 def test_a_version_that_does_not_load_never_takes_the_place_of_the_last_good_one(
     rig: Rig, registry: Registry, name: str
 ) -> None:
-    version = promote(registry, name, Fussy(1e9))
+    version = promote(registry, name, Fussy())
     rig.start("predictor").kill()
-    promote(registry, name, Fussy(1e9), threshold="high")
+    promote(registry, name, Fussy(), threshold="high")
 
     process = rig.start("predictor")
 
