@@ -28,6 +28,9 @@ OfTopic = Annotated[str | None, typer.Option("--topic", help="Only those of this
 OfReason = Annotated[str, typer.Option("--reason", help="Only those whose reason contains this.")]
 Since = Annotated[str | None, typer.Option(help="Only those since a time (UTC, 2026-01-31T21:30) or for 90m, 2h, 3d.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="No more than these many, the oldest.")]
+ModelName = Annotated[str, typer.Option("--name", envvar="MODEL_NAME", help="Registered model.")]
+ModelAlias = Annotated[str, typer.Option("--alias", envvar="MODEL_ALIAS", help="Alias that a version gets.")]
+TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="The MLflow registry.")]
 
 
 @app.command()
@@ -115,35 +118,81 @@ def chaos(
 
 @app.command()
 def train(
-    data: Annotated[list[str] | None, typer.Option(help="Training files or URLs; without any, generated.")] = None,
-    name: Annotated[str, typer.Option(envvar="MODEL_NAME", help="Registered model.")] = "fraud",
-    alias: Annotated[str, typer.Option(envvar="MODEL_ALIAS", help="Alias the new version gets.")] = "champion",
+    more: Annotated[list[str] | None, typer.Argument(metavar="FILE_OR_URL", help="More training files.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="FILE_OR_URL", help="Training files; without any, generated.")
+    ] = None,
+    name: ModelName = "fraud",
+    alias: ModelAlias = "champion",
     seed: Annotated[int, typer.Option(help="Of the split, the model and the generator.")] = 1,
     target_precision: Annotated[float, typer.Option(min=0, max=1, help="Of the alarms, on unseen cards.")] = 0.9,
+    validated: Annotated[str | None, typer.Option(help="A file or URL of confirmed rows, added to the others.")] = None,
     if_absent: Annotated[bool, typer.Option("--if-absent", help="Only if no version has the alias yet.")] = False,
-    tracking_uri: Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="The MLflow registry.")] = "",
+    tracking_uri: TrackingUri = "",
 ) -> None:
     """Train a model, measure it on cards it never saw, and register it."""
+    from training import aliases
     from training import train as training
 
-    if not tracking_uri:
-        _refuse(SettingsError("MLFLOW_TRACKING_URI: missing"))
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by default it tries for minutes, in silence
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    of = aliases.Alias(_registry(tracking_uri), name, alias)
+    sources = [*(data or []), *(more or [])]
     try:
-        if if_absent and (present := training.version_of(tracking_uri=tracking_uri, name=name, alias=alias)):
+        if if_absent and (present := aliases.bearer(of)):
             console.print(f"{name} version {present} is {alias} already")
             return
-        frame = training.read(data) if data else training.generate(seed=seed)
+        frame = training.read(sources) if sources else training.generate(seed=seed)
+        if validated:
+            frame = training.together(frame, training.read([validated]))
         trained = training.fit(frame, seed=seed, target_precision=target_precision)
-        version = training.register(trained, tracking_uri=tracking_uri, name=name, alias=alias)
+        version = training.register(trained, of)
     except (Outage, OSError, ValueError) as error:
         _refuse(error)
     console.print(f"{name} version {version} is {alias} now")
-    table = Table("measure", "on unseen cards")
+    table = Table("measure", f"on {trained.held_out}")
     for measure, value in {**trained.metrics, "threshold": trained.threshold}.items():
-        table.add_row(measure.replace("_", " "), f"{value:.4f}")
+        table.add_row(measure.replace("_", " "), f"{value:.4f}".removesuffix(".0000"))
     console.print(table)
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="Of the registered model.")],
+    name: ModelName = "fraud",
+    alias: ModelAlias = "champion",
+    tracking_uri: TrackingUri = "",
+) -> None:
+    """Give the alias to a version that passes a smoke prediction, and show how it compares with the one before it."""
+    from fraudctl import models
+    from services.predictor.model import UnusableModel
+    from training.aliases import Alias, NoSuchVersion
+
+    try:
+        candidate, champion = models.promote(Alias(_registry(tracking_uri), name, alias), version)
+    except (NoSuchVersion, UnusableModel, Outage) as error:
+        _refuse(error)
+    console.print(models.comparison(candidate, champion))
+    console.print(f"{name} version {version} is {alias} now")
+
+
+@app.command()
+def rollback(name: ModelName = "fraud", alias: ModelAlias = "champion", tracking_uri: TrackingUri = "") -> None:
+    """Give the alias back to the version that had it before."""
+    from training import aliases
+
+    try:
+        version = aliases.move_back(aliases.Alias(_registry(tracking_uri), name, alias))
+    except (aliases.NoSuchVersion, Outage) as error:
+        _refuse(error)
+    console.print(f"{name} version {version} is {alias} again")
+
+
+def _registry(tracking_uri: str) -> str:
+    """The address of the registry, and MLflow told not to try for minutes, in silence."""
+    if not tracking_uri:
+        _refuse(SettingsError("MLFLOW_TRACKING_URI: missing"))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    return tracking_uri
 
 
 @topics_app.command("create")
@@ -156,6 +205,7 @@ def topics_create(
     try:
         settings, properties = _kafka()
         created = topics.create(properties, [settings.topic_1, settings.topic_2], partitions=partitions)
+        created += topics.create(properties, [settings.challenger_topic], partitions=partitions, letters=False)
     except (SettingsError, Outage) as error:
         _refuse(error)
     console.print(f"created: {', '.join(created)}" if created else "all topics are there")

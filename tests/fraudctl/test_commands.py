@@ -72,7 +72,7 @@ def test_topics_are_created_once_with_their_dead_letters(tmp_path: Path, apache_
     second = fraudctl("topics", "create", cwd=tmp_path, **environment)
 
     assert first.returncode == second.returncode == 0, first.stderr
-    assert first.stdout.strip() == "created: orders, orders.dlq, verdicts, verdicts.dlq"
+    assert first.stdout.strip() == "created: orders, orders.dlq, verdicts, verdicts.dlq, verdicts.challenger"
     assert second.stdout.strip() == "all topics are there"
 
 
