@@ -79,7 +79,7 @@ def _caught_up(bench: Bench, source: str, rows: int, guarantee: str) -> dict[str
                 for each in services:
                     each.spawn()
                 usage = watch(services, committed, rows=rows)  # marks of transactions are counted, too: half a percent
-            _wait_until(lambda: _rows(url) == rows, "rows", services)
+            wait_until(lambda: _rows(url) == rows, "rows", services)
         finally:
             for each in services:
                 each.stop()
@@ -103,12 +103,12 @@ def _measure(bench: Bench, rate: int, seconds: float, guarantee: str) -> dict[st
                 each.wait_ready()
             since_ms = time.time() * 1000 + 1000 * _WARM_UP_S
             rows = int(rate * (_WARM_UP_S + seconds))
-            _stream(bench, topic_1, rate, rows)
-            _wait_until(lambda: len(reader.topics.visible_ms) >= rows, "predictions", services)
+            stream(bench, topic_1, rate, rows)
+            wait_until(lambda: len(reader.topics.visible_ms) >= rows, "predictions", services)
             seen = reader.topics
             frauds = seen.frauds
-            _wait_until(lambda: len(list(mail.glob("*.eml"))) >= len(frauds), "mails", services)
-            _wait_until(lambda: _rows(url) >= rows, "rows", services)
+            wait_until(lambda: len(list(mail.glob("*.eml"))) >= len(frauds), "mails", services)
+            wait_until(lambda: _rows(url) >= rows, "rows", services)
         finally:
             for each in services:
                 each.stop()
@@ -125,7 +125,8 @@ def _measure(bench: Bench, rate: int, seconds: float, guarantee: str) -> dict[st
     return found
 
 
-def _stream(bench: Bench, topic: str, rate: int, rows: int) -> None:
+def stream(bench: Bench, topic: str, rate: int, rows: int) -> None:
+    """Put the backlog's first rows on the topic, so many a second."""
     client = producer({**bench.properties, "linger.ms": "0"})
     records = [(encode_transaction(each), each.key) for each in backlog(rows, fraud_rate=_FRAUD_RATE)]
     began, sent = time.monotonic(), 0
@@ -139,7 +140,8 @@ def _stream(bench: Bench, topic: str, rate: int, rows: int) -> None:
     client.flush()
 
 
-def _wait_until(condition: Callable[[], bool], what: str, services: Sequence[Process]) -> None:
+def wait_until(condition: Callable[[], bool], what: str, services: Sequence[Process]) -> None:
+    """Raises StandInError if the condition does not come true."""
     deadline = time.monotonic() + _PATIENCE_S
     while not condition():
         if time.monotonic() > deadline:

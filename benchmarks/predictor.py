@@ -14,12 +14,14 @@ from benchmarks.load import Bench, backlog
 from benchmarks.measure import Bar, Figure, Section, side_by_side
 from fraudctl import topics
 from sandbox.generator import training_frame
-from services.predictor.__main__ import predict
 from services.predictor.model import Model, score
 from services.predictor.registry import Registry
+from services.predictor.scoring import predict
 from shared.dead_letters import Limit
 from shared.kafka import consumer
 from shared.records import Transaction
+from training import train
+from training.aliases import Alias
 
 BOOSTING, FOREST = "fraud", "forest"  # the names of the models
 FOREST_COLUMNS = ("amt", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long", "zip")
@@ -47,16 +49,23 @@ def register_forest(tracking_uri: str) -> None:
     mlflow.MlflowClient().set_registered_model_alias(FOREST, "champion", str(logged.registered_model_version))
 
 
+def another_version(bench: Bench) -> str:
+    """Train a second version of the boosting model; returns its number."""
+    trained = train.fit(train.generate(seed=2), seed=2)
+    return train.register(trained, Alias(bench.stack.registry.uri, BOOSTING, "other"))
+
+
 def load_model(bench: Bench, name: str, *, compiled: bool) -> Model:
     """The champion, as the predictor loads it."""
     registry = Registry(
         tracking_uri=bench.stack.registry.uri,
         name=name,
-        alias="champion",
         cache=bench.directory / "models",
         compiled=compiled,
     )
-    return registry.champion()
+    found = registry.find("champion")
+    assert found
+    return registry.load(found)
 
 
 def consumed(bench: Bench, topic: str) -> list[Message]:

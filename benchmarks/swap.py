@@ -1,0 +1,93 @@
+"""What it costs to move the champion's alias while the predictor is at work."""
+
+from collections import defaultdict
+from functools import partial
+from itertools import pairwise
+from threading import Event, Thread
+
+from mlflow.tracking import MlflowClient
+
+from benchmarks.latency import stream, wait_until
+from benchmarks.load import Bench
+from benchmarks.measure import Bar, Figure, Section, percentiles, side_by_side
+from benchmarks.predictor import BOOSTING, another_version
+from fraudctl import topics
+from fraudctl.audit import TopicReader
+from shared.kafka import headers, read_to_end
+from shared.provenance import from_headers
+
+_REFRESH_S = 0.5
+_EVERY_S = 2.0
+
+
+def swaps(bench: Bench, *, rounds: int, rate: int, moves: int) -> Section:
+    """The same stream while the alias stays, and while it goes to and fro between two versions."""
+    other = another_version(bench)
+    found = side_by_side(
+        {
+            "the alias stays": partial(_streamed, bench, rate, moves, ["1"]),
+            f"it moves {moves} times": partial(_streamed, bench, rate, moves, ["1", other]),
+        },
+        rounds=rounds,
+    )
+    stays, moved = found.values()
+    added = Figure(tuple(high - low for high, low in zip(moved["p99"].values, stays["p99"].values, strict=True)))
+    wrong = [Figure(tuple(sum(each) for each in zip(*(moved[name].values for name in _WRONG), strict=True)))]
+    return Section(
+        "The champion's alias moves",
+        f"{rate:,} tx/s for {(moves + 1) * _EVERY_S:.0f} s, Apache Kafka, exactly once; ms from topic_1 to topic_2",
+        ("p50", "p99", "p99.9", "swaps", *_WRONG),
+        found,
+        [
+            Bar("added to p99 while the alias moves, ms", added, 100, at_most=True),
+            Bar("swaps seen", moved["swaps"], moves),
+            Bar("rows lost or doubled, batches of two versions", wrong[0], 0, at_most=True),
+        ],
+    )
+
+
+_WRONG = ("lost", "doubled", "mixed")
+
+
+def _streamed(bench: Bench, rate: int, moves: int, versions: list[str]) -> dict[str, float]:
+    topic_1, topic_2 = bench.topics("in", "out")
+    own = {"TOPIC_1": topic_1, "TOPIC_2": topic_2, "PREDICTOR_GROUP": topic_2}
+    process = bench.service("predictor", own | {"MODEL_REFRESH_SECONDS": str(_REFRESH_S)})
+    starts = topics.ends(bench.properties, [topic_1, topic_2])
+    reader = TopicReader(bench.properties, topic_1=topic_1)
+    reader.start(starts)
+    over = Event()
+    mover = Thread(target=_move, args=[bench, versions, moves, over])
+    rows = int(rate * (moves + 1) * _EVERY_S)
+    mover.start()
+    try:
+        process.start()
+        stream(bench, topic_1, rate, rows)
+        wait_until(lambda: len(reader.topics.visible_ms) >= rows, "predictions", [process])
+    finally:
+        over.set()
+        mover.join()
+        process.stop()
+        seen = reader.stop()
+        MlflowClient(bench.stack.registry.uri).set_registered_model_alias(BOOSTING, "champion", "1")
+    by_batch: defaultdict[int | None, set[str | None]] = defaultdict(set)
+    for message in read_to_end(bench.properties, [each for each in starts if each.topic == topic_2], group="swaps"):
+        about = from_headers(headers(message))
+        by_batch[about.predicted_at_ms].add(about.model_version)
+    in_order = [found for _, found in sorted(by_batch.items(), key=lambda batch: batch[0] or 0)]
+    took = [seen.visible_ms[identity] - at for identity, at in seen.produced_ms.items() if identity in seen.visible_ms]
+    return {
+        **percentiles(took),
+        "swaps": sum(before != after for before, after in pairwise(in_order)),
+        "lost": rows - len(seen.visible_ms),
+        "doubled": len(seen.repeated),
+        "mixed": sum(len(found) > 1 for found in by_batch.values()),
+    }
+
+
+def _move(bench: Bench, versions: list[str], moves: int, over: Event) -> None:
+    client = MlflowClient(bench.stack.registry.uri)
+    for turn in range(1, moves + 1):
+        if over.wait(_EVERY_S):
+            return
+        client.set_registered_model_alias(BOOSTING, "champion", versions[turn % len(versions)])
