@@ -108,6 +108,7 @@ def test_while_the_broker_is_away_it_keeps_what_it_fetches(tmp_path: Path, apach
         until(lambda: process.said("event='outage'"), what="the outage in the log")
         until(lambda: api.status()["served"] > before + 200, what="more polls while the broker is away")
         broker.start()
+        until(lambda: process.said("event='outage_over'"), what="the end of the outage")
         assert process.stop() == 0
         served = api.identities()
 
