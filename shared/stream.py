@@ -45,12 +45,18 @@ class Outcome(NamedTuple):
     `dead` letters are to be written before the offsets of the finished ones are committed. Before that comes `finish`,
     after that of the batch before; it returns further dead letters, or raises Outage like the handler. It, too, must
     bear repeating.
+
+    The rest comes again: of it `keep`, in its order, if that is given, and then `again_in_s` seconds later, with what
+    has come until then; at once when that fills the batch. What is not kept is committed with the next of its
+    partition that is finished, so the last of each partition is to be kept.
     """
 
     done: int
     outputs: Sequence[Record] = ()
     dead: Sequence[Record] = ()
     finish: Callable[[], Sequence[Record]] | None = None
+    keep: Sequence[Message] | None = None
+    again_in_s: float = 0.0
 
 
 Handler = Callable[[Sequence[Message]], Outcome]
@@ -61,8 +67,9 @@ away: the batch comes again later, so what it did before must bear repeating."""
 class _Final(NamedTuple):
     """What of a batch is delivered."""
 
-    done: int  # messages, from the front
-    offsets: list[TopicPartition]  # that follow them
+    offsets: list[TopicPartition]  # that follow what is finished
+    rest: Sequence[Message]  # which comes again
+    again_in_s: float
 
 
 @dataclass
@@ -73,9 +80,9 @@ class _InFlight:
     final: Future[_Final]
     gone: set[tuple[str | None, int | None]] = field(default_factory=set)  # partitions revoked since
 
-    def left(self, done: int) -> list[Message]:
-        """What of it is to come again."""
-        return [m for m in self.batch[done:] if (m.topic(), m.partition()) not in self.gone]
+    def still_ours(self, messages: Sequence[Message]) -> list[Message]:
+        """Those whose partitions were not revoked."""
+        return [m for m in messages if (m.topic(), m.partition()) not in self.gone]
 
 
 class Stream:
@@ -101,6 +108,7 @@ class Stream:
         self._handling = ThreadPoolExecutor(1, thread_name_prefix="handle")
         self._delivering = ThreadPoolExecutor(1, thread_name_prefix="deliver")
         self._waiting: list[Message] = []  # consumed, not handed over
+        self._gathers_until = 0.0  # monotonic
         self._in_flight: deque[_InFlight] = deque()
         self._most_in_flight = 1
         self._paused = False
@@ -136,7 +144,8 @@ class Stream:
         )
         while not self._shutdown.is_set() and not self._lost:
             self._fill()
-            self._process(handle)
+            if time.monotonic() >= self._gathers_until or len(self._waiting) >= self._settings.max_batch_size:
+                self._process(handle)
             if self._in_doubt and not (self._waiting or self._in_flight):
                 with suppress(Outage):  # its partitions are gone; who has them waits for the end of it
                     self._settle()
@@ -158,9 +167,12 @@ class Stream:
             self._resume()
         wait_s = 0.0  # a batch that comes again has waited long enough
         if not self._waiting:
+            self._gathers_until = 0.0
             # consume() sits out its whole timeout on a partial batch: the idle wait is for one message only.
             self._poll(_BUSY_POLL_S if self._in_flight else _IDLE_POLL_S)
             wait_s = self._settings.max_batch_wait_ms / 1000
+        elif (gathers_s := self._gathers_until - time.monotonic()) > 0:
+            wait_s = min(gathers_s, _IDLE_POLL_S)
         room = self._settings.max_batch_size - len(self._waiting)
         if self._waiting and room > 0:
             self._accept(self._consumer.consume(room, wait_s))
@@ -206,17 +218,18 @@ class Stream:
             first = self._in_flight[0]
             self._until_done(first.final)
             try:
-                done = first.final.result().done
+                final = first.final.result()
             except Outage:
                 for each in self._in_flight:  # they cannot get through either
                     self._until_done(each.final)
-                self._waiting = [*(m for each in self._in_flight for m in each.left(0)), *self._waiting]
+                self._waiting = [*(m for each in self._in_flight for m in each.still_ours(each.batch)), *self._waiting]
                 self._in_flight.clear()
                 raise
             self._commit(first)
             self._in_flight.popleft()
-            if left := first.left(done):
+            if left := first.still_ours(final.rest):
                 self._waiting = [*left, *self._waiting]
+                self._gathers_until = time.monotonic() + final.again_in_s
 
     def _until_done(self, future: Future[Any]) -> None:
         while not wait([future], _KEEPALIVE_S).done:
@@ -250,7 +263,8 @@ class Stream:
             log.warning("dead_letters", records=len(dead), first_reason=reason_of(dead[0]))
         delivery_ms = round((time.monotonic() - began) * 1000)
         self._flow.add(records=len(finished), dead_letters=len(dead), delivery_ms=delivery_ms)
-        return _Final(outcome.done, offsets)
+        rest = batch[outcome.done :] if outcome.keep is None else outcome.keep
+        return _Final(offsets, rest, outcome.again_in_s)
 
     def _settle(self) -> None:
         """Forget what a delivery made final whose answer was lost: it was all of its batch or none. Raises Outage."""

@@ -99,6 +99,99 @@ def test_what_a_handler_leaves_over_is_handed_to_it_again(rig: Rig, committed: C
     assert len(rig.read(rig.topic_2, 4)) == 4
 
 
+def test_what_is_to_come_again_later_comes_with_what_has_come_since(rig: Rig, committed: Callable[[], int]) -> None:
+    rig.put(rig.topic_1, numbers(3), key=b"one card")
+    batches: list[list[bytes]] = []
+    at: list[float] = []
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        at.append(time.monotonic())
+        batches.append([message.value() for message in batch])
+        return Outcome(0, again_in_s=2.0) if len(batches) == 1 else Outcome(len(batch))
+
+    with streaming(rig, handle):
+        until(lambda: batches, what="the first batch")
+        rig.put(rig.topic_1, numbers(5)[3:], key=b"one card")
+        until(lambda: committed() == 5)
+
+    assert batches == [numbers(3), numbers(5)]
+    assert at[1] - at[0] >= 2
+
+
+def test_a_full_batch_does_not_wait(rig: Rig, committed: Callable[[], int]) -> None:
+    rig.put(rig.topic_1, numbers(3), key=b"one card")
+    batches: list[int] = []
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        batches.append(len(batch))
+        return Outcome(0, again_in_s=3600) if len(batches) == 1 else Outcome(len(batch))
+
+    with streaming(rig, handle):
+        until(lambda: batches == [3], what="the first batch")
+        rig.put(rig.topic_1, numbers(12)[3:], key=b"one card")
+        until(lambda: committed() == 12)
+
+    assert batches[:2] == [3, 10]
+
+
+def test_what_is_kept_comes_again_and_the_rest_is_committed_with_it(rig: Rig, committed: Callable[[], int]) -> None:
+    rig.put(rig.topic_1, numbers(6), key=b"one card")
+    batches: list[list[bytes]] = []
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        batches.append([message.value() for message in batch])
+        if len(batches) == 1:
+            return Outcome(0, keep=[batch[1], batch[-1]], again_in_s=0.5)
+        assert committed() == 0
+        return Outcome(len(batch))
+
+    with streaming(rig, handle):
+        until(lambda: committed() == 6)
+
+    assert batches == [numbers(6), [b"1", b"5"]]
+
+
+def test_stopped_while_it_waits_it_leaves_its_batch_to_the_next(rig: Rig, committed: Callable[[], int]) -> None:
+    rig.put(rig.topic_1, numbers(3), key=b"one card")
+    gathering = Event()
+
+    def gather(batch: Sequence[Message]) -> Outcome:
+        gathering.set()
+        return Outcome(0, keep=batch[-1:], again_in_s=3600)
+
+    with streaming(rig, gather):
+        assert gathering.wait(20)
+    assert committed() == 0
+
+    batches: list[list[bytes]] = []
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        batches.append([message.value() for message in batch])
+        return Outcome(len(batch))
+
+    with streaming(rig, handle):
+        until(lambda: committed() == 3)
+    assert batches == [numbers(3)]
+
+
+def test_an_outage_after_the_wait_is_one_like_any_other(rig: Rig, committed: Callable[[], int]) -> None:
+    rig.put(rig.topic_1, numbers(4), key=b"one card")
+    batches: list[list[bytes]] = []
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        batches.append([message.value() for message in batch])
+        if len(batches) == 1:
+            return Outcome(1, keep=batch[2:], again_in_s=0.3)
+        if len(batches) == 2:
+            raise Outage("away")
+        return Outcome(len(batch))
+
+    with streaming(rig, handle):
+        until(lambda: committed() == 4)
+
+    assert batches == [numbers(4), [b"2", b"3"], [b"2", b"3"]]
+
+
 def test_in_an_outage_the_batch_comes_again_and_nothing_is_committed(rig: Rig, committed: Callable[[], int]) -> None:
     rig.put(rig.topic_1, numbers(5), key=b"one card")
     over = Event()
