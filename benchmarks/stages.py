@@ -12,7 +12,8 @@ from benchmarks.measure import Section, side_by_side
 from fraudctl import topics
 from sandbox.payments_api import PaymentsApi
 from sandbox.stack import RECIPIENT, SENDER
-from services.alerter.mail import compose
+from services.alerter.alarm import Alarm
+from services.alerter.mail import Composer
 from shared.delivery import enqueue
 from shared.kafka import Record, consumer, producer
 from shared.provenance import Provenance, to_headers
@@ -102,7 +103,8 @@ def _polled(bench: Bench, rows: int) -> dict[str, float]:
 
 def _sent(bench: Bench, predictions: list[Prediction]) -> dict[str, float]:
     now = datetime.now(UTC)
-    mails = [compose(each, _WHO, sender=SENDER, recipients=[RECIPIENT], now=now) for each in predictions]
+    composer = Composer(sender=SENDER, recipients=[RECIPIENT])
+    mails = [composer.single(Alarm(each, _WHO), now=now) for each in predictions]
     with smtplib.SMTP("127.0.0.1", bench.stack.mailbox.port) as session:
         began = time.monotonic()
         for mail in mails:

@@ -5,11 +5,13 @@ One .eml file a message, its name beginning with the time of receipt, its first 
 
 import argparse
 import asyncio
+import csv
+import io
 import signal
 import ssl
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from email import policy
 from email.message import EmailMessage
@@ -41,6 +43,17 @@ class ReceivedMail:
     received_ms: int  # epoch
     message: EmailMessage
     path: Path
+
+    @property
+    def alarms(self) -> list[tuple[str, int]]:
+        """The transactions that it names, by trans_num and unix_time: in its Message-ID, or in the table attached."""
+        attached = next(self.message.iter_attachments(), None)
+        if attached is not None:
+            rows = csv.DictReader(io.StringIO(str(attached.get_content())))
+            return [(row["trans_num"], int(row["unix_time"])) for row in rows]
+        left = str(self.message["Message-ID"])[1:].partition("@")[0]
+        trans_num, _, unix_time = left.rpartition(".")
+        return [(trans_num, int(unix_time))]
 
 
 class Mailbox(Process):
@@ -92,6 +105,17 @@ class Mailbox(Process):
 def messages(directory: Path) -> Iterator[ReceivedMail]:
     """What was received, oldest first."""
     yield from map(read_mail, sorted(directory.glob("*.eml")))
+
+
+def repeated_mails(mails: Sequence[ReceivedMail]) -> set[int]:
+    """The places of those mails, oldest first, of whose alarms some came again in a later one."""
+    first: dict[tuple[str, int], int] = {}
+    found = set()
+    for place, mail in enumerate(mails):
+        for identity in mail.alarms:
+            if first.setdefault(identity, place) != place:
+                found.add(first[identity])
+    return found
 
 
 def read_mail(path: Path) -> ReceivedMail:

@@ -48,6 +48,7 @@ class Addresses:
             "SMTP_TLS": "none",
             "ALERT_FROM": SENDER,
             "ALERT_TO": RECIPIENT,
+            "ALERT_BURST": "1000000",  # a mail for each fraud: the ledger follows them one by one
             "DELIVERY": self.delivery,
             "BACKOFF_MAX_SECONDS": "5",
         }

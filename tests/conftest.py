@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 from confluent_kafka import Message, Producer, TopicPartition
 
 from fraudctl import topics
@@ -22,6 +23,7 @@ from sandbox.postgres import Postgres
 from sandbox.processes import Process
 from sandbox.registry import Registry
 from sandbox.stack import Addresses, service
+from services.db_sink.table import connect
 from shared.dead_letters import SUFFIX
 from shared.kafka import consumer
 from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
@@ -29,6 +31,7 @@ from training import train
 from training.aliases import Alias
 
 START = datetime(2024, 5, 17, 21, 30, tzinfo=UTC)
+_GROUPS = ("PREDICTOR_GROUP", "ALERTER_GROUP", "WEBHOOK_GROUP", "DB_SINK_GROUP")
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "training_sample.csv"
 
 
@@ -113,7 +116,7 @@ def _rig(directory: Path, properties: Mapping[str, str], environment: Mapping[st
         "REPLICA": "first",
         "JOURNAL_DIRECTORY": str(directory / "journal"),
         "MODEL_CACHE_DIRECTORY": str(directory / "models"),
-        **{group: f"{group}-{name}" for group in ("PREDICTOR_GROUP", "ALERTER_GROUP", "DB_SINK_GROUP")},
+        **{group: f"{group}-{name}" for group in _GROUPS},
     }
     (topics.use if embedded else topics.create)(properties, [rig.topic_1, rig.topic_2])
     return rig
@@ -148,6 +151,21 @@ def postgres(session_directory: Path) -> Iterator[Postgres]:
     """A PostgreSQL server."""
     with Postgres(session_directory / "postgres") as database:
         yield database
+
+
+@pytest.fixture
+def engine(postgres: Postgres) -> Iterator[sa.Engine]:
+    """A database of this test's own."""
+    name = f"test_{uuid.uuid4().hex}"
+    owner = sa.create_engine(postgres.url, isolation_level="AUTOCOMMIT")
+    with owner.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    own = connect(str(sa.make_url(postgres.url).set(database=name)))
+    yield own
+    own.dispose()
+    with owner.connect() as connection:
+        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    owner.dispose()
 
 
 @pytest.fixture(scope="session")

@@ -1,30 +1,23 @@
-"""The alerter: every fraud on topic_2 becomes an e-mail, at once."""
+"""The alerter: every fraud on topic_2 reaches a person, at once, by e-mail and by webhook."""
 
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
 from threading import Event
 from typing import Annotated
 
-import structlog
-from confluent_kafka import Message
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
-from services.alerter.mail import Mailer, SmtpTls, compose
-from services.alerter.mailed import Mailed
+from services.alerter.channels import ByMail, ByWebhook, Channel
+from services.alerter.mail import Composer, Mailer, SmtpTls
+from services.alerter.pace import Pace
+from services.alerter.webhook import Webhook
 from shared import kafka, service
-from shared.dead_letters import Limit, dead_letter
+from shared.dead_letters import Limit
 from shared.delivery import AtLeastOnce
-from shared.errors import Poison
-from shared.kafka import Record, headers
-from shared.provenance import from_headers
-from shared.records import decode_prediction, mask_card
+from shared.errors import SettingsError
 from shared.settings import StreamSettings, kafka_properties
-from shared.stream import Outcome, Stream
-
-log = structlog.get_logger()
-
-_REMEMBERED = 10_000  # frauds; every mail is followed by a commit, so that few can come again
+from shared.stream import Stream
 
 Address = Annotated[str, Field(pattern=r"^[^\s@<>,]+@[^\s@<>,]+$")]
 
@@ -32,17 +25,27 @@ Address = Annotated[str, Field(pattern=r"^[^\s@<>,]+@[^\s@<>,]+$")]
 class AlerterSettings(StreamSettings):
     """What the alerter reads from its environment."""
 
-    alerter_group: str = Field("alerter", min_length=1, description="Consumer group on topic_2")
-    smtp_host: str = Field(min_length=1, description="Mail server")
+    max_batch_size: int = Field(
+        2000, ge=1, le=20_000, description="Most records in a batch, and half as many alarms in a digest"
+    )
+    alerter_group: str = Field("alerter", min_length=1, description="Consumer group on topic_2 of the mails")
+    smtp_host: str | None = Field(None, min_length=1, description="Mail server; without one, no mails")
     smtp_port: int = Field(587, ge=1, le=65535, description="Its port")
     smtp_tls: SmtpTls = Field("starttls", description="starttls, implicit or none")
     smtp_timeout_seconds: float = Field(20.0, gt=0, description="Longest wait for one of its answers")
     smtp_username: str | None = Field(None, pattern=r"^[ -~]+$", description="Login, if the server wants one")
     smtp_password: SecretStr | None = Field(None, description="Its password")
-    alert_from: Address = Field(description="Sender of the alarms")
-    alert_to: Annotated[tuple[Address, ...], NoDecode] = Field(
-        min_length=1, description="Recipients, separated by commas"
+    alert_from: Address | None = Field(None, description="Sender of the alarms")
+    alert_to: Annotated[tuple[Address, ...], NoDecode] = Field((), description="Recipients, separated by commas")
+    alert_burst: int = Field(10, ge=0, description="Mails that go out at once before alarms are gathered in digests")
+    alert_digest_seconds: float = Field(
+        60.0, gt=0, description="How long a digest gathers; for each such time, one of the burst comes back"
     )
+    alert_templates: Path | None = Field(None, description="Folder whose templates replace the mails' own")
+    webhook_url: str | None = Field(None, pattern=r"^https?://\S+$", description="Where alarms are posted as JSON")
+    webhook_secret: SecretStr | None = Field(None, min_length=16, description="What the posts are signed with")
+    webhook_timeout_seconds: float = Field(10.0, gt=0, description="Longest wait for an answer")
+    webhook_group: str = Field("alerter-webhook", min_length=1, description="Consumer group on topic_2 of the posts")
 
     @field_validator("alert_to", mode="before")
     @classmethod
@@ -57,69 +60,80 @@ class AlerterSettings(StreamSettings):
         return value
 
 
+def channels(settings: AlerterSettings) -> list[Channel]:
+    """Those that are configured. Raises SettingsError if there is none, or one of them lacks something."""
+    found = [_mail(settings)] if settings.smtp_host else []
+    found += [_webhook(settings)] if settings.webhook_url else []
+    if settings.smtp_host and settings.webhook_url and settings.alerter_group == settings.webhook_group:
+        raise SettingsError("WEBHOOK_GROUP: the same as ALERTER_GROUP, of which each has to be told everything")
+    if not found:
+        raise SettingsError("SMTP_HOST: missing, and so is WEBHOOK_URL: alarms need a way out")
+    return found
+
+
 def serve(settings: AlerterSettings, shutdown: Event) -> None:
-    """Mail until shutdown."""
+    """Raise alarms until shutdown."""
     properties = kafka_properties(settings)
-    stream = Stream(
-        make_consumer=lambda: kafka.consumer(properties, group=settings.alerter_group, replica=settings.replica),
-        topic=settings.topic_2,
-        delivery=AtLeastOnce(properties=properties, shutdown=shutdown),
-        settings=settings,
-        shutdown=shutdown,
-    )
-    mailer = Mailer(
-        host=settings.smtp_host,
-        port=settings.smtp_port,
-        tls=settings.smtp_tls,
-        timeout_s=settings.smtp_timeout_seconds,
-        username=settings.smtp_username,
-        password=settings.smtp_password.get_secret_value() if settings.smtp_password else None,
-    )
-    mailed = Mailed(_REMEMBERED)
-    limit = Limit(ratio=settings.dead_letter_limit_ratio, consecutive=settings.dead_letter_limit_consecutive)
-    stream.run(lambda messages: alert(messages, mailer, mailed, limit, settings))
-    mailer.close()
-
-
-def alert(
-    messages: Sequence[Message], mailer: Mailer, mailed: Mailed, limit: Limit, settings: AlerterSettings
-) -> Outcome:
-    """Mail the first fraud of the batch that is not `mailed` yet; what comes after it is left for the next round.
-
-    So every accepted mail is followed by a commit at once, and a crash repeats one alarm at the most. Raises Outage.
-    """
-    dead: list[Record] = []
-    for number, message in enumerate(messages, start=1):
-        try:
-            prediction = decode_prediction(message.value())
-            if not prediction.prediction:
-                continue
-            if prediction.identity in mailed:
-                log.info("alarm_repeat_skipped", id=prediction.trans_num)
-                continue
-            if dead:  # these go first: were they not accepted, the mail would be repeated with them
-                return Outcome(number - 1, dead=dead)
-        except Poison as poison:
-            dead.append(dead_letter(message, str(poison), group=settings.alerter_group))
-            continue
-        mail = compose(
-            prediction,
-            from_headers(headers(message)),
-            sender=settings.alert_from,
-            recipients=settings.alert_to,
-            now=datetime.now(UTC),
+    configured = channels(settings)
+    streams = [
+        Stream(
+            make_consumer=lambda group=channel.group: kafka.consumer(  # type: ignore[misc]
+                properties, group=group, replica=settings.replica
+            ),
+            topic=settings.topic_2,
+            delivery=AtLeastOnce(properties=properties, shutdown=shutdown),
+            settings=settings,
+            shutdown=shutdown,
         )
-        try:
-            mailer.send(mail)
-        except Poison as poison:
-            limit.check([poison])
-            dead.append(dead_letter(message, str(poison), group=settings.alerter_group))
-            continue
-        limit.check([mail])
-        mailed.add(prediction.identity)
-        log.info("alarm_mailed", card=mask_card(prediction.cc_num), amount=prediction.amt, id=prediction.trans_num)
-        return Outcome(number)
-    return Outcome(len(messages), dead=dead)
+        for channel in configured
+    ]
+    with ThreadPoolExecutor(len(streams)) as pool:
+        running = [pool.submit(stream.run, each.handle) for stream, each in zip(streams, configured, strict=True)]
+        wait(running, return_when=FIRST_COMPLETED)
+        shutdown.set()  # one that broke takes the others with it: all are started again
+    for channel, stream in zip(configured, running, strict=True):
+        channel.close()
+        stream.result()
+
+
+def _mail(settings: AlerterSettings) -> Channel:
+    if not settings.alert_from:
+        raise SettingsError("ALERT_FROM: missing")
+    if not settings.alert_to:
+        raise SettingsError("ALERT_TO: missing")
+    return ByMail(
+        Mailer(
+            host=settings.smtp_host or "",
+            port=settings.smtp_port,
+            tls=settings.smtp_tls,
+            timeout_s=settings.smtp_timeout_seconds,
+            username=settings.smtp_username,
+            password=settings.smtp_password.get_secret_value() if settings.smtp_password else None,
+        ),
+        Composer(sender=settings.alert_from, recipients=settings.alert_to, templates=settings.alert_templates),
+        group=settings.alerter_group,
+        pace=Pace(burst=settings.alert_burst, window_s=settings.alert_digest_seconds),
+        limit=_limit(settings),
+        largest_digest=max(1, settings.max_batch_size // 2),
+    )
+
+
+def _webhook(settings: AlerterSettings) -> Channel:
+    if not settings.webhook_secret:
+        raise SettingsError("WEBHOOK_SECRET: missing")
+    try:
+        webhook = Webhook(
+            url=settings.webhook_url or "",
+            secret=settings.webhook_secret.get_secret_value(),
+            timeout_s=settings.webhook_timeout_seconds,
+        )
+    except ValueError as error:
+        raise SettingsError(f"WEBHOOK_SECRET: {error}") from None
+    return ByWebhook(webhook, group=settings.webhook_group, limit=_limit(settings))
+
+
+def _limit(settings: AlerterSettings) -> Limit:
+    return Limit(ratio=settings.dead_letter_limit_ratio, consecutive=settings.dead_letter_limit_consecutive)
 
 
 if __name__ == "__main__":

@@ -1,94 +1,168 @@
-"""A fraud as an e-mail: what it says, and how it reaches the mail server."""
+"""Alarms as e-mails: what they say, and how they reach the mail server."""
 
+import csv
 import hashlib
+import io
 import re
 import smtplib
 import ssl
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email import policy
 from email.message import EmailMessage
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Literal
 
 import jinja2
 import structlog
 
-from shared.errors import Outage, Poison, without_digits
-from shared.provenance import Provenance
-from shared.records import Prediction, mask_card
+from services.alerter.alarm import Alarm, Shown, digest_of, dollars, fields, sample, show
+from shared.errors import Outage, Poison, SettingsError, without_digits
 
 log = structlog.get_logger()
 
 SmtpTls = Literal["none", "starttls", "implicit"]
 
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("services.alerter"),
-    autoescape=jinja2.select_autoescape(["html"]),
-    undefined=jinja2.StrictUndefined,
-    keep_trailing_newline=True,
-)
 # Long headers stay on one line, as RFC 5322 allows up to 998 characters: folded ones gain a space in some readers.
 _WIDE = policy.SMTP.clone(max_line_length=990)
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_TEMPLATES = ("alert.txt", "alert.html", "digest.txt", "digest.html")
+_CARDS_THREADED = 10_000
+# At the start of a text, or behind what separates cells where the comma is a decimal one.
+_FORMULA = re.compile("(^|[;\t|])([^\\S\t]*[=+@\uff1d\uff0b\uff0d\uff20-])")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Alert:
-    """What a person reads of a fraud, every field ready to be shown: no full card number, no birth date."""
+@dataclass(frozen=True)
+class Card:
+    """The alarms of one card in a digest, the oldest first."""
 
-    amount: str
-    merchant: str
-    category: str
-    place: str
-    time: str
     card: str
-    probability: str
-    model: str
-    trans_num: str
+    amount: str
+    alarms: list[Shown]
 
 
-def describe(prediction: Prediction, provenance: Provenance) -> Alert:
-    """A prediction in people's words."""
-    known = provenance.probability is not None
-    return Alert(
-        amount=f"${prediction.amt:,.2f}",
-        merchant=_line(prediction.merchant.removeprefix("fraud_")),  # every merchant of the source bears this prefix
-        category=_line(prediction.category.replace("_", " ")),
-        place=_line(f"{prediction.city}, {prediction.state}"),
-        time=f"{_line(prediction.trans_date_trans_time)} UTC",
-        card=mask_card(prediction.cc_num),
-        probability=f"{provenance.probability:.1%}" if known else "not given by this model",
-        model=_line(f"{provenance.model_name} version {provenance.model_version}"),
-        trans_num=_line(prediction.trans_num),
+class Composer:
+    """Writes the mails, from its own templates or from those of the same name in a folder of the operator's."""
+
+    def __init__(self, *, sender: str, recipients: Sequence[str], templates: Path | None = None) -> None:
+        """Raises SettingsError for a folder or a template of the operator's that cannot be used."""
+        self._sender = sender
+        self._recipients = ", ".join(recipients)
+        own = jinja2.PackageLoader("services.alerter")
+        self._built_in = _environment(own)
+        self._environment = self._built_in
+        self._threads: dict[int, str] = {}  # by card, the Message-ID of its first alarm; the oldest first
+        if templates:
+            if not templates.is_dir():
+                raise SettingsError(f"ALERT_TEMPLATES: no folder {templates}")
+            self._environment = _environment(jinja2.ChoiceLoader([jinja2.FileSystemLoader(templates), own]))
+            for name in _TEMPLATES:
+                try:
+                    self._environment.get_template(name).render(_context([sample(datetime.now(UTC))]))
+                except Exception as error:  # a template may call and divide
+                    raise SettingsError(f"ALERT_TEMPLATES: {name}: {type(error).__name__}: {error}") from None
+
+    def single(self, alarm: Alarm, *, now: datetime) -> EmailMessage:
+        """The mail about one fraud. A card's alarms form a thread."""
+        shown = show(alarm)
+        subject = f"Fraud alert: {shown.amount} at {shown.merchant} (card ending {shown.card[-4:]})"
+        identity = message_id(alarm.identity, sender=self._sender)
+        message = self._message(subject, identity, now)
+        first = self._threads.setdefault(alarm.prediction.cc_num, identity)
+        if len(self._threads) > _CARDS_THREADED:
+            del self._threads[next(iter(self._threads))]
+        if first != identity:
+            message["In-Reply-To"] = message["References"] = first
+        self._fill(message, "alert", [alarm])
+        return message
+
+    def digest(self, alarms: Sequence[Alarm], *, now: datetime) -> EmailMessage:
+        """The mail about several frauds: a table, card by card, and the same as CSV."""
+        cards = len({alarm.prediction.cc_num for alarm in alarms})
+        amount = dollars(sum(alarm.prediction.amt for alarm in alarms))
+        subject = f"Fraud digest: {len(alarms):,} alarms on {cards:,} card{'s' * (cards > 1)}, {amount}"
+        message = self._message(subject, f"<digest.{digest_of(alarms)}@{self._domain}>", now)
+        self._fill(message, "digest", alarms)
+        name = f"frauds-{now.astimezone(UTC):%Y%m%dT%H%M%SZ}.csv"
+        message.add_attachment(table(alarms), subtype="csv", filename=name)
+        return message
+
+    @property
+    def _domain(self) -> str:
+        return self._sender.rpartition("@")[2]
+
+    def _message(self, subject: str, identity: str, now: datetime) -> EmailMessage:
+        message = EmailMessage(policy=_WIDE)
+        message["Subject"] = subject
+        message["From"] = self._sender
+        message["To"] = self._recipients
+        message["Date"] = format_datetime(now.astimezone(UTC))
+        message["Message-ID"] = identity
+        message["Auto-Submitted"] = "auto-generated"  # RFC 3834: no vacation replies, please
+        return message
+
+    def _fill(self, message: EmailMessage, name: str, alarms: Sequence[Alarm]) -> None:
+        context = _context(alarms)
+        message.set_content(self._rendered(f"{name}.txt", context))
+        message.add_alternative(self._rendered(f"{name}.html", context), subtype="html")
+
+    def _rendered(self, name: str, context: Mapping[str, object]) -> str:
+        try:
+            return self._environment.get_template(name).render(context)
+        except Exception as error:  # an alarm must not wait for a template to be mended
+            if self._environment is self._built_in:
+                raise
+            log.warning("template_failed", template=name, reason=f"{type(error).__name__}: {error}")
+            return self._built_in.get_template(name).render(context)
+
+
+def _environment(loader: jinja2.BaseLoader) -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=loader,
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        lstrip_blocks=True,
+        trim_blocks=True,
     )
 
 
-def compose(
-    prediction: Prediction, provenance: Provenance, *, sender: str, recipients: Sequence[str], now: datetime
-) -> EmailMessage:
-    """The e-mail about one fraud, in plain text and HTML."""
-    alert = describe(prediction, provenance)
-    rows = [
-        ("Category", alert.category),
-        ("Place", alert.place),
-        ("Time", alert.time),
-        ("Card", alert.card),
-        ("Probability", alert.probability),
-        ("Model", alert.model),
-        ("Transaction", alert.trans_num),
-    ]
-    message = EmailMessage(policy=_WIDE)
-    message["Subject"] = f"Fraud alert: {alert.amount} at {alert.merchant} (card ending {alert.card[-4:]})"
-    message["From"] = sender
-    message["To"] = ", ".join(recipients)
-    message["Date"] = format_datetime(now.astimezone(UTC))
-    message["Message-ID"] = message_id(prediction.identity, sender=sender)
-    message["Auto-Submitted"] = "auto-generated"  # RFC 3834: no vacation replies, please
-    message.set_content(_TEMPLATES.get_template("alert.txt").render(alert=alert))
-    message.add_alternative(_TEMPLATES.get_template("alert.html").render(alert=alert, rows=rows), subtype="html")
-    return message
+def _context(alarms: Sequence[Alarm]) -> dict[str, object]:
+    """What a template may use: `alarm` (the first), `cards`, `count`, `amount`."""
+    return {
+        "alarm": show(alarms[0]),
+        "cards": by_card(alarms),
+        "count": len(alarms),
+        "amount": dollars(sum(alarm.prediction.amt for alarm in alarms)),
+    }
+
+
+def by_card(alarms: Sequence[Alarm]) -> list[Card]:
+    """The alarms card by card, those that lost most first."""
+    groups: dict[int, list[Alarm]] = {}
+    for alarm in sorted(alarms, key=lambda alarm: alarm.identity[::-1]):
+        groups.setdefault(alarm.prediction.cc_num, []).append(alarm)
+    amounts = {card: sum(each.prediction.amt for each in group) for card, group in groups.items()}
+    shown = {card: list(map(show, group)) for card, group in groups.items()}
+    largest_first = sorted(groups, key=lambda card: -amounts[card])
+    return [Card(shown[card][0].card, dollars(amounts[card]), shown[card]) for card in largest_first]
+
+
+def table(alarms: Sequence[Alarm]) -> str:
+    """The alarms as CSV with a header, in which no text can start a formula."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    rows = [fields(alarm) for alarm in alarms]
+    writer.writerow(rows[0])
+    writer.writerows([_inert(value) if isinstance(value, str) else value for value in row.values()] for row in rows)
+    return out.getvalue()
+
+
+def _inert(text: str) -> str:
+    """Behind an apostrophe, a spreadsheet takes it for text (https://owasp.org/www-community/attacks/CSV_Injection)."""
+    return _FORMULA.sub(r"\1'\2", text)
 
 
 def message_id(identity: tuple[str, int], *, sender: str) -> str:
@@ -123,7 +197,7 @@ class Mailer:
             if not reused or isinstance(error.__context__, TimeoutError):
                 raise Outage(f"mail server: {error}") from None
             self.send(message)  # servers hang up on idle clients
-        except smtplib.SMTPDataError as error:
+        except (smtplib.SMTPDataError, smtplib.SMTPSenderRefused) as error:  # the size is told with the sender
             self.close()
             reason = f"mail server: {error.smtp_code} {_text(error.smtp_error)}"
             raise (Poison(reason) if _about_this_message(error) else Outage(reason)) from None
@@ -167,21 +241,17 @@ class Mailer:
         return connection
 
 
-def _about_this_message(error: smtplib.SMTPDataError) -> bool:
+def _about_this_message(error: smtplib.SMTPDataError | smtplib.SMTPSenderRefused) -> bool:
     """True for a permanent refusal that the next message need not meet.
 
     By the enhanced status code, where there is one (RFC 3463): 5.6.x is the content, 5.2.3 and 5.3.4 are the size. The
-    others are about the account, the sender or a policy.
+    others are about the account, the sender or a policy. Without one, 552 is the size (RFC 1870), and whatever else is
+    said of the message's data is about the message.
     """
     enhanced = re.match(rb"5\.\d+\.\d+", error.smtp_error if isinstance(error.smtp_error, bytes) else b"")
-    return error.smtp_code >= 500 and (
-        enhanced is None or enhanced[0] in (b"5.2.3", b"5.3.4") or enhanced[0].startswith(b"5.6.")
-    )
-
-
-def _line(text: str) -> str:
-    """On one line, so that no header and no row of the text can be forged."""
-    return " ".join(text.split())[:200]
+    if enhanced:
+        return enhanced[0] in (b"5.2.3", b"5.3.4") or enhanced[0].startswith(b"5.6.")
+    return error.smtp_code == 552 or (error.smtp_code >= 500 and isinstance(error, smtplib.SMTPDataError))
 
 
 def _text(reply: bytes | str) -> str:

@@ -1,24 +1,37 @@
 """topic_2 to e-mail, with a real SMTP server."""
 
+import base64
+import csv
+import io
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from email.message import EmailMessage
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, repeat
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
+import msgspec
 import pytest
 from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import Envelope
 from confluent_kafka import Producer
 from conftest import Rig, dead_letter_topic, make_transactions, until
 
-from sandbox.mailbox import Mailbox, ReceivedMail, messages
+from sandbox.mailbox import Mailbox, ReceivedMail, messages, repeated_mails
 from sandbox.processes import free_port
 from sandbox.stack import RECIPIENT, SENDER
-from services.alerter.__main__ import AlerterSettings, alert
-from services.alerter.mail import Mailer, compose, message_id
-from services.alerter.mailed import Mailed
+from services.alerter.alarm import Alarm, fields
+from services.alerter.channels import ByMail
+from services.alerter.mail import Composer, Mailer, message_id, table
+from services.alerter.pace import Pace
+from services.alerter.remembered import Remembered
+from services.alerter.webhook import key_of, signed
 from shared.dead_letters import Limit
 from shared.errors import Outage, Poison
 from shared.kafka import Headers
@@ -51,15 +64,34 @@ def received(mailbox: Mailbox, count: int, *, timeout_s: float = 30.0) -> list[R
     return list(messages(mailbox.directory))
 
 
-def alarms(count: int) -> list[EmailMessage]:
-    return [
-        compose(predicted(each), PROVENANCE, sender=SENDER, recipients=[RECIPIENT], now=datetime.now(UTC))
-        for each in make_transactions(count)
-    ]
+NOW = datetime(2026, 1, 31, 22, 30, tzinfo=UTC)
+
+
+def composer(templates: Path | None = None) -> Composer:
+    return Composer(sender=SENDER, recipients=[RECIPIENT], templates=templates)
+
+
+def alarm(transaction: Transaction, **changes: object) -> Alarm:
+    return Alarm(predicted(transaction, **changes), PROVENANCE)  # type: ignore[arg-type]
+
+
+def mails(count: int) -> list[EmailMessage]:
+    return [composer().single(alarm(each), now=NOW) for each in make_transactions(count)]
 
 
 def plain_mailer(port: int, *, timeout_s: float = 20.0) -> Mailer:
     return Mailer(host="127.0.0.1", port=port, tls="none", timeout_s=timeout_s)
+
+
+def by_mail(port: int, *, burst: int = 10, largest_digest: int = 1000) -> ByMail:
+    return ByMail(
+        plain_mailer(port),
+        composer(),
+        group="alerter",
+        pace=Pace(burst=burst, window_s=60),
+        limit=Limit(ratio=0.5, consecutive=20),
+        largest_digest=largest_digest,
+    )
 
 
 def message_ids(mails: Sequence[ReceivedMail]) -> list[str]:
@@ -118,14 +150,13 @@ def test_the_mail_says_what_an_analyst_needs_and_no_more(rig: Rig, mailbox: Mail
 
 def test_markup_and_line_breaks_are_inert() -> None:
     (transaction,) = make_transactions(1)
-    nasty = predicted(transaction, merchant='fraud_<script>alert("x")</script>\r\nBcc: all@example.org', city="A\nB")
+    nasty = alarm(transaction, merchant='fraud_<script>alert("x")</script>\r\nBcc: all@example.org', city="A\nB")
 
-    message = compose(nasty, PROVENANCE, sender=SENDER, recipients=[RECIPIENT], now=datetime.now(UTC))
-
-    assert message["Bcc"] is None
-    assert "\n" not in message["Subject"]
-    assert "<script>" not in text_of(message, "html")
-    assert "A B" in text_of(message, "plain")
+    for message in (composer().single(nasty, now=NOW), composer().digest([nasty, nasty], now=NOW)):
+        assert message["Bcc"] is None
+        assert "\n" not in message["Subject"]
+        assert "<script>" not in text_of(message, "html")
+        assert "A B" in text_of(message, "plain")
 
 
 def test_message_ids_are_stable_and_always_valid() -> None:
@@ -233,19 +264,19 @@ def test_a_fraud_that_lies_twice_on_the_topic_is_mailed_once(rig: Rig, mailbox: 
 
     assert process.stop() == 0
     assert message_ids(mails) == sorted(message_id(each.identity, sender=SENDER) for each in (first, second))
-    assert rig.log("alerter").count("event='alarm_repeat_skipped'") == 1
+    assert rig.log("alerter").count("event='alarm_repeats_skipped'") == 1
 
 
 def test_a_fraud_whose_commit_failed_comes_again_and_is_not_mailed_again(rig: Rig, mailbox: Mailbox) -> None:
-    settings = AlerterSettings(smtp_host="127.0.0.1", alert_from=SENDER, alert_to=RECIPIENT)
+    channel = by_mail(mailbox.port)
     batch = [
         encode_prediction(encode_transaction(each), label)
         for each, label in zip(make_transactions(4), (1, 0, 1, 0), strict=True)
     ]
     rig.put(rig.topic_2, batch, key=b"one card")
-    messages, mailer, mailed = rig.read(rig.topic_2, 4), plain_mailer(mailbox.port), Mailed(10)
+    messages = rig.read(rig.topic_2, 4)
 
-    done = [alert(messages, mailer, mailed, Limit(ratio=0.5, consecutive=20), settings).done for _ in range(3)]
+    done = [channel.handle(messages).done for _ in range(3)]
 
     assert done == [1, 3, 4]
     assert len(received(mailbox, 2)) == 2
@@ -253,11 +284,386 @@ def test_a_fraud_whose_commit_failed_comes_again_and_is_not_mailed_again(rig: Ri
 
 def test_the_frauds_mailed_longest_ago_are_forgotten() -> None:
     identities = [(str(number), number) for number in range(4)]
-    mailed = Mailed(3)
+    mailed = Remembered(3)
     for identity in (*identities, identities[3]):
         mailed.add(identity)
 
     assert [identity in mailed for identity in identities] == [False, True, True, True]
+
+
+def named(mails: Sequence[ReceivedMail]) -> list[list[tuple[str, int]]]:
+    """For each mail, the transactions that it names."""
+    return [mail.alarms for mail in mails]
+
+
+def test_a_flood_becomes_a_few_mails_that_name_every_fraud_once(rig: Rig, mailbox: Mailbox) -> None:
+    frauds = make_transactions(5000)
+    process = rig.start("alerter", SMTP_PORT=str(mailbox.port), ALERT_BURST="10", ALERT_DIGEST_SECONDS="2")
+    put_at_ms = time.time() * 1000
+    put_predictions(rig, [(each, 1) for each in frauds])
+
+    until(lambda: sum(map(len, named(list(messages(mailbox.directory))))) >= 5000, what="all of them")
+
+    assert process.stop() == 0
+    mails = list(messages(mailbox.directory))
+    assert mails[0].received_ms - put_at_ms < 1000
+    assert len(mails) <= 30
+    assert sorted(chain(*named(mails))) == sorted(each.identity for each in frauds)
+    assert "event='dead_letters'" not in rig.log("alerter")
+
+
+def test_a_flood_among_many_others_is_gathered_all_the_same(rig: Rig, mailbox: Mailbox) -> None:
+    batch = make_transactions(8000)
+    labels = [int(number % 50 == 0) for number in range(len(batch))]
+    process = rig.start("alerter", SMTP_PORT=str(mailbox.port), ALERT_BURST="2", ALERT_DIGEST_SECONDS="4")
+    put_predictions(rig, list(zip(batch, labels, strict=True)))
+
+    until(lambda: sum(map(len, named(list(messages(mailbox.directory))))) >= 160, what="all of them")
+
+    assert process.stop() == 0
+    assert len(list(messages(mailbox.directory))) <= 4
+    again = rig.start("alerter", SMTP_PORT=str(mailbox.port))  # everything was committed, also what lies between them
+    put_predictions(rig, [(batch[0], 0)])
+    until(lambda: "total=1 " in f"{rig.log('alerter')} " or again.said("records=1 "), what="the one that is new")
+    assert again.stop() == 0
+
+
+def test_killed_in_a_flood_it_loses_none_and_repeats_those_of_one_mail_at_the_most(rig: Rig, mailbox: Mailbox) -> None:
+    frauds = make_transactions(3000)
+    own = {"SMTP_PORT": str(mailbox.port), "ALERT_BURST": "5", "ALERT_DIGEST_SECONDS": "1", "MAX_BATCH_SIZE": "700"}
+    process = rig.start("alerter", **own)
+    put_predictions(rig, [(each, 1) for each in frauds])
+    received(mailbox, 7)
+    process.kill()
+    rig.start("alerter", **own)
+
+    wanted = sorted(each.identity for each in frauds)
+    until(lambda: sorted(set(chain(*named(list(messages(mailbox.directory)))))) == wanted, what="all of them")
+
+    assert len(repeated_mails(list(messages(mailbox.directory)))) <= 1
+
+
+def test_what_was_mailed_in_a_digest_and_not_committed_comes_again_in_one(rig: Rig, mailbox: Mailbox) -> None:
+    put_predictions(rig, [(each, 1) for each in make_transactions(300)])
+    batch = rig.read(rig.topic_2, 300)
+
+    for _ in "killed before the commit", "started again":
+        channel = by_mail(mailbox.port)
+        done = channel.handle(batch).done
+        assert done == 0  # they are gathered for a moment
+        time.sleep(1.05)
+        assert channel.handle(batch).done == 300
+
+    assert list(map(len, named(received(mailbox, 2)))) == [300, 300]
+
+
+def test_a_flood_waits_for_the_mail_server_and_then_goes_out_once(rig: Rig, mailbox: Mailbox) -> None:
+    frauds = make_transactions(1000)
+    mailbox.stop()
+    own = {"ALERT_BURST": "3", "ALERT_DIGEST_SECONDS": "1", "BACKOFF_MAX_SECONDS": "0.5"}
+    process = rig.start("alerter", SMTP_PORT=str(mailbox.port), **own)
+    put_predictions(rig, [(each, 1) for each in frauds])
+    until(lambda: "event='outage'" in rig.log("alerter"), what="the outage in the log")
+
+    mailbox.start()
+    until(lambda: sum(map(len, named(list(messages(mailbox.directory))))) >= 1000, what="all of them")
+
+    assert process.stop() == 0
+    assert sorted(chain(*named(list(messages(mailbox.directory))))) == sorted(each.identity for each in frauds)
+    assert "event='dead_letters'" not in rig.log("alerter")
+
+
+def test_a_digest_that_is_too_big_is_halved(rig: Rig) -> None:
+    put_predictions(rig, [(each, 1) for each in make_transactions(200)])
+    batch = rig.read(rig.topic_2, 200)
+    sizes: list[int] = []
+
+    class Handler:
+        async def handle_DATA(self, _server: object, _session: object, envelope: Envelope) -> str:
+            sizes.append(len(envelope.content or b""))
+            return "250 OK"
+
+    server = Controller(Handler(), hostname="127.0.0.1", port=free_port(), data_size_limit=150_000)
+    server.start()
+    try:
+        channel = by_mail(server.port, burst=0, largest_digest=200)
+        outcome = channel.handle(batch)
+    finally:
+        server.stop()
+
+    assert (outcome.done, list(outcome.dead)) == (200, [])
+    assert len(sizes) > 1
+    assert max(sizes) <= 150_000
+
+
+def test_a_server_that_refuses_every_digest_is_not_sent_thousands_of_mails(
+    rig: Rig, refusing: Callable[..., int]
+) -> None:
+    put_predictions(rig, [(each, 1) for each in make_transactions(200)])
+    batch = rig.read(rig.topic_2, 200)
+
+    with pytest.raises(Outage, match="digests are refused: mail server: 554"):
+        by_mail(refusing("554 no attachments"), burst=0, largest_digest=200).handle(batch)
+
+
+def test_a_fraud_that_comes_twice_is_once_in_a_digest(rig: Rig, mailbox: Mailbox) -> None:
+    frauds = make_transactions(20)
+    put_predictions(rig, [(each, 1) for each in (*frauds, *frauds[:5])])
+    channel = by_mail(mailbox.port, burst=0, largest_digest=25)
+    batch = rig.read(rig.topic_2, 25)
+
+    channel.handle(batch)
+    time.sleep(1.05)
+    channel.handle(batch)
+
+    (digest,) = named(received(mailbox, 1))
+    assert sorted(digest) == sorted(each.identity for each in frauds)
+
+
+def test_what_was_gathered_goes_out_though_nothing_follows(rig: Rig, mailbox: Mailbox) -> None:
+    frauds = make_transactions(4)
+    rig.start("alerter", SMTP_PORT=str(mailbox.port), ALERT_BURST="1", ALERT_DIGEST_SECONDS="2")
+    put_predictions(rig, [(each, 1) for each in frauds])
+
+    single, digest = received(mailbox, 2)
+
+    assert len(named([single])[0]) == 1
+    assert len(named([digest])[0]) == 3
+    assert digest.received_ms - single.received_ms > 1500
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_burst_goes_at_once_the_rest_is_gathered_and_one_comes_back_with_each_window() -> None:
+    clock = Clock()
+    pace = Pace(burst=2, window_s=60, clock=clock)
+    for _ in range(2):
+        assert pace.lets_one_go()
+        pace.one_went()
+    assert not pace.lets_one_go()
+    assert pace.gather_s() == 60
+    clock.now = 60
+    assert not pace.lets_one_go()  # what was gathered comes first
+    assert pace.gather_s() == 0
+    pace.all_went()
+    assert pace.lets_one_go()
+    pace.one_went()
+    assert not pace.lets_one_go()
+    clock.now = 1e6
+    for _ in range(2):
+        assert pace.lets_one_go()
+        pace.one_went()
+    assert not pace.lets_one_go()
+
+
+def test_a_digest_groups_by_card_the_dearest_first() -> None:
+    first, second, third = make_transactions(3)
+    one_card = {"cc_num": 4497913965510030}
+    batch = [
+        alarm(first, amt=10.0, **one_card),
+        alarm(second, amt=500.0, cc_num=4497913965511111),
+        alarm(third, amt=700.0, **one_card),
+    ]
+
+    message = composer().digest(batch, now=NOW)
+
+    assert message["Subject"] == "Fraud digest: 3 alarms on 2 cards, $1,210.00"
+    text = text_of(message, "plain")
+    assert text.index("Card **** 0030, 2 alarms, $710.00") < text.index("Card **** 1111, 1 alarm, $500.00")
+    assert text_of(message, "html").count("Card ****") == 2
+    raw = message.as_string()
+    for each in batch:
+        assert str(each.prediction.cc_num) not in raw
+        assert each.prediction.dob not in raw
+
+
+@pytest.mark.parametrize(
+    "start", ["=HYPERLINK(0)", "+1", "-1", "@x", " =1", "\t=1", "\r=1", "\uff1d1", "a;=1", "a | +1"]
+)
+def test_no_text_in_the_table_starts_a_formula(start: str) -> None:
+    (transaction,) = make_transactions(1)
+    texts = ("merchant", "category", "city", "state", "trans_num")
+
+    (row,) = csv.DictReader(io.StringIO(table([alarm(transaction, **dict.fromkeys(texts, start))])))
+
+    for name in texts:
+        assert re.search(r"(^|[;\t|])\s*[=+@\uff1d-]", row[name]) is None
+
+
+def test_long_names_and_emoji_are_shown_and_break_nothing(mailbox: Mailbox) -> None:
+    first, second = (
+        alarm(each, merchant="\U0001f4a9" * 10_000, city="\u202egro.elpmaxe") for each in make_transactions(2)
+    )
+    mailer = plain_mailer(mailbox.port)
+    mailer.send(composer().single(first, now=NOW))
+    mailer.send(composer().digest([first, second], now=NOW))
+
+    for mail in received(mailbox, 2):
+        assert "\U0001f4a9" * 100 in text_of(mail.message, "plain")
+        assert "\u202e" not in text_of(mail.message, "html")
+        assert max(map(len, mail.path.read_bytes().split(b"\r\n"))) <= 998
+
+
+def test_alarms_of_a_card_form_a_thread() -> None:
+    first, second, other = (
+        alarm(each, cc_num=card) for each, card in zip(make_transactions(3), (11, 11, 12), strict=True)
+    )
+    writer = composer()
+
+    begun, follows, alone = (writer.single(each, now=NOW) for each in (first, second, other))
+
+    assert begun["References"] is alone["References"] is None
+    assert follows["References"] == follows["In-Reply-To"] == begun["Message-ID"]
+
+
+def test_an_operators_templates_replace_the_mails_own(tmp_path: Path) -> None:
+    (transaction,) = make_transactions(1)
+    (tmp_path / "alert.txt").write_text("Pay attention: {{ alarm.card }}")
+
+    message = composer(tmp_path).single(alarm(transaction), now=NOW)
+
+    assert text_of(message, "plain").startswith("Pay attention: **** ")
+    assert "Fraud suspected" in text_of(message, "html")
+
+
+def test_a_template_that_fails_on_an_alarm_is_not_taken_out_on_it(tmp_path: Path) -> None:
+    (tmp_path / "alert.txt").write_text("{{ 1 / (alarm.card[-4:] | int - 30) }}")
+    (transaction,) = make_transactions(1)
+    writer = composer(tmp_path)
+
+    message = writer.single(alarm(transaction, cc_num=4497913965510030), now=NOW)
+
+    assert "Fraud suspected" in text_of(message, "plain")
+
+
+class Hook(BaseHTTPRequestHandler):
+    """Answers with the next of the statuses, then with the last; keeps what it accepted."""
+
+    statuses: ClassVar[list[int]] = [200]
+    accepted: ClassVar[list[tuple[dict[str, str], bytes]]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+        if status == 200:
+            self.accepted.append(({name.lower(): text for name, text in self.headers.items()}, body))
+        self.send_response(status)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hook() -> Iterator[tuple[type[Hook], str]]:
+    """A web server that takes posts, and its URL."""
+
+    class Own(Hook):
+        statuses: ClassVar[list[int]] = [200]
+        accepted: ClassVar[list[tuple[dict[str, str], bytes]]] = []
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield Own, f"http://127.0.0.1:{server.server_port}/hook"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef01234567").decode()
+
+
+def posted(hook: type[Hook]) -> list[tuple[str, int]]:
+    bodies = [msgspec.json.decode(body) for _, body in hook.accepted]
+    return sorted((each["trans_num"], each["unix_time"]) for body in bodies for each in body["data"]["alarms"])
+
+
+def test_a_webhook_is_sent_every_fraud_signed_and_tried_again(rig: Rig, hook: tuple[type[Hook], str]) -> None:
+    server, url = hook
+    server.statuses = [503, 429, 200]
+    frauds = make_transactions(1200)
+    put_predictions(rig, [(each, 1) for each in frauds])
+    alone = {"SMTP_HOST": "", "ALERT_FROM": "", "ALERT_TO": "", "WEBHOOK_URL": url, "WEBHOOK_SECRET": SECRET}
+    process = rig.start("alerter", BACKOFF_MAX_SECONDS="0.3", **alone)
+
+    until(lambda: len(posted(server)) >= 1200, what="all of them")
+
+    assert process.stop() == 0
+    assert posted(server) == sorted(each.identity for each in frauds)
+    for headers, body in server.accepted:
+        at = datetime.fromtimestamp(int(headers["webhook-timestamp"]), UTC)
+        wanted = signed(body, identity=headers["webhook-id"], now=at, key=key_of(SECRET))
+        assert headers["webhook-signature"] == wanted["webhook-signature"]
+        assert all(str(each.cc_num).encode() not in body for each in frauds[:50])
+
+
+def test_a_broken_webhook_holds_up_no_mail_and_catches_up(
+    rig: Rig, mailbox: Mailbox, hook: tuple[type[Hook], str]
+) -> None:
+    server, url = hook
+    server.statuses = [500]
+    frauds = make_transactions(3)
+    put_predictions(rig, [(each, 1) for each in frauds])
+    own = {"WEBHOOK_URL": url, "WEBHOOK_SECRET": SECRET, "BACKOFF_MAX_SECONDS": "0.3"}
+    process = rig.start("alerter", SMTP_PORT=str(mailbox.port), **own)
+
+    received(mailbox, 3)
+    until(lambda: "webhook: 500" in rig.log("alerter"), what="the outage in the log")
+    server.statuses = [200]
+    until(lambda: len(posted(server)) == 3, what="all of them posted")
+
+    assert process.stop() == 0
+    assert len(received(mailbox, 3)) == 3
+
+
+def test_an_alarm_whose_content_a_webhook_refuses_is_kept(rig: Rig, hook: tuple[type[Hook], str]) -> None:
+    server, url = hook
+    server.statuses = [422, 200]
+    batch = [encode_prediction(encode_transaction(each), 1) for each in make_transactions(1)]
+    rig.put(rig.topic_2, batch)
+    rig.start("alerter", SMTP_HOST="", WEBHOOK_URL=url, WEBHOOK_SECRET=SECRET)
+
+    (letter,) = rig.read(dead_letter_topic(rig.topic_2), 1)
+
+    assert letter.value() == batch[0]
+
+
+def test_a_sample_goes_through_each_channel_and_what_happened_is_said(
+    rig: Rig, mailbox: Mailbox, hook: tuple[type[Hook], str], tmp_path: Path
+) -> None:
+    server, url = hook
+    server.statuses = [401]
+    environment = rig.environment | {"SMTP_PORT": str(mailbox.port), "WEBHOOK_URL": url, "WEBHOOK_SECRET": SECRET}
+
+    done = subprocess.run(
+        [sys.executable, "-m", "fraudctl", "alert-test"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == ["mail: accepted", "webhook: 401 Unauthorized"]
+    (mail,) = received(mailbox, 1)
+    assert "Test of the alarm" in mail.message["Subject"]
+
+
+def test_machines_are_told_what_people_are() -> None:
+    (transaction,) = make_transactions(1)
+    found = fields(alarm(transaction, cc_num=4497913965510030))
+
+    assert found["card"] == "**** 0030"
+    assert (found["trans_num"], found["unix_time"]) == transaction.identity
+    assert transaction.dob not in str(found)
 
 
 def test_rubbish_is_kept_and_the_next_fraud_is_mailed(rig: Rig, mailbox: Mailbox) -> None:
@@ -298,7 +704,7 @@ def certificate(tmp_path: Path) -> Path:
 
 
 def test_starttls_and_login(tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (message,) = alarms(1)
+    (message,) = mails(1)
     with Mailbox(tmp_path / "secure", login=("alarm", "secret"), certificate=certificate) as server:
 
         def mailer(password: str, host: str = "localhost") -> Mailer:
@@ -321,7 +727,7 @@ def test_starttls_and_login(tmp_path: Path, certificate: Path, monkeypatch: pyte
 
 def test_a_connection_that_the_server_closed_is_opened_again(mailbox: Mailbox) -> None:
     mailer = plain_mailer(mailbox.port)
-    for message in alarms(2):
+    for message in mails(2):
         mailer.send(message)
         mailbox.stop()
         mailbox.start()
@@ -332,7 +738,7 @@ def test_a_connection_that_the_server_closed_is_opened_again(mailbox: Mailbox) -
 @pytest.mark.parametrize("reused", [False, True])
 def test_a_server_that_hangs_is_an_outage_after_one_timeout(mailbox: Mailbox, reused: bool) -> None:
     mailer = plain_mailer(mailbox.port, timeout_s=1.5)
-    earlier, message = alarms(2)
+    earlier, message = mails(2)
     if reused:
         mailer.send(earlier)
     mailbox.misbehave("hang")
@@ -350,7 +756,7 @@ def test_a_server_that_hangs_is_an_outage_after_one_timeout(mailbox: Mailbox, re
 
 def test_a_refusal_for_now_is_an_outage_at_any_stage_and_the_mail_goes_out_once(mailbox: Mailbox) -> None:
     mailer = plain_mailer(mailbox.port)
-    (message,) = alarms(1)
+    (message,) = mails(1)
     mailbox.misbehave("4xx")
     for _ in range(12):  # each code at each stage
         with pytest.raises(Outage, match=r"mail server.* 4[25]"):
@@ -398,7 +804,7 @@ def refusing() -> Iterator[Callable[..., int]]:
 def test_a_refusal_is_about_this_message_or_about_all(
     refusing: Callable[..., int], answer: str, verdict: type[Exception]
 ) -> None:
-    (message,) = alarms(1)
+    (message,) = mails(1)
     mailer = plain_mailer(refusing(answer))
 
     with pytest.raises(verdict, match="mail server: " + answer[:3]):
@@ -408,6 +814,22 @@ def test_a_refusal_is_about_this_message_or_about_all(
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
+        ({"SMTP_HOST": ""}, "SMTP_HOST"),
+        ({"ALERT_TO": ""}, "ALERT_TO"),
+        ({"ALERT_BURST": "-1"}, "ALERT_BURST"),
+        ({"ALERT_TEMPLATES": "/nowhere"}, "ALERT_TEMPLATES"),
+        ({"WEBHOOK_URL": "https://example.org"}, "WEBHOOK_SECRET"),
+        ({"WEBHOOK_URL": "https://example.org", "WEBHOOK_SECRET": "whsec_no base64 at all"}, "WEBHOOK_SECRET"),
+        ({"WEBHOOK_URL": "example.org"}, "WEBHOOK_URL"),
+        (
+            {
+                "WEBHOOK_URL": "https://example.org",
+                "WEBHOOK_SECRET": "x" * 16,
+                "WEBHOOK_GROUP": "a",
+                "ALERTER_GROUP": "a",
+            },
+            "WEBHOOK_GROUP",
+        ),
         ({"ALERT_TO": "somebody"}, "ALERT_TO"),
         ({"ALERT_TO": "a@"}, "ALERT_TO"),
         ({"ALERT_TO": ","}, "ALERT_TO"),

@@ -1,8 +1,8 @@
-"""Which frauds were mailed: one that comes again, because its commit failed or its partition came back, is known."""
+"""Which alarms were raised: one that comes again, because its commit failed or its partition came back, is known."""
 
 
-class Mailed:
-    """The identities whose mail this process had accepted last, at most `size` of them."""
+class Remembered:
+    """The identities whose alarm this process raised last, at most `size` of them."""
 
     def __init__(self, size: int) -> None:
         self._size = size

@@ -1,0 +1,198 @@
+"""The ways an alarm can take: each with a consumer group and a pace of its own, so that none holds up another."""
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from math import log2
+from typing import Protocol
+
+import structlog
+from confluent_kafka import Message
+
+from services.alerter.alarm import Alarm, Found, find, sample
+from services.alerter.mail import Composer, Mailer
+from services.alerter.pace import Pace
+from services.alerter.remembered import Remembered
+from services.alerter.webhook import Webhook
+from shared.dead_letters import Limit, dead_letter, isolate
+from shared.errors import Outage, Poison
+from shared.kafka import Record
+from shared.records import mask_card
+from shared.stream import Outcome
+
+log = structlog.get_logger()
+
+_REMEMBERED = 20_000  # alarms; what was accepted is committed at once, so that few can come again
+_LARGEST_POST = 500
+_CATCH_UP_S = 1.0
+
+
+class Channel(Protocol):
+    """A way to people or systems."""
+
+    name: str
+    group: str
+
+    def handle(self, messages: Sequence[Message]) -> Outcome:
+        """Raise alarms of a batch. Raises Outage."""
+
+    def test(self) -> None:
+        """Send a sample. Raises Outage or Poison."""
+
+    def close(self) -> None:
+        """Hang up."""
+
+
+class ByMail:
+    """The first at once; in a flood, digests. A mail is accepted, then its offsets are committed, then the next one."""
+
+    name = "mail"
+
+    def __init__(
+        self, mailer: Mailer, composer: Composer, *, group: str, pace: Pace, limit: Limit, largest_digest: int
+    ) -> None:
+        self.group = group
+        self._mailer = mailer
+        self._composer = composer
+        self._pace = pace
+        self._limit = limit
+        self._largest_digest = largest_digest
+        self._mailed = Remembered(_REMEMBERED)
+        self._started_ms = time.time() * 1000
+        self._catches_up = pace.burst < largest_digest
+        self._refused_digests = 0
+
+    def handle(self, messages: Sequence[Message]) -> Outcome:
+        """Mail the first alarm of the batch, or a digest once alarms were gathered for long enough.
+
+        What is not finished is left for the next round: a crash repeats one mail at the most.
+        """
+        alone = not self._catches_up and self._pace.lets_one_go()
+        found = find(messages, self._mailed, group=self.group, most=1 if alone else self._largest_digest)
+        if not found.alarms:
+            return _finished(found)
+        first, _ = found.alarms[0]
+        if before := [letter for number, letter in found.dead if number < first]:
+            return Outcome(first - 1, dead=before)  # they go first: were they not accepted, the mail would be repeated
+        if alone:
+            refused = _raise(messages, found, self._single, self._limit, group=self.group)
+            self._pace.one_went()
+            return _finished(found, refused)
+        if self._catches_up and messages[first - 1].timestamp()[1] >= self._started_ms:
+            return self._caught_up(messages)
+        if len(found.alarms) < self._largest_digest:
+            seconds = self._pace.gather_s(at_most_s=_CATCH_UP_S) if self._catches_up else self._pace.gather_s()
+            if seconds > 0:
+                return Outcome(first - 1, keep=_kept(messages, found), again_in_s=seconds)
+        if self._catches_up and len(found.alarms) <= self._pace.burst:
+            return self._caught_up(messages)
+        self._catches_up = False
+        self._refused_digests = 0
+        refused = _raise(messages, found, self._digest, self._limit, group=self.group)
+        self._pace.all_went()
+        return _finished(found, refused)
+
+    def test(self) -> None:
+        """Mail a sample."""
+        now = datetime.now(UTC)
+        self._mailer.send(self._composer.single(sample(now), now=now))
+
+    def close(self) -> None:
+        """Hang up."""
+        self._mailer.close()
+
+    def _caught_up(self, messages: Sequence[Message]) -> Outcome:
+        """More than a burst that waited when this process began goes out in a digest: perhaps its predecessor mailed
+        them in one, and was killed before it could commit. But there are not so many."""
+        self._catches_up = False
+        self._pace.all_went()
+        return self.handle(messages)
+
+    def _single(self, alarms: Sequence[Alarm]) -> Sequence[None]:
+        for alarm in alarms:
+            prediction = alarm.prediction
+            self._mailer.send(self._composer.single(alarm, now=datetime.now(UTC)))
+            self._mailed.add(alarm.identity)
+            log.info("alarm_mailed", card=mask_card(prediction.cc_num), amount=prediction.amt, id=prediction.trans_num)
+        return [None] * len(alarms)
+
+    def _digest(self, alarms: Sequence[Alarm]) -> Sequence[None]:
+        if len(alarms) == 1:
+            return self._single(alarms)
+        try:
+            self._mailer.send(self._composer.digest(alarms, now=datetime.now(UTC)))
+        except Poison as poison:
+            self._refused_digests += 1
+            if self._refused_digests > 2 * log2(self._largest_digest):  # so many one alarm alone cannot spoil
+                raise Outage(f"digests are refused: {poison}") from None
+            raise
+        for alarm in alarms:
+            self._mailed.add(alarm.identity)
+        cards = {alarm.prediction.cc_num for alarm in alarms}
+        log.info("digest_mailed", alarms=len(alarms), cards=len(cards))
+        return [None] * len(alarms)
+
+
+class ByWebhook:
+    """All of a batch at once, up to some hundred a post: it is read by a machine."""
+
+    name = "webhook"
+
+    def __init__(self, webhook: Webhook, *, group: str, limit: Limit) -> None:
+        self.group = group
+        self._webhook = webhook
+        self._limit = limit
+        self._posted = Remembered(_REMEMBERED)
+
+    def handle(self, messages: Sequence[Message]) -> Outcome:
+        """Post the first alarms of the batch; what comes after them is left for the next round."""
+        found = find(messages, self._posted, group=self.group, most=_LARGEST_POST)
+        if not found.alarms:
+            return _finished(found)
+        return _finished(found, _raise(messages, found, self._post, self._limit, group=self.group))
+
+    def test(self) -> None:
+        """Post a sample."""
+        self._webhook.post([sample(datetime.now(UTC))], kind="fraud.test")
+
+    def close(self) -> None:
+        """Hang up."""
+        self._webhook.close()
+
+    def _post(self, alarms: Sequence[Alarm]) -> Sequence[None]:
+        self._webhook.post(alarms)
+        for alarm in alarms:
+            self._posted.add(alarm.identity)
+        log.info("alarms_posted", alarms=len(alarms))
+        return [None] * len(alarms)
+
+
+def _raise(
+    messages: Sequence[Message],
+    found: Found,
+    send: Callable[[Sequence[Alarm]], Sequence[None]],
+    limit: Limit,
+    *,
+    group: str,
+) -> list[Record]:
+    """Send them; returns a dead letter for each that is refused for good. Raises Outage."""
+    results = isolate([alarm for _, alarm in found.alarms], send)
+    limit.check(results)
+    return [
+        dead_letter(messages[number - 1], str(result), group=group)
+        for (number, _), result in zip(found.alarms, results, strict=True)
+        if isinstance(result, Poison)
+    ]
+
+
+def _kept(messages: Sequence[Message], found: Found) -> list[Message]:
+    """What has to come again while alarms are gathered: not the many transactions between them."""
+    wanted = {number for number, _ in (*found.alarms, *found.dead)}
+    wanted |= set({message.partition(): number for number, message in enumerate(messages, start=1)}.values())
+    return [messages[number - 1] for number in sorted(wanted) if number >= found.alarms[0][0]]
+
+
+def _finished(found: Found, refused: Sequence[Record] = ()) -> Outcome:
+    if found.repeats:
+        log.info("alarm_repeats_skipped", alarms=found.repeats)
+    return Outcome(found.read, dead=[*(letter for _, letter in found.dead), *refused])
