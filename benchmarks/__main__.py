@@ -20,7 +20,7 @@ from confluent_kafka import libversion
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import growth, idle, latency, loop, predictor, sink, stages, swap
+from benchmarks import flood, growth, idle, latency, loop, predictor, sink, stages, swap
 from benchmarks.load import Bench
 from benchmarks.measure import Bar, Figure, Section
 from sandbox.apache import VERSION as KAFKA_VERSION
@@ -46,6 +46,7 @@ APACHE: dict[str, Suite] = {
     "sink": lambda bench, rounds: sink.throughput(bench, rounds=rounds, rows=200_000),
     "table": lambda bench, rounds: sink.full_table(bench, rounds=rounds, rows=100_000, there=5_000_000),
     "latency": lambda bench, rounds: latency.latencies(bench, rounds=rounds, rates=(100, 500, 2000, 5000), seconds=12),
+    "flood": lambda bench, rounds: flood.flood(bench, rounds=rounds, frauds=5000),
     "swaps": lambda bench, rounds: swap.swaps(bench, rounds=rounds, rate=2000, moves=20),
     "catching-up": lambda bench, rounds: latency.catching_up(bench, rounds=rounds, rows=360_000),
     "idle": lambda bench, rounds: idle.idle(bench, rounds=rounds, seconds=10),

@@ -140,9 +140,11 @@ def stream(bench: Bench, topic: str, rate: int, rows: int) -> None:
     client.flush()
 
 
-def wait_until(condition: Callable[[], bool], what: str, services: Sequence[Process]) -> None:
+def wait_until(
+    condition: Callable[[], bool], what: str, services: Sequence[Process], *, patience_s: float = _PATIENCE_S
+) -> None:
     """Raises StandInError if the condition does not come true."""
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:
             raise StandInError(f"the {what} did not come: {services[0].last_line()}")
