@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer, Topic
 from rich.table import Table
 from rich.text import Text
 
+from fraudctl.call import CallError, parse_since
 from fraudctl.readable import readable_header, readable_key, readable_value
 from fraudctl.topics import ends
 from shared import kafka
@@ -37,14 +37,8 @@ _TRANSACTION_LETTERS = 1000
 _TRANSACTION_BYTES = 16 * 1024 * 1024  # the broker gives a transaction ten seconds
 _FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
 
-_AGE = re.compile(r"(\d{1,9})([mhd])", re.ASCII).fullmatch
-_UNIT_MS = {"m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _ID = re.compile(r"(.+):(\d{1,10}):(\d{1,19})", re.ASCII).fullmatch
 _EPOCH_MS = re.compile(r"\d{1,13}", re.ASCII).fullmatch
-
-
-class CallError(Exception):
-    """What was asked for cannot be done: one line that says why."""
 
 
 class Fenced(Exception):
@@ -154,17 +148,6 @@ def parse_topic(text: str, topics: Sequence[str]) -> str:
     if name not in topics:
         raise CallError(f"{text!r} is not among the topics: {', '.join(topics)}")
     return name
-
-
-def parse_since(text: str, *, now_ms: int) -> int:
-    """Epoch ms of an ISO date or time, UTC unless it says otherwise, or of an age such as 90m. Raises CallError."""
-    if age := _AGE(text):
-        return now_ms - int(age[1]) * _UNIT_MS[age[2]]
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise CallError(f"--since: {text!r} is neither a time (2026-01-31T21:30) nor an age (90m, 2h, 3d)") from None
-    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def read(properties: Mapping[str, str], selection: Selection) -> list[Letter]:

@@ -1,7 +1,5 @@
 """topic_2 to PostgreSQL."""
 
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,21 +15,6 @@ from shared.provenance import Provenance, from_headers, to_headers
 from shared.records import FEATURES, Prediction, Transaction, encode_prediction, encode_transaction
 
 PROVENANCE = Provenance("fraud", "3", 0.25, 1730134684025, 4, 1234)
-
-
-@pytest.fixture
-def engine(postgres: Postgres) -> Iterator[sa.Engine]:
-    """A database of this test's own."""
-    name = f"test_{uuid.uuid4().hex}"
-    owner = sa.create_engine(postgres.url, isolation_level="AUTOCOMMIT")
-    with owner.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name}"))
-    own = connect(str(sa.make_url(postgres.url).set(database=name)))
-    yield own
-    own.dispose()
-    with owner.connect() as connection:
-        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
-    owner.dispose()
 
 
 @pytest.fixture

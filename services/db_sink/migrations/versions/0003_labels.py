@@ -1,0 +1,36 @@
+"""Who confirmed what: every change of a label is kept, and confirmed rows are found without a scan."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+_CONFIRMED = "transactions_confirmed"
+
+
+def upgrade() -> None:
+    """The index covers confirmed rows alone: what is stored without a label does not pay for it."""
+    op.create_table(
+        "label_changes",
+        sa.Column("id", sa.BigInteger(), sa.Identity(), primary_key=True),
+        sa.Column("trans_num", sa.Text(), nullable=False),
+        sa.Column("unix_time", sa.BigInteger(), nullable=False),
+        sa.Column("was_fraud", sa.SmallInteger(), comment="the label before, whoever gave it"),
+        sa.Column("was_validated_by", sa.Text(), comment="null if nobody had confirmed it"),
+        sa.Column("is_fraud", sa.SmallInteger(), nullable=False),
+        sa.Column("changed_by", sa.Text(), nullable=False),
+        sa.Column("changed_at", sa.TIMESTAMP(timezone=True), nullable=False, server_default=sa.func.clock_timestamp()),
+    )
+    op.create_index("label_changes_identity", "label_changes", ["unix_time", "trans_num"])
+    op.create_index(
+        _CONFIRMED, "transactions", ["unix_time", "trans_num"], postgresql_where=sa.text("validated_at IS NOT NULL")
+    )
+
+
+def downgrade() -> None:
+    """The labels stay; how they came about is forgotten."""
+    op.drop_index(_CONFIRMED, "transactions")
+    op.drop_table("label_changes")
