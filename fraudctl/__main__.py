@@ -6,22 +6,32 @@ import os
 import random
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from fraudctl.call import CallError, parse_since
 from shared.errors import Outage, SettingsError
 from shared.settings import ServiceSettings, kafka_properties, load
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from fraudctl.labels import Label
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 topics_app = typer.Typer(no_args_is_help=True, help="The topics and their dead-letter topics.")
 app.add_typer(topics_app, name="topics")
 letters_app = typer.Typer(no_args_is_help=True, help="What the services refused: see it, mend it, put it back.")
 app.add_typer(letters_app, name="dead-letters")
+labels_app = typer.Typer(no_args_is_help=True, help="What people found out about transactions.")
+app.add_typer(labels_app, name="labels")
 console = Console()
 
 OfTopic = Annotated[str | None, typer.Option("--topic", help="Only those of this topic.")]
@@ -220,7 +230,7 @@ def letters_list(topic: OfTopic = None, reason: OfReason = "", since: Since = No
         settings, properties = _kafka()
         selection = letters.select(settings, topic=topic, reason=reason, since=since)
         found = letters.read(properties, selection)[:limit]
-    except (letters.CallError, SettingsError, Outage) as error:
+    except (CallError, SettingsError, Outage) as error:
         _refuse(error)
     if found:
         console.print(letters.overview(found))
@@ -241,7 +251,7 @@ def letters_show(
         (letter,) = letters.read(properties, letters.select(settings, ids=[letter_id]))
         if save:
             letters.save(letter, save)
-    except (letters.CallError, SettingsError, Outage, OSError) as error:
+    except (CallError, SettingsError, Outage, OSError) as error:
         _refuse(error)
     console.print(letters.description(letter), markup=False, highlight=False, soft_wrap=True)
 
@@ -262,19 +272,163 @@ def letters_replay(
     try:
         filtered = bool(topic or reason or since or limit)
         if letter_ids and filtered:
-            raise letters.CallError("either IDs or filters, not both")
+            raise CallError("either IDs or filters, not both")
         if value and len(letter_ids or []) != 1:
-            raise letters.CallError("--value is for exactly one ID")
+            raise CallError("--value is for exactly one ID")
         mended = value.read_bytes() if value else None
         settings, properties = _kafka()
         selection = letters.select(settings, ids=letter_ids or [], topic=topic, reason=reason, since=since)
         done = letters.replay(properties, selection, limit=limit, more=yes, mended=mended)
     except letters.Fenced as error:
         _refuse(error, exit_code=1)
-    except (letters.CallError, SettingsError, Outage, OSError) as error:
+    except (CallError, SettingsError, Outage, OSError) as error:
         _refuse(error)
     skipped = f"; {done.skipped:,} were put back before" if done.skipped else ""
     console.print(f"put back: {letters.counted(done.put_back)}{skipped}", highlight=False, soft_wrap=True)
+
+
+@labels_app.command("confirm")
+def labels_confirm(
+    trans_num: Annotated[str, typer.Argument(help="Of the transaction, as its alarm names it.")],
+    fraud: Annotated[str, typer.Option(help="yes or no.")],
+    by: Annotated[str, typer.Option(help="Who found out.")],
+    unix_time: Annotated[int | None, typer.Option(min=0, max=10**12, help="Which, if it came several times.")] = None,
+    overrule: Annotated[bool, typer.Option("--overrule", help="Also if somebody confirmed the contrary.")] = False,
+) -> None:
+    """Say whether a transaction was fraud."""
+    from fraudctl import labels
+
+    try:
+        if not by.strip():
+            _refuse(CallError("--by: who?"))
+        label = labels.Label(trans_num, labels.fraud_or_not(fraud), by.strip(), unix_time)
+    except ValueError:
+        _refuse(CallError(f"--fraud: expected yes or no, not {fraud!r}"))
+    _confirm([label], overrule=overrule)
+
+
+@labels_app.command("import")
+def labels_import(
+    file: Annotated[Path, typer.Argument(help="A CSV: trans_num, is_fraud and, if needed, unix_time and by.")],
+    by: Annotated[str | None, typer.Option(help="Who found out, where the file does not say.")] = None,
+    overrule: Annotated[bool, typer.Option("--overrule", help="Also if somebody confirmed the contrary.")] = False,
+) -> None:
+    """Take in the labels of a file, all or none."""
+    from fraudctl import labels
+
+    try:
+        given = labels.read(file, by=by)
+    except (CallError, OSError, UnicodeDecodeError) as error:
+        _refuse(error)
+    _confirm(given, overrule=overrule)
+
+
+@labels_app.command("list")
+def labels_list(
+    unreviewed: Annotated[bool, typer.Option("--unreviewed", help="Only those that nobody confirmed.")] = False,
+    predicted_fraud: Annotated[bool, typer.Option("--predicted-fraud", help="Only those called fraud.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="No more than these many, the newest.")] = 50,
+) -> None:
+    """List transactions and their labels, the newest first."""
+    from fraudctl import labels
+
+    try:
+        found = labels.newest(_database(), unreviewed=unreviewed, predicted_fraud=predicted_fraud, limit=limit)
+    except (SettingsError, Outage) as error:
+        _refuse(error)
+    console.print(found)
+
+
+@labels_app.command("stats")
+def labels_stats() -> None:
+    """How each model version did on the confirmed rows."""
+    from fraudctl import labels
+
+    try:
+        found = labels.performance(_database())
+    except (SettingsError, Outage) as error:
+        _refuse(error)
+    table = Table("model", "confirmed", "of them frauds", "precision", "recall")
+    for each in found:
+        precision, recall = ("" if share is None else f"{share:.3f}" for share in (each.precision, each.recall))
+        table.add_row(each.model, f"{each.confirmed:,}", f"{each.frauds:,}", precision, recall)
+    console.print(table if found else "no transaction is confirmed yet")
+
+
+def _confirm(given: "Sequence[Label]", *, overrule: bool) -> None:
+    from fraudctl import labels
+
+    try:
+        done = labels.confirm(_database(), given, overrule=overrule)
+    except (CallError, SettingsError, Outage) as error:
+        _refuse(error)
+    before = f"; {done.confirmed_before:,} were confirmed like that before" if done.confirmed_before else ""
+    console.print(f"confirmed: {done.changed:,}{before}", highlight=False)
+
+
+@app.command("export")
+def export_command(
+    out: Annotated[str, typer.Option(help="A file, or s3://BUCKET/KEY.")] = "validated.csv",
+    since: Annotated[str | None, typer.Option(help="From this time on (UTC), or of the last 90m, 2h, 3d.")] = None,
+    until: Annotated[str | None, typer.Option(help="Before this time.")] = None,
+    append: Annotated[bool, typer.Option("--append", help="To what the file has already, without repeats.")] = False,
+) -> None:
+    """Write the confirmed transactions as a training file."""
+    from rich.progress import Progress
+
+    from fraudctl import export
+
+    now_ms = time.time_ns() // 1_000_000
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("confirmed rows", total=None)
+        try:
+            begin, end = (
+                None if text is None else parse_since(text, now_ms=now_ms, option=option) // 1000
+                for text, option in ((since, "--since"), (until, "--until"))
+            )
+            written = export.export(
+                _database(),
+                out,
+                since=begin,
+                until=end,
+                append=append,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        except (CallError, SettingsError, Outage, OSError) as error:
+            _refuse(error)
+    console.print(f"{out}: {written:,} rows", highlight=False, soft_wrap=True)
+
+
+@app.command("alert-test")
+def alert_test() -> None:
+    """Send a sample alarm through each channel that is configured; exit 1 if one of them did not take it."""
+    from services.alerter.__main__ import AlerterSettings, channels
+    from shared.errors import Poison
+
+    try:
+        configured = channels(load(AlerterSettings))
+    except SettingsError as error:
+        _refuse(error)
+    failed = False
+    for channel in configured:
+        try:
+            channel.test()
+            console.print(f"{channel.name}: accepted", highlight=False)
+        except (Outage, Poison) as error:
+            failed = True
+            console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        channel.close()
+    raise typer.Exit(int(failed))
+
+
+def _database() -> "Engine":
+    from services.db_sink.__main__ import SinkSettings
+    from services.db_sink.table import connect
+
+    try:
+        return connect(load(SinkSettings).database_url.get_secret_value())
+    except ValueError as error:
+        raise SettingsError(f"DATABASE_URL: {error}") from None
 
 
 def _kafka() -> tuple[ServiceSettings, dict[str, str]]:

@@ -1,0 +1,165 @@
+"""Confirmed transactions as a training file: the same header, the same order of columns, the same formats."""
+
+import csv
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from decimal import Decimal
+from pathlib import Path
+from typing import IO, Any
+
+import psycopg2
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+
+from fraudctl.call import CallError
+from services.db_sink.table import TABLE, reason
+from shared.errors import Outage
+from shared.records import FEATURES
+
+HEADER = ("", *FEATURES)  # the first column is a row number, which confirmed rows do not have
+_S3 = "s3://"
+_AT_A_TIME = 5000  # rows
+_BOUNDS = (("since", ">="), ("until", "<"))
+_TRANS_NUM, _UNIX_TIME = HEADER.index("trans_num"), HEADER.index("unix_time")
+
+Row = Sequence[Any]
+Progress = Callable[[int, int], None]
+"""Told how many rows are done, and of how many."""
+
+
+def export(
+    engine: sa.Engine, out: str, *, since: int | None, until: int | None, append: bool, progress: Progress
+) -> int:
+    """Write the confirmed rows with since <= unix_time < until (epoch seconds), by time, and return how many there are.
+
+    With `append`, what the file has already is kept, and of a transaction that is in both the row just read. The file
+    is written under another name and moved when it is whole. Raises CallError if its header is another one, Outage,
+    OSError.
+    """
+    with (
+        _target(out) as (earlier, partial),
+        _confirmed(engine, since=since, until=until) as (total, rows),
+        _open(partial, "w") as file,
+    ):
+        counted = _counted(rows, total, progress)
+        if append and earlier.exists():
+            counted = _merged(_read(earlier, out), counted, directory=partial.parent)
+        writer = csv.writer(file, lineterminator="\n")
+        careful = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)  # for what Python 3.11 leaves bare
+        writer.writerow(HEADER)
+        written = 0
+        for row in counted:
+            (careful if any("\r" in value for value in row if isinstance(value, str)) else writer).writerow(row)
+            written += 1
+    return written
+
+
+@contextmanager
+def _confirmed(engine: sa.Engine, *, since: int | None, until: int | None) -> Iterator[tuple[int, Iterator[Row]]]:
+    columns = ", ".join(f'"{name}"' for name in FEATURES)
+    bounds = {"since": since, "until": until}
+    where = " AND ".join(
+        [
+            "validated_at IS NOT NULL AND is_fraud IS NOT NULL",
+            *(f"unix_time {sign} :{name}" for name, sign in _BOUNDS if bounds[name] is not None),
+        ]
+    )
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    query = f'SELECT {columns} FROM {TABLE} WHERE {where} ORDER BY unix_time, trans_num COLLATE "C"'  # noqa: S608
+    count = f"SELECT count(*) FROM {TABLE} WHERE {where}"  # noqa: S608 - the same
+    try:
+        with engine.connect() as connection:
+            connection.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+            total = connection.execute(sa.text(count), given).scalar_one()
+            found = connection.execution_options(yield_per=_AT_A_TIME).execute(sa.text(query), given)
+            yield total, map(_row, found)
+    except (SQLAlchemyError, psycopg2.Error) as error:
+        raise Outage(f"database: {reason(error)}") from None
+
+
+def _row(found: Iterable[Any]) -> Row:
+    return ["", *(int(value) if isinstance(value, Decimal) else value for value in found)]
+
+
+def _counted(rows: Iterable[Row], total: int, progress: Progress) -> Iterator[Row]:
+    for number, row in enumerate(rows):
+        if number % _AT_A_TIME == 0:
+            progress(number, total)
+        yield row
+    progress(total, total)
+
+
+def _read(path: Path, name: str) -> Iterator[Row]:
+    with _open(path, "r") as file:
+        rows = csv.reader(file)
+        header = next(rows, [])
+        if tuple(header) != HEADER:
+            there, expected = ",".join(header), ",".join(HEADER)
+            raise CallError(f"{name} has another header\n  there:    {there}\n  expected: {expected}")
+        for row in rows:
+            if len(row) != len(HEADER):
+                raise CallError(f"{name}, line {rows.line_num}: {len(row)} values, not {len(HEADER)}")
+            if not row[_UNIX_TIME].isdecimal():
+                raise CallError(f"{name}, line {rows.line_num}: unix_time is no number of seconds")
+            yield row
+
+
+def _merged(earlier: Iterable[Row], later: Iterable[Row], *, directory: Path) -> Iterator[Row]:
+    """Both by identity, in the order of time; SQLite sorts, since neither need fit into memory."""
+    with _sorting(directory) as rows:
+        columns = ", ".join(f"c{number}" for number in range(len(HEADER)))
+        rows.execute(f"CREATE TABLE rows ({columns}, at INTEGER, PRIMARY KEY (at, c{_TRANS_NUM})) WITHOUT ROWID")
+        put = f"INSERT OR REPLACE INTO rows VALUES ({', '.join('?' * (len(HEADER) + 1))})"  # noqa: S608 - its own words
+        for source in (earlier, later):
+            rows.executemany(put, ([*map(str, row), int(row[_UNIX_TIME])] for row in source))
+        yield from rows.execute(f"SELECT {columns} FROM rows ORDER BY at, c{_TRANS_NUM}")  # noqa: S608 - the same
+
+
+@contextmanager
+def _sorting(directory: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        with tempfile.TemporaryDirectory(dir=directory) as scratch, closing(sqlite3.connect(f"{scratch}/rows")) as rows:
+            rows.execute("PRAGMA journal_mode = OFF")
+            rows.execute("PRAGMA synchronous = OFF")
+            yield rows
+    except sqlite3.Error as error:  # a full disk, as a rule
+        raise OSError(f"{directory}: {error}") from None
+
+
+@contextmanager
+def _target(out: str) -> Iterator[tuple[Path, Path]]:
+    """Where the earlier file can be read, if there is one, and where the new one is to be written; then it is put."""
+    if not out.startswith(_S3):
+        path = Path(out)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            partial = Path(scratch) / "partial"
+            yield path, partial
+            partial.replace(path)
+        return
+    try:
+        import s3fs
+    except ImportError:
+        raise CallError(f"{out}: s3fs is missing: pip install 'fraud-alarm[s3]'") from None
+    with tempfile.TemporaryDirectory() as scratch:
+        earlier, partial = Path(scratch) / "earlier", Path(scratch) / "partial"
+        with _reached(out):
+            bucket = s3fs.S3FileSystem()
+            if bucket.exists(out):
+                bucket.get_file(out, str(earlier))
+        yield earlier, partial
+        with _reached(out):
+            bucket.put_file(str(partial), out)  # an object is there when it is whole
+
+
+@contextmanager
+def _reached(out: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # botocore's, of which there are many
+        raise Outage(f"{out}: {type(error).__name__}: {error}") from None
+
+
+def _open(path: Path, mode: str) -> IO[str]:
+    return path.open(mode, encoding="utf-8", newline="")
