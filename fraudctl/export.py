@@ -133,6 +133,8 @@ def _target(out: str) -> Iterator[tuple[Path, Path]]:
     """Where the earlier file can be read, if there is one, and where the new one is to be written; then it is put."""
     if not out.startswith(_S3):
         path = Path(out)
+        if not path.parent.is_dir():
+            raise CallError(f"{out}: there is no folder {path.parent}")
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
             partial = Path(scratch) / "partial"
             yield path, partial

@@ -275,6 +275,13 @@ def test_a_file_with_another_header_is_left_alone(engine: sa.Engine, tmp_path: P
     assert out.read_text() == "trans_num,is_fraud\na,1\n"
 
 
+def test_a_folder_that_is_not_there_is_named(engine: sa.Engine, tmp_path: Path) -> None:
+    refused = fraudctl(engine, "export", "--out", "nowhere/validated.csv", cwd=tmp_path)
+
+    assert refused.returncode == 2
+    assert "nowhere/validated.csv: there is no folder nowhere" in refused.stderr
+
+
 def test_a_period_is_exported(engine: sa.Engine, tmp_path: Path) -> None:
     batch = sorted(make_transactions(100), key=lambda each: each.unix_time)
     stored(engine, batch)
