@@ -33,8 +33,8 @@ from sandbox.mailbox import messages
 from sandbox.payments_api import FAULTS
 from sandbox.postgres import Postgres
 from sandbox.processes import Process, python
-from services.predictor.model import REFERENCE
 from shared import kafka
+from shared.records import REFERENCE
 
 RATE = 250.0  # transactions a second
 _FRAUD_RATE = 0.02

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
+import msgspec
 from confluent_kafka import Message
 
 from services.alerter.remembered import Remembered
@@ -13,7 +14,7 @@ from shared.dead_letters import dead_letter
 from shared.errors import Poison
 from shared.kafka import Record, headers
 from shared.provenance import Provenance, from_headers
-from shared.records import TIME_FORMAT, Prediction, decode_prediction, mask_card
+from shared.records import REFERENCE, TIME_FORMAT, Prediction, decode_prediction, mask_card
 
 
 class Alarm(NamedTuple):
@@ -136,31 +137,10 @@ def digest_of(alarms: Sequence[Alarm]) -> str:
 
 def sample(now: datetime) -> Alarm:
     """What an alarm looks like, when none was raised."""
-    return Alarm(
-        Prediction(
-            trans_date_trans_time=f"{now.astimezone(UTC):{TIME_FORMAT}}",
-            cc_num=4111111111111111,
-            merchant="Test of the alarm, nothing happened",
-            category="shopping_net",
-            amt=1147.91,
-            first="Test",
-            last="Test",
-            gender="F",
-            street="Test",
-            city="Springfield",
-            state="IL",
-            zip=62701,
-            lat=39.8,
-            long=-89.6,
-            city_pop=114394,
-            job="Test",
-            dob="1970-01-01",
-            trans_num="00000000000000000000000000000000",
-            unix_time=int(now.timestamp()),
-            merch_lat=39.9,
-            merch_long=-89.5,
-            is_fraud=None,
-            prediction=1,
-        ),
-        Provenance("sample", "0", 0.973),
-    )
+    values = msgspec.structs.asdict(REFERENCE) | {
+        "trans_date_trans_time": f"{now.astimezone(UTC):{TIME_FORMAT}}",
+        "unix_time": int(now.timestamp()),
+        "merchant": "Test of the alarm, nothing happened",
+        "amt": 1147.91,
+    }
+    return Alarm(Prediction(**values, prediction=1), Provenance("sample", "0", 0.973))

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import structlog
 
-from services.predictor.model import REFERENCE
 from services.predictor.scoring import Seen
 from shared import metrics
 from shared.errors import without_digits
 from shared.profile import QUARTERS, Names, Numbers, Profile, numbers_of, quarters_of
+from shared.records import REFERENCE
 
 log = structlog.get_logger()
 

@@ -25,7 +25,7 @@ from sklearn.tree import DecisionTreeClassifier
 from services.predictor.compiled import TOLERANCE, Compiled, NotCompiled
 from shared.errors import Poison, without_digits
 from shared.profile import Profile
-from shared.records import FEATURES, Transaction, read_topic_1
+from shared.records import FEATURES, REFERENCE, Transaction, read_topic_1
 
 log = structlog.get_logger()
 
@@ -45,32 +45,6 @@ _LABEL_IS_LIKELIEST = (
     HistGradientBoostingClassifier,
     LogisticRegression,
     RandomForestClassifier,
-)
-
-# A transaction that any model of this project's data must be able to score; nobody's.
-REFERENCE = Transaction(
-    trans_date_trans_time="2024-05-17 13:45:12",
-    cc_num=4000000000000002,
-    merchant="fraud_Kirlin and Sons",
-    category="grocery_pos",
-    amt=104.32,
-    first="Ada",
-    last="Miller",
-    gender="F",
-    street="12 Example Street",
-    city="Springfield",
-    state="NC",
-    zip=28372,
-    lat=34.69,
-    long=-79.18,
-    city_pop=14783,
-    job="Engineer",
-    dob="1975-04-02",
-    trans_num="00000000000000000000000000000000",
-    unix_time=1715953512,
-    merch_lat=34.38,
-    merch_long=-78.62,
-    is_fraud=0,
 )
 
 

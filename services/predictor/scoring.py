@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from confluent_kafka import Message
 
-from services.predictor.model import REFERENCE, Model, Score, score
+from services.predictor.model import Model, Score, score
 from shared.dead_letters import Limit, dead_letter, isolate
 from shared.errors import Outage, Poison
 from shared.kafka import Record, coordinates, says_nothing
 from shared.provenance import Provenance, to_headers
-from shared.records import Transaction, encode_prediction, encode_transaction, read_topic_1
+from shared.records import REFERENCE, Transaction, encode_prediction, encode_transaction, read_topic_1
 from shared.stream import Outcome
 
 

@@ -13,10 +13,9 @@ from structlog.testing import capture_logs
 
 from sandbox.generator import transactions
 from services.predictor.drift import Monitor, psi
-from services.predictor.model import REFERENCE
 from services.predictor.scoring import Seen
 from shared.profile import Profile, make_profile
-from shared.records import RAW_COLUMNS, Transaction, read_split
+from shared.records import RAW_COLUMNS, REFERENCE, Transaction, read_split
 from training import train
 
 ROWS = 1500

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from services.predictor.model import REFERENCE, Model, UnusableModel, make_model, score
+from services.predictor.model import Model, UnusableModel, make_model, score
 from shared.errors import Poison
+from shared.records import REFERENCE
 
 BATCH = 3
 

@@ -29,10 +29,9 @@ from fraudctl import topics
 from sandbox.processes import Process
 from sandbox.registry import Registry
 from sandbox.stack import service
-from services.predictor.model import REFERENCE
 from shared.kafka import NOTHING, headers
 from shared.provenance import from_headers
-from shared.records import FEATURES, Transaction, decode_prediction, encode_transaction
+from shared.records import FEATURES, REFERENCE, Transaction, decode_prediction, encode_transaction
 from training import train
 
 NUMERIC = ["cc_num", "amt", "zip", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long"]
