@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SERVICES := producer predictor alerter db_sink
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
-.PHONY: demo test lint format bench guard chaos kafka lock clean
+.PHONY: demo test lint format bench guard chaos kafka lock configuration clean
 
 ## A stream of transactions through everything, on this machine. Options: make demo ARGS="--broker embedded"
 demo: $(VENV)/.ready
@@ -50,6 +50,10 @@ lock: $(VENV)/.ready
 	  $(LOCK) $$extras --constraints requirements.txt pyproject.toml \
 	    --output-file services/requirements/$$service.txt || exit 1; \
 	done
+
+## Write docs/configuration.md anew, from the settings classes
+configuration: $(VENV)/.ready
+	@$(BIN)/python -m fraudctl.configuration
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -51,6 +51,7 @@ class Addresses:
             "ALERT_BURST": "1000000",  # a mail for each fraud: the ledger follows them one by one
             "DELIVERY": self.delivery,
             "BACKOFF_MAX_SECONDS": "5",
+            "METRICS_PORT": "0",  # several of them share this machine
         }
 
 

@@ -25,3 +25,8 @@ class SettingsError(Exception):
 def without_digits(message: str, *, limit: int = 300) -> str:
     """An error's text, fit for logs and headers: libraries quote values, card numbers and birth dates among them."""
     return re.sub(r"\d", "#", " ".join(message.split()))[:limit]
+
+
+def without_credentials(text: str) -> str:
+    """The text with `user:password@` and the query of every URL left out: libraries quote addresses."""
+    return re.sub(r"(://)(?:[^/\s]+@)?([^\s?]*)(?:\?\S*)?", r"\1\2", text)

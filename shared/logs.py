@@ -1,4 +1,4 @@
-"""Logs for operators: one line a batch or event, `key=value` or JSON, never a full card number."""
+"""Logs for operators: one line a batch or event, `key=value` or JSON, never a full card number or a login."""
 
 import logging
 import re
@@ -9,6 +9,7 @@ from typing import Any
 import structlog
 from structlog.typing import EventDict, Processor
 
+from shared.errors import without_credentials
 from shared.settings import ServiceSettings
 
 _REMINDER_S = 60.0
@@ -72,7 +73,7 @@ class Sparingly(logging.Filter):
 
 
 def mask_cards(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Hide every run of 11 to 19 digits that passes the Luhn test, whoever logged it."""
+    """Hide every run of 11 to 19 digits that passes the Luhn test and every login in a URL, whoever logged it."""
     return {key: _masked(value) for key, value in event.items()}
 
 
@@ -94,5 +95,5 @@ def _masked(value: Any) -> Any:
     text = value if isinstance(value, str) else str(value) if isinstance(value, int) and abs(value) >= 10**10 else None
     if text is None:
         return value
-    masked = without_cards(text)
+    masked = without_credentials(without_cards(text))
     return value if masked == text else masked

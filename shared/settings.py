@@ -1,13 +1,25 @@
 """Settings from the environment, `secrets.env` and `client.properties`; a wrong one is one line and exit code 2."""
 
+import difflib
+import os
+import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+from dotenv import dotenv_values
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from shared.errors import SettingsError
+from shared.variables import NAMES
 
 SECRETS_FILE = "secrets.env"
 
@@ -17,22 +29,57 @@ DeliveryGuarantee = Literal["exactly_once", "at_least_once"]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
 LogFormat = Literal["console", "json"]
 
+# A line that is torn, or not of this form at all, may begin with a secret: it is not repeated.
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{1,39}").fullmatch
+_PROPERTY = re.compile(r"[a-z0-9._-]+").fullmatch
+
 # Files from Confluent Cloud's console carry these for other clients; librdkafka refuses to start with them.
 _FOREIGN_PROPERTIES = ("schema.registry.", "basic.auth.")
 
 
-class ServiceSettings(BaseSettings):
-    """What every service reads. Each field is an environment variable of the same name in capitals."""
+class Settings(BaseSettings):
+    """Each field is an environment variable of the same name in capitals, or of that name and _FILE: what a file holds.
+
+    What may hold a secret is not shown by `repr`.
+    """
 
     model_config = SettingsConfigDict(env_file=SECRETS_FILE, env_ignore_empty=True, extra="ignore", frozen=True)
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - a folder of secrets, which nothing sets
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment, `secrets.env`, and the files that either of them names. Raises SettingsError."""
+        given: dict[str, str | None] = {}
+        for source in (dotenv_settings, env_settings):
+            if isinstance(source, EnvSettingsSource):
+                given |= source.env_vars
+        files = InitSettingsSource(settings_cls, _from_files(settings_cls.model_fields, given))
+        return init_settings, files, env_settings, dotenv_settings
+
+
+class ServiceSettings(Settings):
+    """What every service reads."""
+
     client_properties: Path = Field(Path("client.properties"), description="The Kafka client's settings file")
-    sasl_username: str | None = Field(None, description="Laid over sasl.username in client.properties")
+    sasl_username: str | None = Field(None, repr=False, description="Laid over sasl.username in client.properties")
     sasl_password: SecretStr | None = Field(None, description="Laid over sasl.password in client.properties")
     topic_1: str = Field("topic_1", min_length=1, description="Topic of the transactions")
     topic_2: str = Field("topic_2", min_length=1, description="Topic of the transactions with their predictions")
     log_level: LogLevel = Field("INFO", description="The lowest level that is logged")
     log_format: LogFormat = Field("console", description="How log lines look")
+    metrics_port: int = Field(9100, ge=0, le=65535, description="Port of /metrics, /live and /ready; 0: none")
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="Address they listen on")
+    stall_seconds: float = Field(
+        120.0,
+        gt=0,
+        description="A loop, or a call of the model, the database or the mail server, that takes longer is stalled",
+    )
 
     @property
     def challenger_topic(self) -> str:
@@ -60,13 +107,32 @@ class StreamSettings(ServiceSettings):
     backoff_max_seconds: Backoff = Field(10.0, description="Longest wait between two tries")
 
 
+class RegistrySettings(Settings):
+    """What whoever deals with models reads."""
+
+    mlflow_tracking_uri: str = Field(min_length=1, repr=False, description="The MLflow registry")
+    mlflow_tracking_username: str | None = Field(None, description="Login, if the registry wants one")
+    mlflow_tracking_password: SecretStr | None = Field(None, description="Its password")
+    model_name: str = Field("fraud", min_length=1, description="Registered model")
+    model_alias: str = Field("champion", min_length=1, description="Alias of the version that is served")
+
+    def log_in(self) -> None:
+        """Put the login where MLflow looks for it: into the environment."""
+        if self.mlflow_tracking_username and self.mlflow_tracking_password:
+            os.environ["MLFLOW_TRACKING_USERNAME"] = self.mlflow_tracking_username
+            os.environ["MLFLOW_TRACKING_PASSWORD"] = self.mlflow_tracking_password.get_secret_value()
+
+
 S = TypeVar("S", bound=BaseSettings)
 
 
-def load(settings: type[S]) -> S:
-    """Read the settings. Raises SettingsError: one line that names each missing or wrong variable, not its value."""
+def load(settings: type[S], **given: Any) -> S:
+    """Read the settings, of which those given are not looked for.
+
+    Raises SettingsError: one line that names each missing or wrong variable, not its value.
+    """
     try:
-        return settings()
+        return settings(**given)
     except ValidationError as error:
         problems = "; ".join(
             f"{'_'.join(str(part) for part in problem['loc'][:1]).upper()}: {_plain(problem['type'], problem['msg'])}"
@@ -75,6 +141,18 @@ def load(settings: type[S]) -> S:
         raise SettingsError(problems) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{SECRETS_FILE}: {error}") from None
+
+
+def unknown_variables() -> dict[str, str | None]:
+    """What `secrets.env` sets and no service reads, each with the known name that is most like it, if one is."""
+    lines = dotenv_values(SECRETS_FILE, encoding="utf-8")
+    written = (name.upper() for name, value in lines.items() if value is not None and _NAME(name))
+    known = (*NAMES, *(f"{name}_FILE" for name in NAMES))
+    return {
+        name: next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
+        for name in written
+        if name not in known
+    }
 
 
 def kafka_properties(settings: ServiceSettings) -> dict[str, str]:
@@ -108,11 +186,30 @@ def parse_properties(text: str) -> dict[str, str]:
         if not line or line.startswith("#"):
             continue
         key, separator, value = line.partition("=")
-        if not separator or not key.strip():
+        if not separator or not _PROPERTY(key.strip()):
             raise ValueError(f"line {number} is not key=value")
         if not key.startswith(_FOREIGN_PROPERTIES):
             properties[key.strip()] = value.strip()
     return properties
+
+
+def _from_files(fields: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[str, str]:
+    """By field, the text of the file that NAME_FILE names, without the end of its last line. Raises SettingsError."""
+    found = {}
+    for field in fields:
+        name, path = field.upper(), given.get(f"{field}_file")
+        if not path:
+            continue
+        if given.get(field):
+            raise SettingsError(f"{name}: set, and so is {name}_FILE")
+        try:
+            found[field] = Path(path).read_text(encoding="utf-8").removesuffix("\n")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise SettingsError(f"{name}_FILE: cannot read {path}: {reason}") from None
+        if not found[field]:
+            raise SettingsError(f"{name}_FILE: {path} is empty")
+    return found
 
 
 def _check_credentials(properties: dict[str, str]) -> None:

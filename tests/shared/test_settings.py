@@ -6,7 +6,14 @@ import pytest
 from pydantic import Field, SecretStr
 
 from shared.errors import SettingsError
-from shared.settings import ServiceSettings, StreamSettings, kafka_properties, load, parse_properties
+from shared.settings import (
+    ServiceSettings,
+    StreamSettings,
+    kafka_properties,
+    load,
+    parse_properties,
+    unknown_variables,
+)
 
 CONFLUENT_CLOUD = """\
 # Required connection configs for Kafka producer, consumer, and admin
@@ -124,3 +131,84 @@ def test_a_missing_client_properties_says_what_to_do(tmp_path: Path) -> None:
 
 def test_values_keep_their_equals_signs_and_comments_go() -> None:
     assert parse_properties("# a=b\n\n k = v=w \n") == {"k": "v=w"}
+
+
+@pytest.mark.parametrize("by", ["the environment", "secrets.env"])
+def test_a_secret_can_lie_in_a_file(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "token").write_text(" with spaces and\na line \n")
+    (tmp_path / "size").write_text("7\r\n")
+    given = {"PLACE": "here", "TOKEN_FILE": str(tmp_path / "token"), "MAX_BATCH_SIZE_FILE": "size", "TOKEN": ""}
+    if by == "secrets.env":
+        (tmp_path / "secrets.env").write_text("".join(f"{name}={value}\n" for name, value in given.items()))
+    else:
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+
+    settings = load(ExampleSettings)
+
+    assert settings.token is not None
+    assert settings.token.get_secret_value() == " with spaces and\na line "
+    assert settings.max_batch_size == 7
+    assert "with spaces" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"TOKEN": "a", "TOKEN_FILE": "token"}, "TOKEN: set, and so is TOKEN_FILE"),
+        ({"TOKEN_FILE": "none"}, "TOKEN_FILE: cannot read none: No such file or directory"),
+        ({"TOKEN_FILE": "."}, "TOKEN_FILE: cannot read .: Is a directory"),
+        ({"TOKEN_FILE": "empty"}, "TOKEN_FILE: empty is empty"),
+        ({"TOKEN_FILE": "binary"}, "TOKEN_FILE: cannot read binary: not UTF-8 text"),
+        ({"MAX_BATCH_SIZE_FILE": "token"}, "MAX_BATCH_SIZE: input should be a valid integer"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_its_variable(
+    environment: dict[str, str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secrets.env").write_text("PLACE=here\n")
+    (tmp_path / "token").write_text("hush")
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(SettingsError) as error:
+        load(ExampleSettings)
+
+    assert str(error.value).startswith(line)
+    assert "hush" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_same_setting_in_secrets_env_and_as_a_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secrets.env").write_text("PLACE=here\nTOKEN=a\n")
+    monkeypatch.setenv("TOKEN_FILE", "token")
+
+    with pytest.raises(SettingsError, match="TOKEN: set, and so is TOKEN_FILE"):
+        load(ExampleSettings)
+
+
+def test_what_nobody_reads_is_told_with_what_was_meant(tmp_path: Path) -> None:
+    (tmp_path / "secrets.env").write_text(
+        "SASL_PASWORD=hush\nsasl_username=a\nSMTP_HOST=of the alerter\nDATABASE_URL_FILE=b\nSMTP_PASSWORDFILE=c\n"
+        "COLOUR=blue\n"
+        "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7==\nhunter2\n"  # of a secret that was torn
+    )
+
+    assert unknown_variables() == {
+        "SASL_PASWORD": "SASL_PASSWORD",
+        "SMTP_PASSWORDFILE": "SMTP_PASSWORD_FILE",
+        "COLOUR": None,
+    }
+
+
+def test_without_secrets_env_nothing_is_unknown() -> None:
+    assert unknown_variables() == {}
+
+
+def test_a_torn_line_of_client_properties_is_not_repeated() -> None:
+    with pytest.raises(ValueError, match=r"^line 2 is not key=value$"):
+        parse_properties("bootstrap.servers=a:1\nsasl.password: c2VjcmV0=\n")
