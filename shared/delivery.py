@@ -10,6 +10,7 @@ from typing import Protocol
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
+from shared import metrics
 from shared.errors import Outage
 from shared.kafka import NOTHING, Record, coordinates
 from shared.kafka import producer as make_producer
@@ -17,6 +18,7 @@ from shared.settings import DeliveryGuarantee
 
 log = structlog.get_logger()
 
+_COMMITTED, _ABORTED = (metrics.TRANSACTIONS.labels(outcome) for outcome in ("committed", "aborted"))
 _WAIT_S = 1.0
 _TRANSACTION_WAIT_S = 8.0  # after ten, the broker ends it, and there is nothing to wait for any more
 _STUCK_S = 10.0
@@ -172,17 +174,22 @@ class ExactlyOnce:
         try:
             producer.begin_transaction()
             yield producer
+            _COMMITTED.inc()
         except Outage:
-            self._producer = None
+            self._give_up()
             raise
         except KafkaException as exception:
-            self._producer = None
+            self._give_up()
             self._hear(producer)  # of records that were not written
             reason = self._failed[0] if self._failed else exception.args[0].str()
             raise Outage(f"transaction given up: {reason}") from None
         except _Stuck:
-            self._producer = None
+            self._give_up()
             raise Outage(f"transaction given up: the client did not return in {_STUCK_S:.0f} s") from None
+
+    def _give_up(self) -> None:
+        self._producer = None
+        _ABORTED.inc()
 
     def _bounded(self, call: Callable[[], None]) -> None:
         """Raises what the call raises, or _Stuck."""

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
 import structlog
 
@@ -9,28 +10,40 @@ log = structlog.get_logger()
 
 
 class Flow:
-    """Adds counts up and logs them as one `event`, with the running total of the first."""
+    """Adds counts up and logs them as one `event`, with the rate and the running total of the first, and `levels`."""
 
-    def __init__(self, event: str) -> None:
+    def __init__(self, event: str, *, levels: Callable[[], Mapping[str, int]] = dict) -> None:
         self._event = event
+        self._levels = levels
         self._since = time.monotonic()
         self._counts: Counter[str] = Counter()
+        self._ages_ms: list[float] = []
         self._total = 0
 
-    def add(self, **counts: int) -> None:
-        """Add, for example `records=1000, dead_letters=2`."""
+    def add(self, *, ages_ms: Iterable[float] = (), **counts: int) -> None:
+        """Add, for example `records=1000, dead_letters=2`, and how old some of them were when they were done."""
         self._counts.update(counts)
+        self._ages_ms += ages_ms
         self._total += next(iter(counts.values()))
         self.report_if_due()
 
     def report_if_due(self) -> None:
-        """Log what has not been logged yet, if the last line is a second old."""
+        """Log what has not been logged yet, if the last time was a second ago."""
         if time.monotonic() - self._since >= 1.0:
             self.report()
 
     def report(self) -> None:
         """Log what has not been logged yet, if there is anything."""
+        now = time.monotonic()
         if any(self._counts.values()):
-            log.info(self._event, **self._counts, total=self._total)
+            per_s = round(next(iter(self._counts.values())) / max(now - self._since, 0.001))
+            ages = {"p99_ms": round(_p99(self._ages_ms))} if self._ages_ms else {}
+            log.info(self._event, **self._counts, per_s=per_s, **self._levels(), **ages, total=self._total)
             self._counts.clear()
-            self._since = time.monotonic()
+            self._ages_ms.clear()
+        self._since = now
+
+
+def _p99(values: list[float]) -> float:
+    """The smallest value that 99 % of them do not exceed (nearest rank)."""
+    return sorted(values)[-(-99 * len(values) // 100) - 1]

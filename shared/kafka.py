@@ -19,6 +19,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 from shared.errors import Outage, SettingsError
 
 Headers = list[tuple[str, str | bytes | None]]
+OnError = Callable[[KafkaError], None]
 
 # A dead letter is larger than the record it keeps, and topics take records of 1 MiB by default.
 MAX_RECORD_BYTES = 2 * 1024 * 1024
@@ -84,11 +85,14 @@ def says_nothing(message: Message) -> bool:
     return message.value() is None and message.headers() == NOTHING
 
 
-def consumer(properties: Mapping[str, str], *, group: str, replica: str | None = None) -> Consumer:
+def consumer(
+    properties: Mapping[str, str], *, group: str, replica: str | None = None, on_error: OnError | None = None
+) -> Consumer:
     """A consumer that sees committed records only and commits nothing by itself. Raises SettingsError.
 
     With a `replica` name it is a static member (KIP-345): restarted under that name it has its partitions back at once,
-    without the group waiting for the session of the dead one to end.
+    without the group waiting for the session of the dead one to end; it then also hears of the ends of its partitions.
+    `on_error(error)` hears, while it polls, of connections that broke.
     """
     defaults = {
         "auto.offset.reset": "earliest",
@@ -100,14 +104,16 @@ def consumer(properties: Mapping[str, str], *, group: str, replica: str | None =
         "queued.min.messages": "20000",
         "fetch.queue.backoff.ms": "10",
     }
-    promised = {
+    promised: dict[str, Any] = {
         "group.id": group,
         "enable.auto.commit": "false",
         "enable.auto.offset.store": "false",
         "isolation.level": "read_committed",
     }
     if replica:
-        promised["group.instance.id"] = replica
+        promised |= {"group.instance.id": replica, "enable.partition.eof": "true"}
+    if on_error:
+        promised["error_cb"] = on_error
     own = {key: value for key, value in properties.items() if not key.startswith(_PRODUCER_ONLY)}
     client: Consumer = _client(Consumer, {**_DEFAULTS, **defaults, **own, **promised})
     return client
@@ -118,7 +124,7 @@ def producer(
     *,
     transactional_id: str | None = None,
     on_failure: Callable[[Any, Message], None] | None = None,
-    on_error: Callable[[KafkaError], None] | None = None,
+    on_error: OnError | None = None,
 ) -> Producer:
     """An idempotent producer: in order, once, acknowledged by all in-sync replicas. Raises SettingsError.
 
@@ -148,9 +154,16 @@ def producer(
     return client
 
 
-def admin(properties: Mapping[str, str]) -> AdminClient:
-    """An administrative client. Raises SettingsError."""
-    own = {key: value for key, value in properties.items() if not key.startswith((*_CONSUMER_ONLY, *_PRODUCER_ONLY))}
+def admin(properties: Mapping[str, str], *, on_error: Callable[[KafkaError], None] | None = None) -> AdminClient:
+    """An administrative client; `on_error(error)` hears, when it polls, of connections that broke.
+
+    Raises SettingsError.
+    """
+    own: dict[str, Any] = {
+        key: value for key, value in properties.items() if not key.startswith((*_CONSUMER_ONLY, *_PRODUCER_ONLY))
+    }
+    if on_error:
+        own["error_cb"] = on_error
     client: AdminClient = _client(AdminClient, own)
     return client
 

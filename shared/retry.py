@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import structlog
 
+from shared import health, metrics
 from shared.errors import Outage
 
 log = structlog.get_logger()
@@ -27,6 +28,60 @@ def delay_s(attempt: int, *, initial_s: float, max_s: float) -> float:
     return random.uniform(ceiling / 2, ceiling)  # noqa: S311 - spreads load, guards nothing
 
 
+class Spell:
+    """An outage: in the log when it begins, each minute while it lasts and when it is over; in the metrics throughout.
+
+    `waits_for` is what /ready calls it, where the service cannot do its work meanwhile; `waiting()` counts what piles
+    up.
+    """
+
+    def __init__(self, waits_for: str | None = None, *, waiting: Callable[[], int] | None = None) -> None:
+        self._waits_for = waits_for
+        self._waiting = waiting
+        self._began: float | None = None
+        self._told = self._reminded = 0.0  # monotonic
+        self._tries = 0
+
+    def lasts(self, reason: str, **more: object) -> None:
+        """Tell of a try that failed."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = self._told = now
+            self._reminded = now - _REMINDER_S
+            self._tries = 0
+            metrics.OUTAGES.inc()
+            metrics.OUTAGES_UNDER_WAY.inc()
+        self._tries += 1
+        self._count(now)
+        if self._waits_for:
+            health.waits_for(self._waits_for, reason)
+        if now - self._reminded >= _REMINDER_S:
+            self._reminded = now
+            log.warning("outage", reason=reason, seconds=round(now - self._began, 1), **more)
+
+    def over(self) -> None:
+        """Tell of one that did not, whether or not there was an outage before it."""
+        if self._began is None:
+            return
+        now = time.monotonic()
+        self._count(now)
+        metrics.OUTAGES_UNDER_WAY.dec()
+        if self._waits_for:
+            health.has(self._waits_for)
+        waited = {"waited": self._waiting()} if self._waiting else {}
+        log.info("outage_over", seconds=round(now - self._began, 1), failures=self._tries, **waited)
+        self._began = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it has begun and is not over."""
+        return self._began is not None
+
+    def _count(self, now: float) -> None:
+        metrics.OUTAGE_SECONDS.inc(now - self._told)
+        self._told = now
+
+
 def until_over(
     step: Callable[[], T],
     *,
@@ -34,25 +89,22 @@ def until_over(
     initial_s: float,
     max_s: float,
     wait: Callable[[float], object] | None = None,
+    spell: Spell,
 ) -> T:
     """What `step` returns, tried again while it raises Outage. Raises that Outage once shutdown is set.
 
     `wait(seconds)` passes the time between tries; without it, the shutdown event does.
     """
-    attempt, began, reminded = 0, time.monotonic(), 0.0
+    attempt = 0
     while True:
         try:
             result = step()
         except Outage as outage:
             if shutdown.is_set():
                 raise
-            now = time.monotonic()
-            if attempt == 0 or now - reminded >= _REMINDER_S:
-                reminded = now
-                log.warning("outage", reason=str(outage), seconds=round(now - began, 1))
+            spell.lasts(str(outage))
             (wait or shutdown.wait)(delay_s(attempt, initial_s=initial_s, max_s=max_s))
             attempt += 1
         else:
-            if attempt:
-                log.info("outage_over", seconds=round(time.monotonic() - began, 1), attempts=attempt)
+            spell.over()
             return result

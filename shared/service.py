@@ -8,9 +8,9 @@ from typing import NoReturn, TypeVar
 
 import structlog
 
-from shared import logs
+from shared import health, logs
 from shared.errors import SettingsError
-from shared.settings import ServiceSettings, load
+from shared.settings import ServiceSettings, load, unknown_variables
 
 S = TypeVar("S", bound=ServiceSettings)
 log = structlog.get_logger()
@@ -27,7 +27,10 @@ def run(name: str, settings: type[S], serve: Callable[[S, Event], None]) -> NoRe
     try:
         loaded = load(settings)
         logs.configure(name, loaded)
+        health.serve(name, loaded)
         log.info("started")
+        for unknown, meant in unknown_variables().items():
+            log.warning("unknown_setting", ignored=unknown, **({"did_you_mean": meant} if meant else {}))
         serve(loaded, shutdown)
     except SettingsError as error:
         print(f"{name}: {error}", file=sys.stderr)  # noqa: T201 - logs may not be set up yet

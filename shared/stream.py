@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from shared import health, metrics
 from shared.dead_letters import reason_of
 from shared.delivery import Delivery, next_offsets
 from shared.errors import Outage
 from shared.flow import Flow
-from shared.kafka import Record, coordinates
-from shared.retry import until_over
+from shared.kafka import OnError, Record, coordinates
+from shared.lag import Lag
+from shared.retry import Spell, until_over
 from shared.settings import StreamSettings
 
 log = structlog.get_logger()
@@ -34,8 +36,14 @@ _BUSY_POLL_S = 0.01
 _KEEPALIVE_S = 1.0
 _REVOKE_WAIT_S = 30.0
 _COMMITTED_WAIT_S = 5.0
+_PROBE_S = 1.0
+_MEASURE_S = 1.0
+_AGES = 32  # records of a batch whose age is looked at
+_HANDLE, _DELIVER, _COMMIT = (metrics.STAGE.labels(stage) for stage in ("handle", "deliver", "commit"))
 # A static member is fenced by another process of its name, or by itself, when the broker forgets that it has let it in.
 _FATAL = frozenset({KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID})
+# Of one connection: the client tries the next, or again, and says so when all of them are broken.
+_CONNECTION = frozenset({KafkaError._TRANSPORT, KafkaError._RESOLVE, KafkaError._SSL, KafkaError._AUTHENTICATION})
 
 
 class Outcome(NamedTuple):
@@ -91,16 +99,18 @@ class Stream:
     def __init__(
         self,
         *,
-        make_consumer: Callable[[], Consumer],
+        make_consumer: Callable[[OnError], Consumer],
+        group: str,
         topic: str,
         delivery: Delivery,
         settings: StreamSettings,
         shutdown: Event,
     ) -> None:
         """Raises SettingsError if `make_consumer` does."""
-        self._make_consumer = make_consumer
-        self._consumer = make_consumer()
+        self._make_consumer: Callable[[], Consumer] = lambda: make_consumer(self._hear)
+        self._consumer = self._make_consumer()
         self._lost: str | None = None  # why this consumer is beyond repair
+        self._group = group
         self._topic = topic
         self._delivery = delivery
         self._settings = settings
@@ -114,7 +124,14 @@ class Stream:
         self._paused = False
         self._assigned = False  # just now: what was paused when it was taken away comes back paused
         self._in_doubt = False  # a delivery failed, and perhaps only its answer was lost
-        self._flow = Flow("processed")
+        self._lag = Lag(group, topic)
+        self._measured = 0.0  # monotonic
+        self._flow = Flow("processed", levels=lambda: {"lag": self._lag.records})
+        self._place = f"partitions of {topic}, for {group}"
+        self._spell = Spell(f"what {group} needs", waiting=lambda: self._lag.records)
+        self._broker_away = Spell(f"Kafka, for {group}")
+        self._broken_connection = ""  # the last, and how
+        health.waits_for(self._place, "it has joined no group yet")
 
     def run(self, handle: Handler, *, ahead: bool = False) -> None:
         """Hand over batch after batch until the shutdown event is set, then finish those in flight.
@@ -134,6 +151,7 @@ class Stream:
             self._handling.shutdown()
             self._delivering.shutdown()
             self._flow.report()
+            health.ended(f"{self._group} loop")
             self._delivery.close()
             self._consumer.close()
 
@@ -154,6 +172,7 @@ class Stream:
                 self._collect(down_to=0)
         if self._lost:
             log.warning("consumer_lost", reason=self._lost, hint="is REPLICA unique among the replicas?")
+            health.waits_for(self._place, self._lost)
             self._consumer.close()
             self._waiting.clear()
             self._shutdown.wait(self._settings.backoff_initial_seconds)
@@ -161,6 +180,7 @@ class Stream:
 
     def _fill(self) -> None:
         """Grow the batch until it is full or has waited long enough; at backlog it is full at once."""
+        self._turn()
         if not self._in_flight:  # those tell of themselves
             self._flow.report_if_due()
         if self._assigned:
@@ -191,6 +211,7 @@ class Stream:
             initial_s=self._settings.backoff_initial_seconds,
             max_s=self._settings.backoff_max_seconds,
             wait=wait,
+            spell=self._spell,
         )
 
     def _attempt(self, handle: Handler) -> None:
@@ -207,7 +228,7 @@ class Stream:
         size = self._settings.max_batch_size
         batch, self._waiting = self._waiting[:size], self._waiting[size:]
         before = self._in_flight[-1].final if self._in_flight else None
-        handled = self._handling.submit(handle, batch)
+        handled = self._handling.submit(self._handle, handle, batch)
         generation = self._consumer.consumer_group_metadata()
         final = self._delivering.submit(self._complete, handled, batch, generation, before)
         self._in_flight.append(_InFlight(batch, final))
@@ -240,7 +261,13 @@ class Stream:
         following, gone = delivered.final.result().offsets, delivered.gone
         offsets = [each for each in following if (each.topic, each.partition) not in gone]
         if offsets and not self._lost:
-            self._delivery.commit(self._consumer, offsets)
+            with _COMMIT.time():
+                self._delivery.commit(self._consumer, offsets)
+        self._lag.finished(offsets)
+
+    def _handle(self, handle: Handler, batch: list[Message]) -> Outcome:
+        with health.call(f"{self._group} handler"), _HANDLE.time():
+            return handle(batch)
 
     def _complete(
         self, handled: Future[Outcome], batch: list[Message], generation: object, before: Future[_Final] | None
@@ -250,7 +277,8 @@ class Stream:
             raise Outage("the batch before it comes first")  # none overtakes one that did not get through
         outcome = handled.result()
         began = time.monotonic()
-        dead = [*outcome.dead, *outcome.finish()] if outcome.finish else outcome.dead
+        with health.call(f"{self._group} finish"):
+            dead = [*outcome.dead, *outcome.finish()] if outcome.finish else outcome.dead
         finished = batch[: outcome.done]
         offsets = next_offsets(finished)
         if finished:
@@ -261,8 +289,19 @@ class Stream:
                 raise
         if dead:
             log.warning("dead_letters", records=len(dead), first_reason=reason_of(dead[0]))
-        delivery_ms = round((time.monotonic() - began) * 1000)
-        self._flow.add(records=len(finished), dead_letters=len(dead), delivery_ms=delivery_ms)
+        took_s = time.monotonic() - began
+        if finished:
+            metrics.BATCH.observe(len(finished))
+            _DELIVER.observe(took_s)
+        metrics.RECORDS_IN.inc(len(finished))
+        metrics.RECORDS_OUT.inc(len(outcome.outputs))
+        metrics.DEAD_LETTERS.inc(len(dead))
+        self._flow.add(
+            records=len(finished),
+            dead_letters=len(dead),
+            delivery_ms=round(took_s * 1000),
+            ages_ms=_ages_ms(finished[:: len(finished) // _AGES + 1]),
+        )
         rest = batch[outcome.done :] if outcome.keep is None else outcome.keep
         return _Final(offsets, rest, outcome.again_in_s)
 
@@ -295,6 +334,7 @@ class Stream:
         """Poll with the partitions paused, so that the group does not think this member dead."""
         if self._lost:
             return
+        self._turn()
         if not self._paused:
             self._paused = True
             log.info("paused", waiting=len(self._waiting))
@@ -305,6 +345,21 @@ class Stream:
         self._paused = self._assigned = False
         self._consumer.resume(self._consumer.assignment())
 
+    def _turn(self) -> None:
+        """Show that the loop turns, and every so often where it stands."""
+        health.turned(f"{self._group} loop")
+        if (now := time.monotonic()) - self._measured < _MEASURE_S:
+            return
+        self._measured = now
+        pending = [*(m for each in self._in_flight for m in each.batch), *self._waiting]
+        self._lag.measure(self._consumer, pending, paused=self._paused)
+        if self._broker_away.under_way:
+            try:
+                self._consumer.list_topics(self._topic, timeout=_PROBE_S)
+                self._broker_away.over()
+            except KafkaException:
+                self._broker_away.lasts(self._broken_connection)
+
     def _poll(self, timeout_s: float) -> None:
         message = self._consumer.poll(timeout_s)
         if message is not None:
@@ -312,19 +367,28 @@ class Stream:
 
     def _accept(self, messages: Sequence[Message]) -> None:
         for message in messages:
-            if error := message.error():
-                self._hear(error)
-            else:
+            if not (error := message.error()):
                 self._waiting.append(message)
+            elif error.code() == KafkaError._PARTITION_EOF:
+                _, partition, offset = coordinates(message)
+                self._lag.reached_end(partition, offset)
+            else:
+                self._hear(error)
 
     def _hear(self, error: KafkaError) -> None:
         if error.fatal() or error.code() in _FATAL:
             self._lost = error.str()
+        elif error.code() in _CONNECTION:
+            self._broken_connection = error.str()
+        elif error.code() == KafkaError._ALL_BROKERS_DOWN:
+            if not self._spell.under_way:  # which tells of it
+                self._broker_away.lasts(self._broken_connection or error.str())
         else:
             log.warning("consumer_error", reason=error.str())
 
     def _on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         log.info("assigned", partitions=[partition.partition for partition in partitions])
+        health.has(self._place)
         self._assigned = True
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -343,10 +407,17 @@ class Stream:
 
     def _forget(self, partitions: list[TopicPartition]) -> None:
         log.info("revoked", partitions=[partition.partition for partition in partitions])
+        self._lag.forget(partition.partition for partition in partitions)
         gone = {(partition.topic, partition.partition) for partition in partitions}
         for each in self._in_flight:
             each.gone |= gone
         self._waiting = [m for m in self._waiting if (m.topic(), m.partition()) not in gone]
+
+
+def _ages_ms(messages: Sequence[Message]) -> list[float]:
+    """Since each was written."""
+    now_ms = time.time() * 1000
+    return [now_ms - message.timestamp()[1] for message in messages]
 
 
 def _tune() -> None:

@@ -31,7 +31,8 @@ def main() -> None:
         return Outcome(len(messages), records)
 
     Stream(
-        make_consumer=lambda: consumer(properties, group=arguments.group),
+        make_consumer=lambda _: consumer(properties, group=arguments.group),
+        group=arguments.group,
         topic=arguments.source,
         delivery=AtLeastOnce(properties=properties, shutdown=shutdown),
         settings=load(StreamSettings),

@@ -31,7 +31,7 @@ class AlerterSettings(StreamSettings):
     alerter_group: str = Field("alerter", min_length=1, description="Consumer group on topic_2 of the mails")
     smtp_host: str | None = Field(None, min_length=1, description="Mail server; without one, no mails")
     smtp_port: int = Field(587, ge=1, le=65535, description="Its port")
-    smtp_tls: SmtpTls = Field("starttls", description="starttls, implicit or none")
+    smtp_tls: SmtpTls = Field("starttls", description="How the connection is encrypted")
     smtp_timeout_seconds: float = Field(20.0, gt=0, description="Longest wait for one of its answers")
     smtp_username: str | None = Field(None, pattern=r"^[ -~]+$", description="Login, if the server wants one")
     smtp_password: SecretStr | None = Field(None, description="Its password")
@@ -42,7 +42,9 @@ class AlerterSettings(StreamSettings):
         60.0, gt=0, description="How long a digest gathers; for each such time, one of the burst comes back"
     )
     alert_templates: Path | None = Field(None, description="Folder whose templates replace the mails' own")
-    webhook_url: str | None = Field(None, pattern=r"^https?://\S+$", description="Where alarms are posted as JSON")
+    webhook_url: str | None = Field(
+        None, repr=False, pattern=r"^https?://\S+$", description="Where alarms are posted as JSON"
+    )
     webhook_secret: SecretStr | None = Field(None, min_length=16, description="What the posts are signed with")
     webhook_timeout_seconds: float = Field(10.0, gt=0, description="Longest wait for an answer")
     webhook_group: str = Field("alerter-webhook", min_length=1, description="Consumer group on topic_2 of the posts")
@@ -71,15 +73,28 @@ def channels(settings: AlerterSettings) -> list[Channel]:
     return found
 
 
+def mailer(settings: AlerterSettings) -> Mailer:
+    """The way to the mail server."""
+    return Mailer(
+        host=settings.smtp_host or "",
+        port=settings.smtp_port,
+        tls=settings.smtp_tls,
+        timeout_s=settings.smtp_timeout_seconds,
+        username=settings.smtp_username,
+        password=settings.smtp_password.get_secret_value() if settings.smtp_password else None,
+    )
+
+
 def serve(settings: AlerterSettings, shutdown: Event) -> None:
     """Raise alarms until shutdown."""
     properties = kafka_properties(settings)
     configured = channels(settings)
     streams = [
         Stream(
-            make_consumer=lambda group=channel.group: kafka.consumer(  # type: ignore[misc]
-                properties, group=group, replica=settings.replica
+            make_consumer=lambda on_error, group=channel.group: kafka.consumer(  # type: ignore[misc]
+                properties, group=group, replica=settings.replica, on_error=on_error
             ),
+            group=channel.group,
             topic=settings.topic_2,
             delivery=AtLeastOnce(properties=properties, shutdown=shutdown),
             settings=settings,
@@ -102,14 +117,7 @@ def _mail(settings: AlerterSettings) -> Channel:
     if not settings.alert_to:
         raise SettingsError("ALERT_TO: missing")
     return ByMail(
-        Mailer(
-            host=settings.smtp_host or "",
-            port=settings.smtp_port,
-            tls=settings.smtp_tls,
-            timeout_s=settings.smtp_timeout_seconds,
-            username=settings.smtp_username,
-            password=settings.smtp_password.get_secret_value() if settings.smtp_password else None,
-        ),
+        mailer(settings),
         Composer(sender=settings.alert_from, recipients=settings.alert_to, templates=settings.alert_templates),
         group=settings.alerter_group,
         pace=Pace(burst=settings.alert_burst, window_s=settings.alert_digest_seconds),

@@ -14,6 +14,7 @@ from services.alerter.mail import Composer, Mailer
 from services.alerter.pace import Pace
 from services.alerter.remembered import Remembered
 from services.alerter.webhook import Webhook
+from shared import metrics
 from shared.dead_letters import Limit, dead_letter, isolate
 from shared.errors import Outage, Poison
 from shared.kafka import Record
@@ -69,13 +70,14 @@ class ByMail:
         """
         alone = not self._catches_up and self._pace.lets_one_go()
         found = find(messages, self._mailed, group=self.group, most=1 if alone else self._largest_digest)
+        metrics.ALARMS_WAITING.labels(self.name).set(len(found.alarms))
         if not found.alarms:
             return _finished(found)
         first, _ = found.alarms[0]
         if before := [letter for number, letter in found.dead if number < first]:
             return Outcome(first - 1, dead=before)  # they go first: were they not accepted, the mail would be repeated
         if alone:
-            refused = _raise(messages, found, self._single, self._limit, group=self.group)
+            refused = _raise(messages, found, self._single, self._limit, by=self)
             self._pace.one_went()
             return _finished(found, refused)
         if self._catches_up and messages[first - 1].timestamp()[1] >= self._started_ms:
@@ -88,7 +90,7 @@ class ByMail:
             return self._caught_up(messages)
         self._catches_up = False
         self._refused_digests = 0
-        refused = _raise(messages, found, self._digest, self._limit, group=self.group)
+        refused = _raise(messages, found, self._digest, self._limit, by=self)
         self._pace.all_went()
         return _finished(found, refused)
 
@@ -147,9 +149,10 @@ class ByWebhook:
     def handle(self, messages: Sequence[Message]) -> Outcome:
         """Post the first alarms of the batch; what comes after them is left for the next round."""
         found = find(messages, self._posted, group=self.group, most=_LARGEST_POST)
+        metrics.ALARMS_WAITING.labels(self.name).set(len(found.alarms))
         if not found.alarms:
             return _finished(found)
-        return _finished(found, _raise(messages, found, self._post, self._limit, group=self.group))
+        return _finished(found, _raise(messages, found, self._post, self._limit, by=self))
 
     def test(self) -> None:
         """Post a sample."""
@@ -173,13 +176,24 @@ def _raise(
     send: Callable[[Sequence[Alarm]], Sequence[None]],
     limit: Limit,
     *,
-    group: str,
+    by: Channel,
 ) -> list[Record]:
     """Send them; returns a dead letter for each that is refused for good. Raises Outage."""
-    results = isolate([alarm for _, alarm in found.alarms], send)
+
+    def try_to(alarms: Sequence[Alarm]) -> Sequence[None]:
+        try:
+            done = send(alarms)
+        except (Outage, Poison):
+            metrics.ALARMS.labels(by.name, "failed").inc(len(alarms))
+            raise
+        metrics.ALARMS.labels(by.name, "sent").inc(len(alarms))
+        return done
+
+    results = isolate([alarm for _, alarm in found.alarms], try_to)
     limit.check(results)
+    metrics.ALARMS_WAITING.labels(by.name).set(0)
     return [
-        dead_letter(messages[number - 1], str(result), group=group)
+        dead_letter(messages[number - 1], str(result), group=by.group)
         for (number, _), result in zip(found.alarms, results, strict=True)
         if isinstance(result, Poison)
     ]
@@ -194,5 +208,6 @@ def _kept(messages: Sequence[Message], found: Found) -> list[Message]:
 
 def _finished(found: Found, refused: Sequence[Record] = ()) -> Outcome:
     if found.repeats:
+        metrics.SKIPPED.inc(found.repeats)
         log.info("alarm_repeats_skipped", alarms=found.repeats)
     return Outcome(found.read, dead=[*(letter for _, letter in found.dead), *refused])

@@ -220,11 +220,12 @@ class Mailer:
 
     def _send(self, message: EmailMessage) -> None:
         if self._connection is None:
-            self._connection = self._connect()
+            self._connection = self.connect()
         for recipient, (code, text) in self._connection.send_message(message).items():
             log.warning("recipient_refused", recipient=recipient, reason=f"{code} {_text(text)}")
 
-    def _connect(self) -> smtplib.SMTP:
+    def connect(self) -> smtplib.SMTP:
+        """A connection of its own, logged in. Raises SMTPException, OSError, UnicodeError."""
         context = ssl.create_default_context()
         if self.tls == "implicit":
             connection: smtplib.SMTP = smtplib.SMTP_SSL(self.host, self.port, timeout=self.timeout_s, context=context)

@@ -9,14 +9,14 @@ from confluent_kafka import Message
 from pydantic import Field, SecretStr
 
 from services.db_sink.table import Row, connect, copy_text, migrate, upsert
-from shared import kafka, service
+from shared import kafka, metrics, service
 from shared.dead_letters import Limit, dead_letter, isolate
 from shared.delivery import AtLeastOnce
 from shared.errors import Outage, Poison, SettingsError
 from shared.kafka import Record, headers
 from shared.provenance import from_headers
 from shared.records import decode_prediction
-from shared.retry import until_over
+from shared.retry import Spell, until_over
 from shared.settings import StreamSettings, kafka_properties
 from shared.stream import Outcome, Stream
 
@@ -38,7 +38,10 @@ def serve(settings: SinkSettings, shutdown: Event) -> None:
     except ValueError as error:
         raise SettingsError(f"DATABASE_URL: {error}") from None
     stream = Stream(
-        make_consumer=lambda: kafka.consumer(properties, group=settings.db_sink_group, replica=settings.replica),
+        make_consumer=lambda on_error: kafka.consumer(
+            properties, group=settings.db_sink_group, replica=settings.replica, on_error=on_error
+        ),
+        group=settings.db_sink_group,
         topic=settings.topic_2,
         delivery=AtLeastOnce(properties=properties, shutdown=shutdown),
         settings=settings,
@@ -50,6 +53,7 @@ def serve(settings: SinkSettings, shutdown: Event) -> None:
             shutdown=shutdown,
             initial_s=settings.backoff_initial_seconds,
             max_s=settings.backoff_max_seconds,
+            spell=Spell("the database's schema"),
         )
     except Outage:
         return
@@ -79,6 +83,7 @@ def prepare(messages: Sequence[Message], engine: sa.Engine, *, group: str, limit
         except Poison:
             results = isolate(sources, lambda part: _store_part(engine, part))
         limit.check(results)
+        metrics.ROWS.inc(results.count(None))
         return [
             dead_letter(message, str(result), group=group)
             for message, result in zip(sources, results, strict=True)

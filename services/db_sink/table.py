@@ -13,6 +13,8 @@ import psycopg2
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from msgspec.structs import astuple
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -40,6 +42,8 @@ def connect(url: str) -> sa.Engine:
         parsed = sa.make_url(url)
     except (SQLAlchemyError, ValueError):  # whose words quote the password
         raise ValueError("not a database URL") from None
+    if "@" in (parsed.host or ""):  # it is a part of the password, which would be told as a host that is not found
+        raise ValueError("not a database URL; an @ in a password is written as %40")
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError("not a PostgreSQL URL")
     return sa.create_engine(
@@ -61,14 +65,23 @@ def connect(url: str) -> sa.Engine:
 
 def migrate(engine: sa.Engine) -> None:
     """Bring the schema to its newest version; several may do so at once. Raises Outage."""
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS))
+    config = _config()
     try:
         with engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except (SQLAlchemyError, psycopg2.Error) as error:
         raise Outage(f"database: {reason(error)}") from None
+
+
+def versions(engine: sa.Engine) -> tuple[str | None, str | None]:
+    """The version of the schema, None before the first, and the newest that there is. Raises Outage."""
+    try:
+        with engine.connect() as connection:
+            present = MigrationContext.configure(connection).get_current_revision()
+    except (SQLAlchemyError, psycopg2.Error) as error:
+        raise Outage(f"database: {reason(error)}") from None
+    return present, ScriptDirectory.from_config(_config()).get_current_head()
 
 
 def upsert(engine: sa.Engine, text: bytes) -> None:
@@ -88,6 +101,12 @@ def upsert(engine: sa.Engine, text: bytes) -> None:
         if _sqlstate(error).startswith(_REJECTED):
             raise Poison(f"database: {reason(error)}") from None
         raise Outage(f"database: {reason(error)}") from None
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    return config
 
 
 _COLUMNS = ", ".join(f'"{name}"' for name in (*FEATURES_2, *PROVENANCE))

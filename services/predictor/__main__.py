@@ -16,7 +16,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import structlog
 from confluent_kafka import Message
-from pydantic import Field, SecretStr
+from pydantic import Field
 
 from services.predictor.drift import Monitor
 from services.predictor.followed import Followed, keep_up
@@ -27,23 +27,18 @@ from services.predictor.shadow import Shadow
 from shared import delivery, kafka, service
 from shared.dead_letters import Limit
 from shared.errors import Outage
-from shared.retry import until_over
-from shared.settings import DeliveryGuarantee, StreamSettings, kafka_properties
+from shared.retry import Spell, until_over
+from shared.settings import DeliveryGuarantee, RegistrySettings, StreamSettings, kafka_properties
 from shared.stream import Outcome, Stream
 
 log = structlog.get_logger()
 
 
-class PredictorSettings(StreamSettings):
+class PredictorSettings(StreamSettings, RegistrySettings):
     """What the predictor reads from its environment."""
 
-    mlflow_tracking_uri: str = Field(min_length=1, description="The MLflow registry")
-    mlflow_tracking_username: str | None = Field(None, description="Login, if the registry wants one")
-    mlflow_tracking_password: SecretStr | None = Field(None, description="Its password")
-    model_name: str = Field("fraud", min_length=1, description="Registered model to serve")
-    model_alias: str = Field("champion", min_length=1, description="Alias of the version to serve")
     predictor_group: str = Field("predictor", min_length=1, description="Consumer group on topic_1")
-    delivery: DeliveryGuarantee = Field("exactly_once", description="exactly_once or at_least_once")
+    delivery: DeliveryGuarantee = Field("exactly_once", description="What is promised of what it writes to Kafka")
     model_refresh_seconds: float = Field(30.0, gt=0, description="How often the registry is asked for both aliases")
     challenger_sample: float = Field(1.0, ge=0, le=1, description="Share of the batches that a challenger scores")
     drift_psi: float = Field(0.25, gt=0, description="Population stability index above which a feature has drifted")
@@ -58,7 +53,10 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
     """Wait for a model, then predict until shutdown."""
     properties = kafka_properties(settings)
     stream = Stream(
-        make_consumer=lambda: kafka.consumer(properties, group=settings.predictor_group, replica=settings.replica),
+        make_consumer=lambda on_error: kafka.consumer(
+            properties, group=settings.predictor_group, replica=settings.replica, on_error=on_error
+        ),
+        group=settings.predictor_group,
         topic=settings.topic_1,
         delivery=delivery.delivery(
             settings.delivery,
@@ -69,9 +67,7 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
         settings=settings,
         shutdown=shutdown,
     )
-    if settings.mlflow_tracking_username and settings.mlflow_tracking_password:  # which MLflow wants in its environment
-        os.environ["MLFLOW_TRACKING_USERNAME"] = settings.mlflow_tracking_username
-        os.environ["MLFLOW_TRACKING_PASSWORD"] = settings.mlflow_tracking_password.get_secret_value()
+    settings.log_in()
     registry = Registry(
         tracking_uri=settings.mlflow_tracking_uri,
         name=settings.model_name,
@@ -86,6 +82,7 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
             shutdown=shutdown,
             initial_s=settings.backoff_initial_seconds,
             max_s=settings.backoff_max_seconds,
+            spell=Spell("a model"),
         )
     except Outage:
         return

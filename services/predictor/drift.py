@@ -156,6 +156,7 @@ class Monitor:
         self._limits = _LIMITS | {"psi": psi_limit}
         self._beyond: set[tuple[str, str]] = before._beyond if before else set()
         metrics.DRIFT.clear()
+        metrics.DRIFT_BEYOND.set(len(self._beyond))
 
     def add(self, rows: Sequence[Seen]) -> None:
         """Count the rows in, and judge."""
@@ -174,3 +175,4 @@ class Monitor:
         elif (feature, measure) in self._beyond and value < _BACK * limit:
             self._beyond.remove((feature, measure))
             log.info("drift_over", **about)
+        metrics.DRIFT_BEYOND.set(len(self._beyond))

@@ -11,7 +11,7 @@ from services.predictor.model import Model, UnusableModel
 from services.predictor.registry import Found, Registry
 from shared import metrics
 from shared.errors import Outage
-from shared.retry import until_over
+from shared.retry import Spell, until_over
 from shared.settings import StreamSettings
 
 log = structlog.get_logger()
@@ -80,9 +80,11 @@ class Followed:
     def _serve(self, model: Model | None) -> None:
         if self.model:
             metrics.MODEL.remove(self._alias, self.model.name, self.model.version)
+            metrics.MODEL_LOGGED_AT.remove(self._alias)
         self.model = model
         if model:
             metrics.MODEL.labels(self._alias, model.name, model.version).set(1)
+            metrics.MODEL_LOGGED_AT.labels(self._alias).set(model.logged_at)
 
 
 def keep_up(
@@ -101,6 +103,7 @@ def keep_up(
             raise outages[0]
 
     def run() -> None:
+        spell = Spell()  # the version that serves goes on serving
         with suppress(Outage):
             while not shutdown.is_set():
                 now.wait(every_s)
@@ -110,6 +113,7 @@ def keep_up(
                     shutdown=shutdown,
                     initial_s=settings.backoff_initial_seconds,
                     max_s=settings.backoff_max_seconds,
+                    spell=spell,
                 )
 
     Thread(target=run, daemon=True, name="registry").start()

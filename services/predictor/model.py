@@ -70,6 +70,7 @@ class Model:
     threshold: float | None  # of the probability of fraud, if one was logged with the model
     profile: Profile | None  # of what it learnt from, if one was logged with the model
     as_array: bool  # whether it is given an array of numbers, not a frame
+    logged_at: float  # epoch, seconds
 
 
 def make_model(
@@ -79,6 +80,7 @@ def make_model(
     estimator: Any,
     columns: Iterable[str] | None,
     metadata: Mapping[str, Any],
+    logged_at: float,
     compiled: bool,
 ) -> Model:
     """Make an estimator ready: its input columns from the signature or its own names, one thread, smoke-tested.
@@ -100,6 +102,7 @@ def make_model(
         columns=wanted,
         threshold=None if threshold is None else float(threshold),
         profile=_profile(metadata),
+        logged_at=logged_at,
         as_array=isinstance(estimator, _LABEL_IS_LIKELIEST)
         and set(wanted) <= _NUMBERS
         and tuple(getattr(estimator, "feature_names_in_", wanted)) == wanted,

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,6 +146,7 @@ class Registry:
                 estimator=_estimator(folder, logged),
                 columns=inputs.input_names() if inputs is not None and inputs.has_input_names() else None,
                 metadata=logged.metadata or {},
+                logged_at=datetime.fromisoformat(logged.utc_time_created).replace(tzinfo=UTC).timestamp(),
                 compiled=self._compiled,
             )
         except UnusableModel as error:

@@ -14,18 +14,20 @@ from pydantic import AnyHttpUrl, Field
 
 from services.producer.api import fetch
 from services.producer.journal import Entry, Journal, open_journals
-from shared import delivery, kafka, service
+from shared import delivery, health, kafka, metrics, service
 from shared.dead_letters import SUFFIX, refusal
 from shared.errors import Outage, Poison
 from shared.flow import Flow
 from shared.kafka import Record
 from shared.records import BadRow, NotJson, Transaction, encode_transaction, read_split
-from shared.retry import delay_s, until_over
+from shared.retry import Spell, delay_s, until_over
 from shared.settings import Backoff, DeliveryGuarantee, ServiceSettings, kafka_properties
 
 log = structlog.get_logger()
 
 _GROUP = "producer"
+_API, _POLLING = "the payments API", "polling"  # as /ready and /live call them
+_FETCH, _DELIVER = (metrics.STAGE.labels(stage) for stage in ("fetch", "deliver"))
 _BATCH = 1000
 _IDLE_S = 0.5
 _LARGEST_REFUSED = 512 * 1024  # bytes; a transaction has a few hundred, and no topic takes much more than this
@@ -38,13 +40,14 @@ class ProducerSettings(ServiceSettings):
 
     api_url: AnyHttpUrl = Field(
         AnyHttpUrl("https://real-time-payments-api.herokuapp.com/current-transactions"),
+        repr=False,
         description="Where the transactions are polled from",
     )
     api_timeout_seconds: float = Field(30.0, gt=0, description="Longest wait for an answer")
     poll_interval_seconds: float = Field(15.0, ge=0, description="Time from one poll to the next; 0 is back to back")
     backoff_initial_seconds: Backoff = Field(1.0, description="First wait after a failed poll; doubled each time")
     backoff_max_seconds: Backoff = Field(60.0, description="Longest wait between two polls that fail")
-    delivery: DeliveryGuarantee = Field("exactly_once", description="exactly_once or at_least_once")
+    delivery: DeliveryGuarantee = Field("exactly_once", description="What is promised of what it writes to Kafka")
     journal_directory: Path = Field(
         Path("journal"), description="Where it keeps what it fetched; outlives the container"
     )
@@ -82,15 +85,20 @@ def serve(settings: ProducerSettings, shutdown: Event) -> None:
 def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: Event) -> None:
     """Fetch into the journal until shutdown; `polled` is set whenever something came."""
     flow = Flow("fetched")
+    outage = Spell(_API)
     failures = 0
+    health.waits_for(_API, "no answer yet")
     with requests.Session() as session:
         while not shutdown.is_set():
+            health.turned(_POLLING)
+            metrics.WAITING.set(journal.count())
             flow.report_if_due()
             due = time.monotonic() + settings.poll_interval_seconds
             try:
                 if (waiting := journal.count()) >= settings.max_waiting_records:
                     raise Outage(f"{waiting} records wait to be written")
-                body = fetch(session, str(settings.api_url), timeout_s=settings.api_timeout_seconds)
+                with _FETCH.time():
+                    body = fetch(session, str(settings.api_url), timeout_s=settings.api_timeout_seconds)
                 rows = read_split(body)
             except (Outage, Poison) as problem:
                 if isinstance(problem, Poison) and not isinstance(problem, NotJson):
@@ -102,17 +110,22 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
                 )
                 due = max(due, time.monotonic() + max(backoff_s, asked_s))
                 failures += 1
-                retry_in_s = round(due - time.monotonic(), 1)
-                log.warning("poll_failed", reason=str(problem), failures=failures, retry_in_s=retry_in_s)
+                outage.lasts(str(problem), retry_in_s=round(due - time.monotonic(), 1))
             else:
-                if failures:
-                    log.info("polling_again", failures=failures)
+                outage.over()
+                health.has(_API)
                 failures = 0
                 fetched = [*_records(rows.transactions, settings.topic_1), *_dead_letters(rows.bad, settings.topic_1)]
                 fresh = _keep(fetched, journal, settings, shutdown)
                 polled.set()
-                flow.add(records=len(fetched), fresh=fresh, repeats=len(fetched) - fresh, refused=len(rows.bad))
-            shutdown.wait(max(0.0, due - time.monotonic()))
+                repeats = len(fetched) - fresh
+                metrics.RECORDS_IN.inc(len(fetched))
+                metrics.SKIPPED.inc(repeats)
+                flow.add(records=len(fetched), fresh=fresh, repeats=repeats, refused=len(rows.bad))
+            rest_s = max(0.0, due - time.monotonic())
+            health.turned(_POLLING, rest_s=rest_s)
+            shutdown.wait(rest_s)
+    health.ended(_POLLING)
     flow.report()
 
 
@@ -133,6 +146,7 @@ def write(
         settings.delivery, properties=properties, transactional_id=f"producer-{journal.id}", shutdown=shutdown
     )
     forgotten = _Forgotten()
+    outage = Spell("Kafka", waiting=journal.count)
     in_doubt = True  # perhaps what waits was written by a predecessor, or by a try whose answer was lost
     if left := journal.count():
         log.info("left_by_predecessor", records=left)
@@ -149,9 +163,14 @@ def write(
         batch = journal.waiting(_BATCH)
         in_doubt = bool(batch)
         if batch:
-            deliver.deliver([entry.record for entry in batch])
+            with _DELIVER.time():
+                deliver.deliver([entry.record for entry in batch])
             journal.written(batch)
             in_doubt = False
+            letters = sum(entry.record.topic.endswith(SUFFIX) for entry in batch)
+            metrics.BATCH.observe(len(batch))
+            metrics.DEAD_LETTERS.inc(letters)
+            metrics.RECORDS_OUT.inc(len(batch) - letters)
         return bool(batch)
 
     try:
@@ -163,6 +182,7 @@ def write(
                 shutdown=shutdown,
                 initial_s=settings.backoff_initial_seconds,
                 max_s=settings.backoff_max_seconds,
+                spell=outage,
             ):
                 pass
             if last:
@@ -206,11 +226,17 @@ def _keep(
     fetched: Sequence[tuple[bytes, Record]], journal: Journal, settings: ProducerSettings, shutdown: Event
 ) -> int:
     """Into the journal, however long its disk is full: what was fetched is not let go. Returns how many are new."""
+
+    def add() -> int:
+        health.turned(_POLLING)
+        return journal.add(fetched)
+
     return until_over(
-        lambda: journal.add(fetched),
+        add,
         shutdown=shutdown,
         initial_s=settings.backoff_initial_seconds,
         max_s=settings.backoff_max_seconds,
+        spell=Spell("the journal's disk"),
     )
 
 

@@ -36,7 +36,8 @@ def streaming(rig: Rig, handle: Handler, client: Consumer, gate: Event) -> Itera
     delivery = Gated(properties=rig.properties, shutdown=shutdown)
     delivery.gate = gate
     stream = Stream(
-        make_consumer=lambda: client,
+        make_consumer=lambda _: client,
+        group=rig.topic_1,
         topic=rig.topic_1,
         delivery=delivery,
         settings=StreamSettings(max_batch_size=10),

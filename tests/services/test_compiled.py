@@ -40,7 +40,13 @@ def training() -> tuple[np.ndarray, np.ndarray]:
 
 def model_of(estimator: Any, *, compiled: bool = True, **metadata: Any) -> Model:
     return make_model(
-        name="fraud", version="1", estimator=estimator, columns=COLUMNS, metadata=metadata, compiled=compiled
+        name="fraud",
+        version="1",
+        estimator=estimator,
+        columns=COLUMNS,
+        metadata=metadata,
+        logged_at=0,
+        compiled=compiled,
     )
 
 
@@ -108,7 +114,9 @@ def test_columns_in_another_order_than_they_were_learnt_are_not_mixed_up(
     forest = RandomForestClassifier(20, random_state=0).fit(pd.DataFrame(rows, columns=COLUMNS), labels)
 
     with pytest.raises(UnusableModel, match="feature names"):
-        make_model(name="fraud", version="1", estimator=forest, columns=COLUMNS[::-1], metadata={}, compiled=True)
+        make_model(
+            name="fraud", version="1", estimator=forest, columns=COLUMNS[::-1], metadata={}, logged_at=0, compiled=True
+        )
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class Answers:
 
 def made(estimator: Any, **metadata: object) -> Model:
     return make_model(
-        name="theirs", version="1", estimator=estimator, columns=["amt"], metadata=metadata, compiled=False
+        name="theirs", version="1", estimator=estimator, columns=["amt"], metadata=metadata, logged_at=0, compiled=False
     )
 
 

@@ -129,7 +129,7 @@ def test_a_bad_row_is_kept_and_its_neighbours_go_on(
         ((200, {}, b"<html>sleeping dyno</html>"), "not JSON"),
         ((503, {}, b""), "HTTP 503"),
         ((302, {"Location": "http://127.0.0.1:9/"}, b""), "ConnectionError"),
-        ((200, {"Content-Length": "5000"}, b"cut short"), "poll_failed"),
+        ((200, {"Content-Length": "5000"}, b"cut short"), "event='outage'"),
     ],
 )
 def test_a_useless_answer_is_one_line_and_the_next_one_counts(
@@ -144,7 +144,7 @@ def test_a_useless_answer_is_one_line_and_the_next_one_counts(
     (message,) = rig.read(rig.topic_1, 1)
 
     assert message.value() == encode_transaction(make_transactions(1)[0])
-    warnings = [line for line in rig.log("producer").splitlines() if "level='warning'" in line and "poll" in line]
+    warnings = [line for line in rig.log("producer").splitlines() if "event='outage'" in line]
     assert len(warnings) == 1
     assert said in warnings[0]
     assert process.running

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from shared.errors import Outage
-from shared.retry import delay_s, until_over
+from shared.retry import Spell, delay_s, until_over
 
 
 @given(st.integers(0, 10_000), st.floats(0.01, 10), st.floats(0.01, 1000))
@@ -30,10 +30,13 @@ def test_an_outage_is_said_once_and_its_end_once() -> None:
         return answer
 
     with capture_logs() as lines:
-        result = until_over(step, shutdown=Event(), initial_s=0.1, max_s=1.0, wait=waits.append)
+        result = until_over(
+            step, shutdown=Event(), initial_s=0.1, max_s=1.0, wait=waits.append, spell=Spell(waiting=lambda: 7)
+        )
 
     assert result == "back"
     assert [line["event"] for line in lines] == ["outage", "outage_over"]
+    assert (lines[1]["failures"], lines[1]["waited"]) == (2, 7)
     assert len(waits) == 2
 
 
@@ -45,4 +48,4 @@ def test_shutdown_ends_the_waiting() -> None:
         raise Outage("gone")
 
     with pytest.raises(Outage):
-        until_over(step, shutdown=shutdown, initial_s=100, max_s=100)
+        until_over(step, shutdown=shutdown, initial_s=100, max_s=100, spell=Spell())

@@ -32,7 +32,8 @@ def make_stream(
     **properties: str,
 ) -> Stream:
     return Stream(
-        make_consumer=make_consumer or (lambda: consumer({**rig.properties, **properties}, group=rig.topic_1)),
+        make_consumer=make_consumer or (lambda _: consumer({**rig.properties, **properties}, group=rig.topic_1)),
+        group=rig.topic_1,
         topic=rig.topic_1,
         delivery=delivery or AtLeastOnce(properties=rig.properties, shutdown=shutdown),
         settings=settings,
@@ -296,7 +297,7 @@ def test_what_a_rebalance_brings_in_an_outage_waits_on_the_broker(rig: Rig) -> N
     def away(_batch: Sequence[Message]) -> Outcome:
         raise Outage("away")
 
-    stream = make_stream(rig, shutdown, make_consumer=lambda: client)
+    stream = make_stream(rig, shutdown, make_consumer=lambda _: client)
     with streaming(rig, away):
         thread = threading.Thread(target=stream.run, args=[away])
         thread.start()
@@ -368,7 +369,7 @@ def test_what_was_made_final_without_an_answer_is_not_handled_again(
         return Outcome(done)
 
     delivery = AnswerLost(AtLeastOnce(properties=rig.properties, shutdown=shutdown), client)
-    stream = make_stream(rig, shutdown, delivery=delivery, make_consumer=lambda: client)
+    stream = make_stream(rig, shutdown, delivery=delivery, make_consumer=lambda _: client)
     thread = threading.Thread(target=stream.run, args=[handle], kwargs={"ahead": ahead})
     thread.start()
     until(lambda: committed() == 25, what="all of it committed")
@@ -519,7 +520,7 @@ def test_a_lost_consumer_is_replaced_and_the_stream_goes_on(rig: Rig, committed:
     consumers: list[Any] = [first]
     shutdown = Event()
 
-    def make_consumer() -> Any:
+    def make_consumer(_: object) -> Any:
         return consumers.pop() if consumers else consumer(rig.properties, group=rig.topic_1)
 
     thread = threading.Thread(

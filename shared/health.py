@@ -1,0 +1,117 @@
+"""Is the service alive, and what does it wait for? `/live`, `/ready` and `/metrics` for probes and people."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import msgspec
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from shared import metrics
+from shared.errors import SettingsError
+from shared.settings import ServiceSettings
+
+log = structlog.get_logger()
+
+_CLIENT_TIMEOUT_S = 10.0
+_WATCH_S = 1.0
+
+# Of the process, like its metrics; told by several threads, each of which has names of its own.
+_turns: dict[str, float] = {}  # monotonic: when a loop turned, or is to be back from its rest; when a call began
+_waiting_for: dict[str, str] = {}
+
+
+def turned(loop: str, *, rest_s: float = 0.0) -> None:
+    """The loop turns, and is to turn again soon after it has rested for so long."""
+    _turns[loop] = time.monotonic() + rest_s
+
+
+def ended(loop: str) -> None:
+    """The loop need not turn any more."""
+    _turns.pop(loop, None)
+
+
+@contextmanager
+def call(name: str) -> Iterator[None]:
+    """A call that is to return soon."""
+    turned(name)
+    try:
+        yield
+    finally:
+        ended(name)
+
+
+def slow(longer_than_s: float = 0.0) -> dict[str, float]:
+    """Loops that have not turned, and calls that have not returned, for longer than that, with the seconds."""
+    now = time.monotonic()
+    return {name: now - at for name, at in list(_turns.items()) if now - at > longer_than_s}
+
+
+def waits_for(what: str, reason: str) -> None:
+    """The service cannot do its work before it has this."""
+    _waiting_for[what] = reason
+
+
+def has(what: str) -> None:
+    """It has."""
+    _waiting_for.pop(what, None)
+
+
+def serve(service: str, settings: ServiceSettings) -> None:
+    """Answer on METRICS_PORT until the process ends. Raises SettingsError if the port is taken."""
+    stall_s = settings.stall_seconds
+    metrics.LOOP_AGE.set_function(lambda: max(slow().values(), default=0.0))
+    Thread(target=_watch, args=[stall_s], daemon=True, name="watch").start()
+    if settings.metrics_port == 0:
+        return
+
+    class Answers(BaseHTTPRequestHandler):
+        timeout = _CLIENT_TIMEOUT_S
+
+        def do_GET(self) -> None:
+            if self.path == "/metrics":
+                self._answer(200, CONTENT_TYPE_LATEST, generate_latest())
+            elif self.path == "/live":
+                stalled = {name: round(seconds, 1) for name, seconds in slow(stall_s).items()}
+                self._tell(not stalled, {"live": not stalled, "service": service, "stalled": stalled})
+            elif self.path == "/ready":
+                reasons = dict(_waiting_for)
+                self._tell(not reasons, {"ready": not reasons, "service": service, "waiting_for": reasons})
+            else:
+                self._answer(404, "text/plain", b"there are /live, /ready and /metrics\n")
+
+        def _tell(self, good: bool, answer: dict[str, object]) -> None:
+            self._answer(200 if good else 503, "application/json", msgspec.json.encode(answer) + b"\n")
+
+        def _answer(self, status: int, kind: str, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Probes are no news."""
+
+    try:
+        server = ThreadingHTTPServer((settings.metrics_host, settings.metrics_port), Answers)
+    except (OSError, OverflowError) as error:
+        address = f"{settings.metrics_host}:{settings.metrics_port}"
+        raise SettingsError(f"METRICS_PORT: cannot listen on {address}: {getattr(error, 'strerror', error)}") from None
+    Thread(target=server.serve_forever, daemon=True, name="health").start()
+
+
+def _watch(stall_s: float) -> None:
+    """Say in the log what stalls, and when it goes on."""
+    said: set[str] = set()
+    while True:
+        stalled = slow(stall_s)
+        for name in stalled.keys() - said:
+            log.error("stalled", what=name, seconds=round(stalled[name], 1))
+        for name in said - stalled.keys():
+            log.info("stalled_over", what=name)
+        said = set(stalled)
+        time.sleep(_WATCH_S)

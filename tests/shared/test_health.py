@@ -1,0 +1,110 @@
+"""What a probe, a person at night and Prometheus are told."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import requests
+from conftest import until
+from structlog.testing import capture_logs
+
+from sandbox.processes import free_port
+from shared import health, metrics
+from shared.errors import SettingsError
+from shared.retry import Spell
+from shared.settings import ServiceSettings
+
+STALL_S = 0.5
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    """Where a service of this process answers."""
+    chosen = free_port()
+    health.serve("tests", ServiceSettings(metrics_port=chosen, stall_seconds=STALL_S))
+    return chosen
+
+
+@pytest.fixture
+def loop() -> Iterator[str]:
+    """The name of a loop that nobody watches any more afterwards."""
+    yield "a loop"
+    health.ended("a loop")
+
+
+def ask(port: int, path: str) -> requests.Response:
+    return requests.get(f"http://127.0.0.1:{port}{path}", timeout=5)
+
+
+def test_a_loop_that_does_not_turn_is_named_and_again_live_when_it_does(port: int, loop: str) -> None:
+    health.turned(loop)
+    assert ask(port, "/live").status_code == 200
+
+    until(lambda: ask(port, "/live").status_code == 503, timeout_s=5)
+    stalled = ask(port, "/live").json()["stalled"]
+    assert stalled[loop] >= STALL_S
+
+    health.turned(loop)
+    assert ask(port, "/live").json()["live"]
+
+
+def test_a_loop_that_rests_on_purpose_is_live(port: int, loop: str) -> None:
+    health.turned(loop, rest_s=60)
+
+    time.sleep(2 * STALL_S)
+
+    assert ask(port, "/live").status_code == 200
+
+
+def test_a_call_that_hangs_is_told_in_the_log_once_and_its_end_once(port: int) -> None:
+    with capture_logs() as lines:
+        with health.call("a call"):
+            until(lambda: [line for line in lines if line["event"] == "stalled"], timeout_s=5)
+            assert "a call" in ask(port, "/live").json()["stalled"]
+        until(lambda: [line for line in lines if line["event"] == "stalled_over"], timeout_s=5)
+
+    assert [line["event"] for line in lines if line.get("what") == "a call"] == ["stalled", "stalled_over"]
+    assert ask(port, "/live").json() == {"live": True, "service": "tests", "stalled": {}}
+
+
+def test_ready_says_what_it_waits_for(port: int) -> None:
+    spell = Spell("the database")
+    outages, seconds = metrics.OUTAGES._value.get(), metrics.OUTAGE_SECONDS._value.get()
+
+    spell.lasts("connection refused")
+    during = ask(port, "/ready")
+    spell.lasts("connection refused")
+    spell.over()
+    spell.over()
+
+    assert during.status_code == 503
+    assert during.json()["waiting_for"]["the database"] == "connection refused"
+    assert "the database" not in ask(port, "/ready").json()["waiting_for"]
+    assert metrics.OUTAGES._value.get() == outages + 1
+    assert metrics.OUTAGE_SECONDS._value.get() > seconds
+    assert "fraud_alarm_outages_under_way 0.0" in ask(port, "/metrics").text
+
+
+def test_a_port_that_is_taken_is_named(port: int) -> None:
+    with pytest.raises(SettingsError, match=f"METRICS_PORT: cannot listen on 127.0.0.1:{port}"):
+        health.serve("tests", ServiceSettings(metrics_port=port))
+
+
+def test_other_paths_are_not_there(port: int) -> None:
+    assert ask(port, "/").status_code == 404
+
+
+def test_a_containers_probe_tells_dead_from_alive(port: int, loop: str) -> None:
+    def probe(at: int, *what: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "shared.probe", *what]
+        return subprocess.run(command, env={"METRICS_PORT": str(at)}, capture_output=True, text=True, check=False)
+
+    alive = probe(port)
+    health.turned(loop, rest_s=-2 * STALL_S)
+    stalled = probe(port)
+
+    assert (alive.returncode, stalled.returncode, probe(free_port()).returncode, probe(0).returncode) == (0, 1, 1, 0)
+    assert loop in stalled.stdout
+    assert '"waiting_for":' in probe(port, "ready").stdout
