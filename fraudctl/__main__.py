@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fraudctl.call import CallError, parse_since
-from shared.errors import Outage, SettingsError
-from shared.settings import ServiceSettings, kafka_properties, load
+from shared.errors import Outage, SettingsError, without_credentials
+from shared.settings import RegistrySettings, ServiceSettings, kafka_properties, load
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from fraudctl.labels import Label
+    from training.aliases import Alias
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 topics_app = typer.Typer(no_args_is_help=True, help="The topics and their dead-letter topics.")
@@ -33,14 +34,15 @@ app.add_typer(letters_app, name="dead-letters")
 labels_app = typer.Typer(no_args_is_help=True, help="What people found out about transactions.")
 app.add_typer(labels_app, name="labels")
 console = Console()
+_REDRAWN_S = 2.0
 
 OfTopic = Annotated[str | None, typer.Option("--topic", help="Only those of this topic.")]
 OfReason = Annotated[str, typer.Option("--reason", help="Only those whose reason contains this.")]
 Since = Annotated[str | None, typer.Option(help="Only those since a time (UTC, 2026-01-31T21:30) or for 90m, 2h, 3d.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="No more than these many, the oldest.")]
-ModelName = Annotated[str, typer.Option("--name", envvar="MODEL_NAME", help="Registered model.")]
-ModelAlias = Annotated[str, typer.Option("--alias", envvar="MODEL_ALIAS", help="Alias that a version gets.")]
-TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="The MLflow registry.")]
+ModelName = Annotated[str | None, typer.Option("--name", help="Registered model; without it, MODEL_NAME.")]
+ModelAlias = Annotated[str | None, typer.Option("--alias", help="Alias that a version gets; without it, MODEL_ALIAS.")]
+TrackingUri = Annotated[str | None, typer.Option(help="The MLflow registry; without it, MLFLOW_TRACKING_URI.")]
 
 
 @app.command()
@@ -132,23 +134,23 @@ def train(
     data: Annotated[
         list[str] | None, typer.Option(metavar="FILE_OR_URL", help="Training files; without any, generated.")
     ] = None,
-    name: ModelName = "fraud",
-    alias: ModelAlias = "champion",
+    name: ModelName = None,
+    alias: ModelAlias = None,
     seed: Annotated[int, typer.Option(help="Of the split, the model and the generator.")] = 1,
     target_precision: Annotated[float, typer.Option(min=0, max=1, help="Of the alarms, on unseen cards.")] = 0.9,
     validated: Annotated[str | None, typer.Option(help="A file or URL of confirmed rows, added to the others.")] = None,
     if_absent: Annotated[bool, typer.Option("--if-absent", help="Only if no version has the alias yet.")] = False,
-    tracking_uri: TrackingUri = "",
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Train a model, measure it on cards it never saw, and register it."""
     from training import aliases
     from training import train as training
 
-    of = aliases.Alias(_registry(tracking_uri), name, alias)
+    of = _alias(name, alias, tracking_uri)
     sources = [*(data or []), *(more or [])]
     try:
         if if_absent and (present := aliases.bearer(of)):
-            console.print(f"{name} version {present} is {alias} already")
+            console.print(f"{of.name} version {present} is {of.alias} already")
             return
         frame = training.read(sources) if sources else training.generate(seed=seed)
         if validated:
@@ -157,7 +159,7 @@ def train(
         version = training.register(trained, of)
     except (Outage, OSError, ValueError) as error:
         _refuse(error)
-    console.print(f"{name} version {version} is {alias} now")
+    console.print(f"{of.name} version {version} is {of.alias} now")
     table = Table("measure", f"on {trained.held_out}")
     for measure, value in {**trained.metrics, "threshold": trained.threshold}.items():
         table.add_row(measure.replace("_", " "), f"{value:.4f}".removesuffix(".0000"))
@@ -167,58 +169,168 @@ def train(
 @app.command()
 def promote(
     version: Annotated[str, typer.Argument(help="Of the registered model.")],
-    name: ModelName = "fraud",
-    alias: ModelAlias = "champion",
-    tracking_uri: TrackingUri = "",
+    name: ModelName = None,
+    alias: ModelAlias = None,
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Give the alias to a version that passes a smoke prediction, and show how it compares with the one before it."""
     from fraudctl import models
     from services.predictor.model import UnusableModel
-    from training.aliases import Alias, NoSuchVersion
+    from training.aliases import NoSuchVersion
 
+    of = _alias(name, alias, tracking_uri)
     try:
-        candidate, champion = models.promote(Alias(_registry(tracking_uri), name, alias), version)
+        candidate, champion = models.promote(of, version)
     except (NoSuchVersion, UnusableModel, Outage) as error:
         _refuse(error)
     console.print(models.comparison(candidate, champion))
-    console.print(f"{name} version {version} is {alias} now")
+    console.print(f"{of.name} version {version} is {of.alias} now")
 
 
 @app.command()
-def rollback(name: ModelName = "fraud", alias: ModelAlias = "champion", tracking_uri: TrackingUri = "") -> None:
+def rollback(name: ModelName = None, alias: ModelAlias = None, tracking_uri: TrackingUri = None) -> None:
     """Give the alias back to the version that had it before."""
     from training import aliases
 
+    of = _alias(name, alias, tracking_uri)
     try:
-        version = aliases.move_back(aliases.Alias(_registry(tracking_uri), name, alias))
+        version = aliases.move_back(of)
     except (aliases.NoSuchVersion, Outage) as error:
         _refuse(error)
-    console.print(f"{name} version {version} is {alias} again")
+    console.print(f"{of.name} version {version} is {of.alias} again")
 
 
-def _registry(tracking_uri: str) -> str:
-    """The address of the registry, and MLflow told not to try for minutes, in silence."""
-    if not tracking_uri:
-        _refuse(SettingsError("MLFLOW_TRACKING_URI: missing"))
+def _alias(name: str | None, alias: str | None, tracking_uri: str | None) -> "Alias":
+    """The alias that is meant, by the options or else the settings; MLflow told not to try for minutes, in silence."""
+    from training.aliases import Alias
+
+    options = {"mlflow_tracking_uri": tracking_uri, "model_name": name, "model_alias": alias}
+    try:
+        settings = load(RegistrySettings, **{option: value for option, value in options.items() if value})
+    except SettingsError as error:
+        _refuse(error)
+    settings.log_in()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    return tracking_uri
+    return Alias(settings.mlflow_tracking_uri, settings.model_name, settings.model_alias)
 
 
 @topics_app.command("create")
 def topics_create(
     partitions: Annotated[int, typer.Option(min=1, help="Of each new topic.")] = 6,
+    replication: Annotated[int | None, typer.Option(min=1, help="Of each new topic; without it, up to 3.")] = None,
 ) -> None:
     """Create what is missing; nothing that exists is changed."""
     from fraudctl import topics
 
     try:
         settings, properties = _kafka()
-        created = topics.create(properties, [settings.topic_1, settings.topic_2], partitions=partitions)
-        created += topics.create(properties, [settings.challenger_topic], partitions=partitions, letters=False)
+        created = [
+            name
+            for names, letters in _topics(settings)
+            for name in topics.create(
+                properties, names, partitions=partitions, replication=replication, letters=letters
+            )
+        ]
     except (SettingsError, Outage) as error:
         _refuse(error)
     console.print(f"created: {', '.join(created)}" if created else "all topics are there")
+
+
+@topics_app.command("check")
+def topics_check(
+    partitions: Annotated[int, typer.Option(min=1, help="That each topic should have at least.")] = 6,
+) -> None:
+    """Say what is not as it should be, with the remedy; nothing is changed. Exit 1 if something is not."""
+    from fraudctl import topics
+
+    try:
+        settings, properties = _kafka()
+        problems = [
+            problem
+            for names, letters in _topics(settings)
+            for problem in topics.check(properties, names, partitions=partitions, letters=letters)
+        ]
+    except (SettingsError, Outage) as error:
+        _refuse(error)
+    for line in problems or ["all topics are as they should be"]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(int(bool(problems)))
+
+
+def _topics(settings: ServiceSettings) -> list[tuple[list[str], bool]]:
+    """The topics, and whether they have dead letters."""
+    return [([settings.topic_1, settings.topic_2], True), ([settings.challenger_topic], False)]
+
+
+@app.command("status")
+def status_command(
+    watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds, until Ctrl+C.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """Where everything stands; exit 1 if something is not healthy."""
+    from rich.live import Live
+
+    from fraudctl import status
+
+    try:
+        if watch and as_json:
+            raise CallError("either --watch or --json")
+        _be_brief_with_mlflow()
+        settings = status.settings()
+        now = status.look(settings)
+        if watch:
+            with Live(status.show(now), console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+                while True:
+                    time.sleep(_REDRAWN_S)
+                    now = status.look(settings)
+                    live.update(status.show(now), refresh=True)
+    except (CallError, SettingsError) as error:
+        _refuse(error)
+    if as_json:
+        sys.stdout.write(json.dumps(now.report()) + "\n")
+    elif not watch:
+        console.print(status.show(now), soft_wrap=True)
+    raise typer.Exit(int(bool(now.problems)))
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Try everything that the services need, and name the remedy where it fails; exit 1 if something does."""
+    from fraudctl import doctor
+
+    _be_brief_with_mlflow()
+    findings = doctor.examine()
+    for finding in findings:
+        console.print(str(finding), markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(int(any(finding.verdict == "failed" for finding in findings)))
+
+
+@app.command("tail")
+def tail_command(
+    topic: Annotated[str, typer.Argument(help="Any, dead letters' among them.")],
+    follow: Annotated[bool, typer.Option("--follow", help="Those that come from now on, until Ctrl+C.")] = False,
+    count: Annotated[int, typer.Option(min=1, help="How many of the last ones.")] = 10,
+) -> None:
+    """Show records, without card numbers and birth dates."""
+    from fraudctl import tail
+
+    try:
+        _, properties = _kafka()
+        with suppress(KeyboardInterrupt):
+            for message in tail.follow(properties, topic) if follow else tail.last(properties, topic, count):
+                console.print(tail.description(message), markup=False, highlight=False, soft_wrap=True)
+    except (CallError, SettingsError, Outage) as error:
+        _refuse(error)
+
+
+def _be_brief_with_mlflow() -> None:
+    """Have MLflow try once and for a short while: somebody is waiting."""
+    os.environ |= {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    }
 
 
 @letters_app.command("list")
@@ -440,7 +552,7 @@ def _refuse(error: Exception, *, exit_code: int = 2) -> NoReturn:
     reason = str(error)
     if isinstance(error, OSError) and error.filename:
         reason = f"{error.filename}: {error.strerror}"
-    sys.stderr.write(f"fraudctl: {reason}\n")
+    sys.stderr.write(f"fraudctl: {without_credentials(reason)}\n")
     raise typer.Exit(exit_code)
 
 

@@ -90,7 +90,7 @@ def confirm(engine: sa.Engine, labels: Sequence[Label], *, overrule: bool = Fals
     Raises CallError that names each unknown or ambiguous transaction and, unless they are to be overruled, each that
     somebody confirmed otherwise; Outage.
     """
-    with _transaction(engine) as connection:
+    with transaction(engine) as connection:
         connection.execute(sa.text("LOCK TABLE label_changes IN SHARE ROW EXCLUSIVE MODE"))  # one after the other
         connection.execute(sa.text(_GIVEN))
         rows = [(n, each.trans_num, each.unix_time, int(each.is_fraud), each.by) for n, each in enumerate(labels)]
@@ -168,7 +168,7 @@ def newest(engine: sa.Engine, *, unreviewed: bool, predicted_fraud: bool, limit:
     table = Table(Column("transaction", no_wrap=True), "unix_time", "time (UTC)", "amount", "merchant", "card")
     for name in ("probability", "called", "label"):
         table.add_column(name)
-    with _transaction(engine) as connection:
+    with transaction(engine) as connection:
         for row in connection.execute(sa.text(query), {"limit": limit}):
             label = "" if row.is_fraud is None else str(row.is_fraud)
             label += f", by {row.validated_by}" if row.validated_by else ""
@@ -195,7 +195,7 @@ def performance(engine: sa.Engine) -> list[Performance]:
         FROM transactions WHERE validated_at IS NOT NULL
         GROUP BY model_name, model_version ORDER BY max(predicted_at) DESC NULLS LAST
     """
-    with _transaction(engine) as connection:
+    with transaction(engine) as connection:
         return [
             Performance(
                 f"{row.model_name} version {row.model_version}" if row.model_name else "unknown",
@@ -209,7 +209,8 @@ def performance(engine: sa.Engine) -> list[Performance]:
 
 
 @contextmanager
-def _transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
+def transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """One transaction. Raises Outage."""
     try:
         with engine.begin() as connection:
             yield connection

@@ -24,14 +24,14 @@ _SCIENTIFIC = re.compile(r"(?<![\d.])\d+(?:\.\d+)?[eE]\+?\d\d")
 _DATE = re.compile(r"(?<!\d)(?:\d{4}[-/]\d{1,2}(?:[-/]\d{0,2})?|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}|(?:19|20)\d{6})(?!\d)")
 
 
-def readable_value(value: bytes | None) -> str:
+def readable_value(value: bytes | None, *, indent: int | None = 2) -> str:
     """A record's value: JSON indented, anything else as text, without card number and birth date."""
     if value is None:
         return "none"
     text = _decoded(value)
     try:
         parsed = _parsed(text)
-        shown = _hidden_text(text) if parsed is None else json.dumps(_hidden(parsed), indent=2, ensure_ascii=False)
+        shown = _hidden_text(text) if parsed is None else json.dumps(_hidden(parsed), indent=indent, ensure_ascii=False)
     except RecursionError:
         shown = _hidden_text(text)
     return _printable(shown)

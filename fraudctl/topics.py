@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
 from confluent_kafka.cimpl import NewTopic
 
 from shared.dead_letters import SUFFIX
@@ -12,28 +13,125 @@ from shared.errors import Outage
 from shared.kafka import MAX_RECORD_BYTES, admin, consumer
 
 PARTITIONS = 6
-_TIMEOUT_S = 15.0
+_TIMEOUT_S = 10.0
+_COPIES = 3
+_DAY_MS = 86_400_000
+_RECORDS = {"cleanup.policy": "delete", "compression.type": "producer", "retention.ms": str(7 * _DAY_MS)}
+_LETTERS = _RECORDS | {"retention.ms": str(30 * _DAY_MS), "max.message.bytes": str(MAX_RECORD_BYTES)}
+_WHY = {
+    "cleanup.policy": "which keeps the last record of a card alone",
+    "compression.type": "which unpacks what the producers compressed",
+    "retention.ms": "and what nobody has read or mended by then is gone",
+    "max.message.bytes": "and a dead letter is larger than the record it keeps",
+    "min.insync.replicas": "and one broker that fails takes records with it, or stops the writing",
+}
 
 
 def create(
-    properties: Mapping[str, str], names: Sequence[str], *, partitions: int = PARTITIONS, letters: bool = True
+    properties: Mapping[str, str],
+    names: Sequence[str],
+    *,
+    partitions: int = PARTITIONS,
+    replication: int | None = None,
+    letters: bool = True,
 ) -> list[str]:
     """Create what is missing of the topics and, with `letters`, of their dead-letter topics; returns the new names.
 
-    Several may do so at once. Raises Outage if the broker does not do it, SettingsError for wrong properties.
+    What is there stays as it is. Without `replication` there are three copies, or as many as there are brokers. Several
+    may do so at once. Raises Outage if the broker does not do it, SettingsError for wrong properties.
     """
     client = admin(properties)
-    wanted = [
-        NewTopic(name + suffix, num_partitions=partitions, config=config)
-        for name in names
-        for suffix, config in (("", {}), (SUFFIX, {"max.message.bytes": str(MAX_RECORD_BYTES)}))[: 1 + letters]
-    ]
     try:
-        present = client.list_topics(timeout=_TIMEOUT_S).topics
-        absent = [topic for topic in wanted if topic.topic not in present]
-        return [name for name, done in client.create_topics(absent).items() if _new(done)] if absent else []
+        known = client.list_topics(timeout=_TIMEOUT_S)
+        copies = replication or min(_COPIES, len(known.brokers))
+        absent = [
+            NewTopic(
+                name,
+                num_partitions=partitions,
+                replication_factor=copies,
+                config=settings | {"min.insync.replicas": str(_in_sync(copies))},
+            )
+            for name, settings in _settings(names, letters=letters).items()
+            if name not in known.topics
+        ]
+        created = [name for name, done in client.create_topics(absent).items() if _new(done)] if absent else []
+        deadline = time.monotonic() + _TIMEOUT_S
+        while created and not _known(client, created) and time.monotonic() < deadline:
+            time.sleep(0.1)
     except KafkaException as error:
-        raise Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str()}") from None
+        raise _away(properties, error) from None
+    return created
+
+
+def check(
+    properties: Mapping[str, str], names: Sequence[str], *, partitions: int = 1, letters: bool = True
+) -> list[str]:
+    """What is not as the project needs it, a line for each, with the remedy; nothing is changed. Raises Outage."""
+    client = admin(properties)
+    wanted = _settings(names, letters=letters)
+    try:
+        known = client.list_topics(timeout=_TIMEOUT_S)
+        there = [name for name in wanted if name in known.topics and known.topics[name].partitions]
+        resources = [ConfigResource(ResourceType.TOPIC, name) for name in there]
+        asked = client.describe_configs(resources, request_timeout=_TIMEOUT_S) if there else {}
+        found = {
+            resource.name: {name: entry.value or "" for name, entry in answer.result().items()}
+            for resource, answer in asked.items()
+        }
+    except KafkaException as error:
+        raise _away(properties, error) from None
+    lines = [f"{name}: missing, or hidden by ACLs: fraudctl topics create" for name in wanted if name not in there]
+    for name in there:
+        layout = [len(partition.replicas) for partition in known.topics[name].partitions.values()]
+        lines += [
+            f"{name}: {problem}"
+            for problem in (
+                *_layout_problems(layout, partitions=partitions, brokers=len(known.brokers)),
+                *_settings_problems(name, found[name], wanted[name], copies=min(layout)),
+            )
+        ]
+    return lines
+
+
+def _settings(names: Sequence[str], *, letters: bool) -> dict[str, dict[str, str]]:
+    """What each topic is created with."""
+    kinds = (("", _RECORDS), (SUFFIX, _LETTERS))[: 1 + letters]
+    return {name + suffix: settings for name in names for suffix, settings in kinds}
+
+
+def _in_sync(copies: int) -> int:
+    """How many copies a record has before it counts as written, so that one broker may be away."""
+    return 2 if copies >= _COPIES else 1
+
+
+def _layout_problems(copies: Sequence[int], *, partitions: int, brokers: int) -> Iterator[str]:
+    if len(copies) < partitions:
+        yield (
+            f"{len(copies)} partitions, not {partitions}: more would part each card's new records from its old ones, so"
+            " let the services empty it before kafka-topics.sh --alter --partitions"
+        )
+    if min(copies) < min(_COPIES, brokers):
+        yield (
+            f"a record has {min(copies)} of {min(_COPIES, brokers)} possible copies and is lost with its disk:"
+            " kafka-reassign-partitions.sh adds replicas"
+        )
+
+
+def _settings_problems(name: str, found: Mapping[str, str], wanted: Mapping[str, str], *, copies: int) -> Iterator[str]:
+    in_sync = int(found["min.insync.replicas"])
+    enough = {
+        "cleanup.policy": found["cleanup.policy"] == wanted["cleanup.policy"],
+        "compression.type": found["compression.type"] != "uncompressed",
+        "retention.ms": not 0 <= int(found["retention.ms"]) < int(wanted["retention.ms"]),
+        "max.message.bytes": int(found["max.message.bytes"]) >= int(wanted.get("max.message.bytes", 0)),
+        "min.insync.replicas": _in_sync(copies) <= in_sync <= copies,
+    }
+    target = {**wanted, "min.insync.replicas": str(_in_sync(copies))}
+    for setting in (setting for setting, fits in enough.items() if not fits):
+        yield (
+            f"{setting} is {found[setting]}, {_WHY[setting]}: kafka-configs.sh --alter --entity-type topics"
+            f" --entity-name {name} --add-config {setting}={target[setting]}"
+        )
 
 
 def use(properties: Mapping[str, str], names: Sequence[str]) -> None:
@@ -55,7 +153,7 @@ def ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicParti
                 return [end for name in names for end in _ends(reader, name)]
             except KafkaException as error:
                 if time.monotonic() > deadline:
-                    raise Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str()}") from None
+                    raise _away(properties, error) from None
                 time.sleep(0.1)
     finally:
         reader.close()
@@ -65,6 +163,16 @@ def _ends(reader: Consumer, name: str) -> Iterator[TopicPartition]:
     for partition in sorted(reader.list_topics(name, timeout=_TIMEOUT_S).topics[name].partitions):
         _, end = reader.get_watermark_offsets(TopicPartition(name, partition), timeout=_TIMEOUT_S)
         yield TopicPartition(name, partition, end)
+
+
+def _away(properties: Mapping[str, str], error: KafkaException) -> Outage:
+    return Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str()}")
+
+
+def _known(client: AdminClient, names: Sequence[str]) -> bool:
+    """Whether the broker that is asked has heard of them, which may be a moment after their creation."""
+    topics = client.list_topics(timeout=_TIMEOUT_S).topics
+    return all(name in topics and topics[name].partitions for name in names)
 
 
 def _new(done: Future[None]) -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from shared.errors import Outage
+from shared.errors import Outage, without_credentials
 
 _MOST_REMEMBERED = 20
 
@@ -74,7 +74,7 @@ def move_back(of: Alias) -> str:
 
 def away(tracking_uri: str, error: MlflowException) -> Outage:
     """What an answer of the registry means that is none."""
-    return Outage(f"MLflow at {tracking_uri}: {str(error).splitlines()[0]}")
+    return Outage(without_credentials(f"MLflow at {tracking_uri}: {str(error).splitlines()[0]}"))
 
 
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")

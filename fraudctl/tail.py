@@ -1,0 +1,78 @@
+"""What lies on a topic, as people may see it: the last records, or those that come."""
+
+from collections.abc import Iterator, Mapping
+
+from confluent_kafka import KafkaException, Message, TopicPartition
+
+from fraudctl.call import CallError
+from fraudctl.readable import readable_header, readable_key, readable_value
+from fraudctl.topics import ends
+from shared.errors import Outage
+from shared.kafka import consumer, coordinates, headers, read_to_end, says_nothing
+from shared.provenance import HEADER, Provenance, from_headers
+from shared.records import format_time
+
+_GROUP = "fraudctl"
+_POLL_S = 0.5
+
+
+def last(properties: Mapping[str, str], topic: str, count: int) -> list[Message]:
+    """The last records, the oldest first. Raises CallError for a topic that is not there, Outage."""
+    places = _ends(properties, topic)
+    reach = count
+    while True:
+        starts = [TopicPartition(topic, end.partition, max(0, end.offset - reach)) for end in places]
+        found = list(read_to_end(properties, starts, group=_GROUP))
+        # Marks of transactions have offsets, too, and each partition may hold all of the last records.
+        behind = [start.partition for start in starts if start.offset > 0]
+        if all(sum(message.partition() == each for message in found) >= count for each in behind):
+            return sorted(found, key=lambda message: (message.timestamp()[1], coordinates(message)))[-count:]
+        reach *= 4
+
+
+def follow(properties: Mapping[str, str], topic: str) -> Iterator[Message]:
+    """The records that come from now on, without end. Raises CallError for a topic that is not there, Outage."""
+    reader = consumer(properties, group=_GROUP)
+    try:
+        reader.assign(_ends(properties, topic))
+        while True:
+            message = reader.poll(_POLL_S)
+            if message is not None and message.error() is None and not says_nothing(message):
+                yield message
+    except KafkaException as error:
+        raise Outage(f"Kafka: {error.args[0].str()}") from None
+    finally:
+        reader.close()
+
+
+def description(message: Message) -> str:
+    """A record in a few lines, without card number and birth date."""
+    topic, partition, offset = coordinates(message)
+    found = headers(message)
+    told = from_headers(found)
+    lines = [
+        f"{topic}:{partition}:{offset}, {format_time(message.timestamp()[1] // 1000)} UTC",
+        f"  key: {readable_key(message.key())}",
+        *(f"  {readable_header('', name)}: {readable_header(name, value)}" for name, value in found if name != HEADER),
+        *([f"  {HEADER}: {_words(told)}"] if told != Provenance() else []),
+        f"  value: {readable_value(message.value(), indent=None)}",
+    ]
+    return "\n".join(lines)
+
+
+def _words(provenance: Provenance) -> str:
+    model = f"{provenance.model_name or 'unknown'} version {provenance.model_version or 'unknown'}"
+    parts = [readable_header(HEADER, model)]
+    if provenance.probability is not None:
+        parts.append(f"probability {provenance.probability:.4f}")
+    if provenance.predicted_at_ms is not None:
+        parts.append(f"predicted {format_time(provenance.predicted_at_ms // 1000)} UTC")
+    if provenance.source_offset is not None:
+        parts.append(f"from partition {provenance.source_partition}, offset {provenance.source_offset}")
+    return ", ".join(parts)
+
+
+def _ends(properties: Mapping[str, str], topic: str) -> list[TopicPartition]:
+    if not (found := ends(properties, [topic])):
+        raise CallError(f"there is no topic {topic}")
+    return found

@@ -1,0 +1,219 @@
+"""fraudctl status: what an operator is told of a system that is well, and of one that is not."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import sqlalchemy as sa
+from click.testing import Result
+from confluent_kafka import Producer
+from conftest import Rig, dead_letter_topic, make_transactions, until
+from mlflow.models import infer_signature
+from sklearn.base import BaseEstimator, ClassifierMixin
+from typer.testing import CliRunner
+
+from fraudctl.__main__ import app
+from sandbox.mailbox import Mailbox
+from sandbox.registry import Registry
+from services.db_sink.table import migrate
+from shared.dead_letters import refusal
+from shared.kafka import NOTHING
+from training import aliases
+from training.aliases import Alias
+
+pytestmark = pytest.mark.kafka
+
+Status = Callable[..., Result]
+
+
+@pytest.fixture
+def stack(apache_rig: Rig, registry: Registry, engine: sa.Engine, mailbox: Mailbox) -> Rig:
+    migrate(engine)
+    apache_rig.environment |= {
+        "MLFLOW_TRACKING_URI": registry.uri,
+        "DATABASE_URL": engine.url.render_as_string(hide_password=False),
+        "SMTP_PORT": str(mailbox.port),
+    }
+    return apache_rig
+
+
+@pytest.fixture
+def status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Status]:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "5")  # so that what the command makes of it ends with the test
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+    def call(rig: Rig, *arguments: str, **environment: str) -> Result:
+        for name, value in (rig.environment | environment).items():
+            monkeypatch.setenv(name, value)
+        return CliRunner().invoke(app, ["status", *arguments])
+
+    return call
+
+
+def test_a_system_that_is_well(stack: Rig, status: Status) -> None:
+    batch = make_transactions(300, fraud_rate=0.2)
+    stack.put_transactions(batch)
+    for name in ("predictor", "alerter", "db_sink"):
+        stack.start(name, ready=False)
+
+    def done() -> bool:
+        report = json.loads(status(stack, "--json").stdout)
+        return report["database"]["rows"] == len(batch) and not any(
+            each["lag"] for reader in report["readers"] for each in reader["partitions"]
+        )
+
+    until(done, timeout_s=60, what="a database with all rows")
+    found = status(stack)
+    report = json.loads(status(stack, "--json").stdout)
+
+    assert found.exit_code == 0
+    assert found.stdout.endswith("\nhealthy\n")
+    assert "first at" in found.stdout
+    assert report["healthy"] is True
+    assert report["problems"] == []
+    assert report["models"] == {"name": "fraud", "champion": "1", "challenger": None}
+    assert {topic["name"]: topic["partitions"] for topic in report["topics"]} == {
+        name: 6 for topic in (stack.topic_1, stack.topic_2) for name in (topic, dead_letter_topic(topic))
+    }
+    assert [reader["service"] for reader in report["readers"]] == ["predictor", "alerter", "db_sink"]
+    assert {each["member"] for reader in report["readers"] for each in reader["partitions"]} == {"first at 127.0.0.1"}
+    frauds = sa.create_engine(stack.environment["DATABASE_URL"]).connect()
+    newest = frauds.execute(sa.text("SELECT max(unix_time) FROM transactions WHERE prediction = 1")).scalar_one()
+    frauds.close()
+    assert report["last_alert"]["unix_time"] == newest
+
+
+def test_a_predictor_whose_model_hangs_is_named(stack: Rig, status: Status) -> None:
+    champion = Alias(stack.environment["MLFLOW_TRACKING_URI"], "hangs", "champion")
+    _register_a_model_that_hangs(champion)
+    stack.environment["MODEL_NAME"] = champion.name
+    stack.start("predictor")
+    assert status(stack, STALL_SECONDS="2").exit_code == 0
+    (poisoned,) = make_transactions(1)
+    poisoned.amt = 666.0
+    stack.put_transactions([poisoned])
+    time.sleep(2.1)  # the stall itself
+
+    found = status(stack, STALL_SECONDS="2")
+
+    problems = [line for line in found.stdout.splitlines() if line.startswith("unhealthy")]
+    group = stack.environment["PREDICTOR_GROUP"]
+    assert found.exit_code == 1
+    assert len(problems) == 1
+    assert problems[0].startswith(
+        f"unhealthy: predictor (group {group} on {stack.topic_1}): its oldest record has waited "
+    )
+
+
+def test_what_nobody_reads_and_what_is_away_is_named_and_hides_nothing(apache_rig: Rig, status: Status) -> None:
+    apache_rig.put_transactions(make_transactions(1))
+
+    found = status(apache_rig)
+
+    group = apache_rig.environment["PREDICTOR_GROUP"]
+    assert found.exit_code == 1
+    lines = found.stdout.splitlines()
+    reader = f"predictor (group {group} on {apache_rig.topic_1})"
+    assert f"unhealthy: {reader}: 1 behind, and nobody reads: is it running?" in lines
+    assert any(line.startswith("unhealthy: MLflow at http://127.0.0.1:9: ") for line in lines)
+    assert any(line.startswith("unhealthy: database: OperationalError: ") for line in lines)
+    assert f"{apache_rig.topic_1}: 6 partitions" in lines
+
+
+def test_marks_of_transactions_are_no_lag(stack: Rig, status: Status) -> None:
+    producer = Producer({**stack.properties, "transactional.id": f"test-{time.time_ns()}"})
+    producer.init_transactions(20)
+    for value, headers, commit in ((b"aborted", [], False), (None, NOTHING, True)):
+        producer.begin_transaction()
+        producer.produce(stack.topic_1, value, headers=headers, partition=0)
+        producer.flush(20)
+        producer.commit_transaction(20) if commit else producer.abort_transaction(20)
+
+    found = status(stack, "--json")
+
+    predictor = json.loads(found.stdout)["readers"][0]
+    assert predictor["service"] == "predictor"
+    assert not any(each["lag"] for each in predictor["partitions"])
+    assert found.exit_code == 0
+
+
+def test_dead_letters_are_counted_until_they_are_put_back_and_no_illness(stack: Rig, status: Status) -> None:
+    producer = Producer(dict(stack.properties))
+    letters = dead_letter_topic(stack.topic_1)
+    for _ in range(3):
+        producer.produce(letters, b"x", headers=refusal(stack.topic_1, "not JSON", by="predictor"), partition=0)
+    producer.produce(letters, None, headers=[("dlq-replayed", b"0:1")], partition=0)
+    producer.flush(20)
+
+    found = status(stack)
+
+    assert found.exit_code == 0, found.stdout
+    assert f"{letters}: 6 partitions, 2 dead letters" in found.stdout.splitlines()
+
+
+def test_no_champion_no_schema_and_no_topic_are_named(stack: Rig, engine: sa.Engine, status: Status) -> None:
+    with engine.begin() as connection:
+        connection.execute(sa.text("DROP TABLE alembic_version"))
+
+    found = status(stack, MODEL_NAME="nobody", TOPIC_2="nowhere")
+
+    assert found.exit_code == 1
+    assert "unhealthy: no version of nobody is champion: fraudctl train or promote" in found.stdout
+    assert "unhealthy: database: its schema is none, not 0003" in found.stdout
+    assert "unhealthy: nowhere: missing: fraudctl topics create" in found.stdout
+
+
+def test_it_is_watched_until_ctrl_c(stack: Rig, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("fraudctl.__main__.time", SimpleNamespace(sleep=pause))
+
+    watched = status(stack, "--watch")
+
+    assert watched.exit_code == 0
+    assert pauses == [2.0, 2.0, 2.0]
+    assert status(stack, "--watch", "--json").exit_code == 2
+
+
+def _register_a_model_that_hangs(champion: Alias) -> None:
+    class Hanging(ClassifierMixin, BaseEstimator):
+        classes_ = np.array([0, 1])
+
+        def fit(self, *_: object) -> "Hanging":
+            return self
+
+        def predict_proba(self, rows: object) -> np.ndarray:
+            if (rows["amt"] == 666.0).any():  # type: ignore[index]
+                import time
+
+                time.sleep(3600)
+            return np.tile([0.9, 0.1], (len(rows), 1))  # type: ignore[arg-type]
+
+        def predict(self, rows: object) -> np.ndarray:
+            return self.predict_proba(rows)[:, 1].round().astype(int)
+
+    mlflow.set_tracking_uri(champion.tracking_uri)
+    mlflow.set_experiment("hangs")
+    with mlflow.start_run():
+        mlflow.sklearn.log_model(
+            Hanging(),
+            name="model",
+            signature=infer_signature(pd.DataFrame({"amt": [1.0]})),
+            registered_model_name=champion.name,
+            pip_requirements=[],
+            serialization_format="cloudpickle",
+        )
+    aliases.move(champion, "1")
