@@ -177,7 +177,8 @@ class Machine:
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        return image | {key: self.address(value) for key, value in variables(name, own=self.directory).items()}
+        own = {key: self.address(value) for key, value in variables(name, own=self.directory).items()}
+        return image | own | {"METRICS_PORT": "0"}  # a container has its ports for itself
 
     def healthy(self, name: str) -> bool:
         command = [self.here(part) for part in CONTAINERS[name]["healthcheck"]["test"][1:]]
