@@ -37,6 +37,7 @@ EMBEDDED: dict[str, Suite] = {
 }
 APACHE: dict[str, Suite] = {
     "guarantees": lambda bench, rounds: predictor.guarantees(bench, rounds=rounds, rows=200_000),
+    "logging": lambda bench, rounds: predictor.logging(bench, rounds=rounds, rows=300_000),
     "compiled": lambda bench, rounds: predictor.compiled_scoring(bench, rounds=rounds),
     "batches": lambda bench, rounds: predictor.batch_sizes(bench, rounds=rounds, rows=100_000),
     "loops": lambda bench, rounds: loop.loops(bench, rounds=rounds, rows=500_000),

@@ -170,6 +170,23 @@ def batch_sizes(bench: Bench, *, rounds: int, rows: int) -> Section:
     )
 
 
+def logging(bench: Bench, *, rounds: int, rows: int) -> Section:
+    """The predictor with its lines of the flow, and without."""
+    source = bench.backlog(rows)
+    found = side_by_side(
+        {level: partial(drained, bench, source, rows, settings={"LOG_LEVEL": level}) for level in ("INFO", "ERROR")},
+        rounds=rounds,
+    )
+    seen = found["INFO"]["rows/s"].over(found["ERROR"]["rows/s"])
+    return Section(
+        "What logging costs",
+        f"{rows:,} rows, Apache Kafka, 6 partitions, gradient boosting, exactly once; by LOG_LEVEL",
+        ("rows/s", "CPU s a million"),
+        found,
+        [Bar("predictor, INFO / ERROR", seen, 0.97)],
+    )
+
+
 def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
     """The forest at batches of 100, compiled and as it is."""
     transactions = backlog(20_000)
