@@ -1,4 +1,4 @@
-"""docker-compose.yml without Docker: its shape, and its own commands and variables at work on the stand-ins."""
+"""docker-compose.yml and its override without Docker: their shape, and their commands and variables at work."""
 
 import importlib.util
 import os
@@ -6,11 +6,12 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -24,6 +25,7 @@ from sandbox.apache import VERSION, ApacheKafka
 from sandbox.mailbox import Mailbox, messages
 from sandbox.postgres import Postgres
 from sandbox.processes import Process, free_port
+from sandbox.registry import Registry
 from services.alerter.__main__ import AlerterSettings
 from services.db_sink.__main__ import SinkSettings
 from services.db_sink.table import connect
@@ -32,10 +34,52 @@ from services.producer.__main__ import ProducerSettings
 from shared.settings import ServiceSettings, load, parse_properties
 
 ROOT = Path(__file__).parents[1]
-COMPOSE = ROOT / "docker-compose.yml"
-CONTAINERS, CONFIGS = itemgetter("services", "configs")(yaml.safe_load(COMPOSE.read_text()))
-CLIENT_PROPERTIES = ROOT / CONFIGS["client_properties"]["file"].removeprefix("${CLIENT_PROPERTIES:-").removesuffix("}")
+COMPOSE, OVERRIDE = ROOT / "docker-compose.yml", ROOT / "docker-compose.cloud.yml"
 EXAMPLE = dotenv_values(ROOT / "secrets.example.env")
+_ASKED_FOR = re.compile(r"\$\{(\w+):([?+-])([^}]*)\}")
+# What somebody who goes to the cloud gives compose, with the local stack as their own servers.
+GIVEN = {
+    "SASL_USERNAME": "ABCDEFGHIJKLMNOP",
+    "API_URL": "http://payments-api:8080/current-transactions",
+    "POLL_INTERVAL_SECONDS": "1",
+    "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+    "SMTP_HOST": "mailpit",
+    "SMTP_PORT": "1025",
+    "SMTP_TLS": "none",
+    "ALERT_FROM": "alarm@fraud-alarm.example",
+    "ALERT_TO": "analyst@fraud-alarm.example",
+}
+LOGINS = {"MLFLOW_TRACKING_USERNAME": "fraud", "SMTP_USERNAME": "alarm"}
+
+
+def filled_in(value: Any, given: Mapping[str, str]) -> Any:
+    """The values of ${NAME:-otherwise}, ${NAME:+instead} and ${NAME:?question}. Raises KeyError for the last."""
+
+    def fill(asked: re.Match[str]) -> str:
+        name, operator, text = asked.groups()
+        if operator == "+":
+            return text if given.get(name) else ""
+        return given[name] if operator == "?" else given.get(name) or text
+
+    if isinstance(value, dict):
+        return {key: filled_in(each, given) for key, each in value.items()}
+    if isinstance(value, list):
+        return [filled_in(each, given) for each in value]
+    return _ASKED_FOR.sub(fill, value) if isinstance(value, str) else value
+
+
+def merged(file: Any, override: Any) -> Any:
+    """As compose merges files: maps key by key, lists one behind the other, of all else the later."""
+    if isinstance(file, dict) and isinstance(override, dict):
+        return file | {key: merged(file.get(key), each) for key, each in override.items()}
+    return [*file, *override] if isinstance(file, list) and isinstance(override, list) else override
+
+
+LOCAL = filled_in(yaml.safe_load(COMPOSE.read_text()), {})
+CLOUD = merged(LOCAL, filled_in(yaml.safe_load(OVERRIDE.read_text()), GIVEN))
+CONTAINERS: dict[str, Any] = LOCAL["services"]
+IN_THE_CLOUD: dict[str, Any] = {name: each for name, each in CLOUD["services"].items() if "profiles" not in each}
+CLIENT_PROPERTIES = ROOT / LOCAL["configs"]["client_properties"]["file"]
 SETTINGS: dict[str, type[ServiceSettings]] = {
     "producer": ProducerSettings,
     "predictor": PredictorSettings,
@@ -48,27 +92,28 @@ ADDRESSES = re.compile(rf"\b({'|'.join(CONTAINERS.keys() - SETTINGS)})(?=:\d|$)"
 STOP_GRACE_S = 10  # of `docker compose stop`
 
 
-def variables(name: str, *, own: Path = Path(os.devnull)) -> dict[str, str]:
+def variables(container: Mapping[str, Any], *, own: Path = Path(os.devnull)) -> dict[str, str]:
     """What compose sets in a container: its env files in order, then its environment.
 
     `own` is the folder of the files that need not be there, so that nobody's real secrets.env is read.
     """
-    merged: dict[str, str | None] = {}
-    for file in CONTAINERS[name].get("env_file", []):
-        merged |= dotenv_values((ROOT if file.get("required", True) else own) / file["path"])
-    return {key: value or "" for key, value in (merged | CONTAINERS[name].get("environment", {})).items()}
+    values: dict[str, str | None] = {}
+    for file in container.get("env_file", []):
+        values |= dotenv_values((ROOT if file.get("required", True) else own) / file["path"])
+    return {key: value or "" for key, value in (values | container.get("environment", {})).items()}
 
 
-def validate(file: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)]
+def validate(*files: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", *map(str, files)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_file_is_what_the_compose_specification_allows(tmp_path: Path) -> None:
-    broken = tmp_path / "docker-compose.yml"
+def test_the_files_are_what_the_compose_specification_allows(tmp_path: Path) -> None:
+    both, broken = tmp_path / "both.yml", tmp_path / "docker-compose.yml"
+    both.write_text(yaml.safe_dump(CLOUD))
     broken.write_text(COMPOSE.read_text().replace("restart:", "restarts:"))
 
-    assert validate(COMPOSE).returncode == 0
+    assert validate(COMPOSE, OVERRIDE, both).returncode == 0
     assert "restarts" in validate(broken).stdout
 
 
@@ -77,32 +122,78 @@ def test_a_service_can_be_scaled(name: str) -> None:
     assert not {"container_name", "ports"} & CONTAINERS[name].keys()
     # Replicas tell themselves apart by their host names: one name would have them take each other's place.
     assert "hostname" not in CONTAINERS[name]
-    assert "REPLICA" not in variables(name)
+    assert "REPLICA" not in variables(CONTAINERS[name])
+    # To the topics, they are all of one kind: as many share the work as there are partitions.
+    command = CONTAINERS["topics"]["command"]
+    assert command[command.index("--partitions") + 1] == "6"
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_whoever_gets_into_a_container_finds_little(name: str) -> None:
+    container = CONTAINERS[name]
+
+    assert container["cap_drop"] == ["ALL"]
+    assert "cap_add" not in container
+    assert container["security_opt"] == ["no-new-privileges:true"]
+    assert container["read_only"] or name == "kafka"
+    assert container["mem_limit"]
+    assert container["pids_limit"]
+    assert str(container.get("user", "")).partition(":")[0] not in ("0", "root")
+    assert all(port.startswith("127.0.0.1:") for port in container.get("ports", []))
+    assert "build" in container or re.search(r":v?\d[\w.-]*$", container["image"])  # never a moving `latest`
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_what_a_container_waits_for_can_come_true(name: str) -> None:
     for other, wait in CONTAINERS[name].get("depends_on", {}).items():
+        assert not wait.get("required", True) or name not in IN_THE_CLOUD or other in IN_THE_CLOUD
         if wait["condition"] == "service_healthy":
-            assert "healthcheck" in CONTAINERS[other]
+            assert CONTAINERS[other]["healthcheck"]["test"]
         else:
             assert wait["condition"] == "service_completed_successfully"
             assert CONTAINERS[other].get("restart") not in ("always", "unless-stopped")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("containers", [CONTAINERS, IN_THE_CLOUD], ids=["local", "cloud"])
 def test_a_service_takes_the_variables_that_compose_sets(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    containers: dict[str, Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where no secrets.env is read
     for key in FIELDS:
         monkeypatch.delenv(key, raising=False)
-    for key, value in variables(name).items():
-        monkeypatch.setenv(key, value)
+    for key, value in variables(containers[name]).items():
+        if key not in FIELDS:
+            key, value = key.removesuffix("_FILE"), "what the file says"
+            assert "SecretStr" in str(FIELDS[key].annotation)
+        if value:
+            monkeypatch.setenv(key, value)
 
     settings = load(SETTINGS[name])
 
-    assert str(settings.client_properties) in [config["target"] for config in CONTAINERS[name]["configs"]]
+    assert str(settings.client_properties) in [config["target"] for config in containers[name]["configs"]]
+
+
+def test_in_the_cloud_there_are_the_services_and_what_makes_their_topics() -> None:
+    assert IN_THE_CLOUD.keys() == {*SETTINGS, "topics"}
+    assert not any("ports" in container for container in IN_THE_CLOUD.values())
+
+
+@pytest.mark.parametrize("left_out", ["SASL_USERNAME", "MLFLOW_TRACKING_URI", "SMTP_HOST", "ALERT_FROM", "ALERT_TO"])
+def test_the_override_asks_for_what_only_its_user_knows(left_out: str) -> None:
+    with pytest.raises(KeyError, match=left_out):
+        filled_in(yaml.safe_load(OVERRIDE.read_text()), {name: GIVEN[name] for name in GIVEN.keys() - {left_out}})
+
+
+@pytest.mark.parametrize("name", IN_THE_CLOUD)
+def test_a_secret_is_a_file_that_git_ignores(name: str) -> None:
+    container = merged(LOCAL, filled_in(yaml.safe_load(OVERRIDE.read_text()), GIVEN | LOGINS))["services"][name]
+    read = {value for key, value in variables(container).items() if key.endswith("_FILE")}
+
+    assert read == {f"/run/secrets/{secret}" for secret in container["secrets"]}
+    for secret in container["secrets"]:
+        path = CLOUD["secrets"][secret]["file"]
+        assert not subprocess.run(["git", "check-ignore", "--quiet", path], cwd=ROOT, check=False).returncode
 
 
 def test_the_example_names_every_setting_and_nothing_else() -> None:
@@ -144,11 +235,12 @@ def test_an_image_holds_what_its_command_runs(name: str) -> None:
         assert f"\n{program}==" in lock.read_text()
 
 
-def test_the_dockerfile_copies_every_package_of_the_project() -> None:
+def test_every_package_of_the_project_gets_into_the_images() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    copied = re.findall(r"^COPY (\w+) /app/\1$", (ROOT / "services" / "Dockerfile").read_text(), re.MULTILINE)
+    let_through = re.findall(r"^!(\w+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
 
-    assert sorted(copied) == sorted(set(project["tool"]["importlinter"]["root_packages"]) - {"benchmarks"})
+    packages = set(project["tool"]["importlinter"]["root_packages"]) - {"benchmarks"}
+    assert sorted(let_through) == sorted(packages | {"LICENSE"})
 
 
 @dataclass
@@ -157,7 +249,9 @@ class Machine:
 
     directory: Path
     places: dict[str, object]  # in the compose file: here
+    containers: dict[str, Any] = field(default_factory=lambda: CONTAINERS)
     processes: ExitStack = field(default_factory=ExitStack)
+    metrics_ports: defaultdict[str, int] = field(default_factory=lambda: defaultdict(free_port))
 
     def here(self, text: str) -> str:
         """A container's own ports and folders, as they are here."""
@@ -177,21 +271,28 @@ class Machine:
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        own = {key: self.address(value) for key, value in variables(name, own=self.directory).items()}
-        return image | own | {"METRICS_PORT": "0"}  # a container has its ports for itself
+        compose = variables(self.containers[name], own=self.directory)
+        own = {"METRICS_HOST": "127.0.0.1", "METRICS_PORT": str(self.metrics_ports[name])}
+        return image | {key: self.address(value) for key, value in compose.items()} | own
 
     def healthy(self, name: str) -> bool:
-        command = [self.here(part) for part in CONTAINERS[name]["healthcheck"]["test"][1:]]
-        return not subprocess.run(command, env=self.environment(name), capture_output=True, check=False).returncode
+        healthcheck = self.containers[name]["healthcheck"]
+        if healthcheck.get("disable"):
+            return True
+        command = [self.here(part) for part in healthcheck["test"][1:]]
+        done = subprocess.run(
+            command, env=self.environment(name), cwd=self.directory / "app", capture_output=True, check=False
+        )
+        return done.returncode == 0
 
     def start(self, name: str) -> Process:
         process = Process(
             name,
-            [self.here(part) for part in CONTAINERS[name]["command"]],
+            [self.here(part) for part in self.containers[name]["command"]],
             env=self.environment(name),
             cwd=self.directory / "app",  # where no settings file lies
             log=self.directory / f"{name}.log",
-            ready=lambda: "healthcheck" not in CONTAINERS[name] or self.healthy(name),
+            ready=lambda: self.healthy(name),
         )
         self.processes.callback(process.kill)  # with its own children, of which `mlflow server` has some
         return process.start()
@@ -205,16 +306,26 @@ def machine(tmp_path: Path, apache: ApacheKafka, mailbox: Mailbox) -> Iterator[M
         places |= {"9092": urlsplit(f"//{apache.bootstrap}").port, "5432": urlsplit(database.url).port}
         places |= {
             "/etc/fraud-alarm": tmp_path,
-            "/var/lib/mlflow": tmp_path / "mlflow",
+            "/run/secrets": tmp_path / "secrets",
             "/var/lib/fraud-alarm": tmp_path / "state",
         }
         made = Machine(tmp_path, places)
-        for folder in "app", "mlflow":
+        for folder in "app", "state":
             (tmp_path / folder).mkdir()
         (tmp_path / "secrets.env").write_text("POLL_INTERVAL_SECONDS=0\n")  # at one a second a fraud is a minute away
         (tmp_path / "client.properties").write_text(made.address(CLIENT_PROPERTIES.read_text()))
         with made.processes:
             yield made
+
+
+def until_alarms_and_rows(database_url: str, mailbox: Mailbox) -> None:
+    engine = connect(database_url)
+    until(lambda: sa.inspect(engine).has_table("transactions"), what="the table")
+    with engine.connect() as connection:
+        rows = sa.text("SELECT count(*) FROM transactions WHERE prediction IS NOT NULL")
+        until(lambda: connection.execute(rows).scalar_one(), timeout_s=60, what="a row with its prediction")
+    engine.dispose()
+    until(lambda: list(messages(mailbox.directory)), timeout_s=60, what="an alarm")
 
 
 @pytest.mark.kafka
@@ -233,14 +344,26 @@ def test_the_commands_and_variables_of_the_file_make_alarms_and_rows(machine: Ma
 
     services = [machine.start(name) for name in SETTINGS]
 
-    engine = connect(machine.environment("db_sink")["DATABASE_URL"])
-    until(lambda: sa.inspect(engine).has_table("transactions"), what="the table")
-    with engine.connect() as connection:
-        rows = sa.text("SELECT count(*) FROM transactions WHERE prediction IS NOT NULL")
-        until(lambda: connection.execute(rows).scalar_one(), timeout_s=60, what="a row with its prediction")
-    engine.dispose()
-    until(lambda: list(messages(mailbox.directory)), timeout_s=60, what="an alarm")
+    until_alarms_and_rows(machine.environment("db_sink")["DATABASE_URL"], mailbox)
     for service in services:
         assert service.stop(timeout_s=STOP_GRACE_S) == 0, service.last_line()
         assert service.said("event='stopped'")
         assert not service.said("Traceback")
+
+
+@pytest.mark.kafka
+def test_in_the_cloud_they_make_alarms_and_rows_as_well(machine: Machine, registry: Registry, mailbox: Mailbox) -> None:
+    machine.start("payments-api")
+    machine.containers = IN_THE_CLOUD
+    machine.places["5000"] = urlsplit(registry.uri).port
+    database_url = machine.address(EXAMPLE["DATABASE_URL"] or "")
+    (machine.directory / "secrets").mkdir()
+    for secret, text in ("sasl_password", "local-only"), ("database_url", database_url):
+        (machine.directory / "secrets" / secret).write_text(f"{text}\n")
+    assert machine.start("topics").wait(60) == 0
+
+    services = [machine.start(name) for name in SETTINGS]
+
+    until_alarms_and_rows(database_url, mailbox)
+    for service in services:
+        assert service.stop(timeout_s=STOP_GRACE_S) == 0, service.last_line()
