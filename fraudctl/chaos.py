@@ -33,6 +33,7 @@ from sandbox.mailbox import messages
 from sandbox.payments_api import FAULTS
 from sandbox.postgres import Postgres
 from sandbox.processes import Process, python
+from sandbox.stack import SERVICES
 from shared import kafka
 from shared.records import REFERENCE
 
@@ -42,6 +43,7 @@ _POISON_SHARE = 0.005
 _TICK_S = 0.25
 _SHOWN = 10
 _OUTAGE_S = 60.0
+_STOP_S = 10.0  # `docker stop` gives a container as long
 _LONGEST_ADDED_DELAY_MS = 250.0
 _TWO_RECIPIENTS = {"ALERT_TO": "gone@fraud-alarm.example,analyst@fraud-alarm.example"}
 _IMPATIENT = {"SMTP_TIMEOUT_SECONDS": "2"}
@@ -60,6 +62,7 @@ class Run:
     work_dir: Path
     kills: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
+    stubborn: list[str] = field(default_factory=list)  # did not exit with 0, or not in time, when asked to
     rubbish: set[Place] = field(default_factory=set)
     mended: str | None = None
     figures: dict[str, int] = field(default_factory=dict)
@@ -137,6 +140,29 @@ def kills(name: str, *, pause_s: float = 3.0) -> Faults:
             if run.over:
                 break
             run.kill(process)
+            process.spawn()
+            yield
+
+    return faults
+
+
+def stops(*, pause_s: float = 3.0) -> Faults:
+    """SIGTERM at random moments, to one service after the other, and a restart at once."""
+
+    def faults(run: Run) -> Iterator[None]:
+        order: list[str] = []
+        while not run.over:
+            order = order or run.dice.sample(SERVICES, len(SERVICES))
+            process = run.scene.services[order.pop()]
+            while not run.over and not process.ready:
+                yield
+            yield from run.passing(0.0, pause_s)
+            time.sleep(run.dice.uniform(0, _TICK_S))
+            if run.over:
+                break
+            if process.stop(timeout_s=_STOP_S):
+                run.stubborn.append(process.name)
+            run.faults[f"{process.name} stopped"] += 1
             process.spawn()
             yield
 
@@ -402,6 +428,10 @@ def _no_added_delay(run: Run, ledger: Ledger) -> list[str]:
     return [f"mails took {added_ms:.0f} ms longer"] if added_ms > _LONGEST_ADDED_DELAY_MS else []
 
 
+def _all_stopped_in_time(run: Run, _ledger: Ledger) -> list[str]:
+    return [f"{name} did not end well within {_STOP_S:.0f} s of SIGTERM" for name in run.stubborn]
+
+
 def _mended_is_predicted(run: Run, _ledger: Ledger) -> list[str]:
     predicted = {trans_num for trans_num, _ in run.scene.topics.visible_ms}
     return [] if run.mended in predicted else [f"the mended record {run.mended} is not predicted"]
@@ -420,6 +450,7 @@ SCENARIOS: dict[str, Scenario] = {
     "kill-sink": Scenario(faults=kills("db_sink"), least_kills=20),
     "kill-alerter": Scenario(faults=kills("alerter"), least_kills=20),
     "kill-producer": Scenario(faults=kills("producer"), least_kills=20),
+    "stop": Scenario(faults=stops(), broken=_all_stopped_in_time),
     "scale": Scenario(faults=scaling()),
     "broker-restart": Scenario(faults=broker_restarts()),
     "database-down": Scenario(

@@ -13,7 +13,8 @@ import pytest
 from conftest import Rig
 
 from fraudctl.audit import Ledger
-from fraudctl.chaos import Run, broken_promises
+from fraudctl.chaos import SCENARIOS, Run, broken_promises
+from sandbox.stack import SERVICES
 
 HELD = Ledger(
     served=10, fetched=10, skipped_repeats=0, topic_1=10, topic_2=10, predicted_frauds=2, emails=2, mailed_frauds=2,
@@ -53,6 +54,12 @@ def test_a_promise_that_does_not_hold_is_named(
     assert said in "".join(broken)
 
 
+def test_a_service_that_does_not_stop_when_told_to_is_named() -> None:
+    broken = SCENARIOS["stop"].broken(run(stubborn=["alerter"]), HELD)
+
+    assert broken == ["alerter did not end well within 10 s of SIGTERM"]
+
+
 def test_an_unknown_scenario_is_refused_by_name() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fraudctl", "chaos", "--scenario", "kill-everybody"], capture_output=True, text=True
@@ -62,17 +69,39 @@ def test_an_unknown_scenario_is_refused_by_name() -> None:
     assert done.stderr.startswith("fraudctl: --scenario: no kill-everybody; there are kill-predictor, ")
 
 
+def campaign(directory: Path, scenario: str, *, minutes: float) -> dict[str, Any]:
+    """What a campaign of this one scenario reports, which holds."""
+    report = directory / "report.json"
+    options = ["--scenario", scenario, "--minutes", str(minutes), "--seed", "5"]
+    options += ["--report", str(report), "--work-dir", str(directory / "work")]
+    done = subprocess.run([sys.executable, "-m", "fraudctl", "chaos", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = json.loads(report.read_text())
+    return cast(dict[str, Any], result)
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(300)
+def test_services_that_are_told_to_stop_do_so_in_time_and_lose_and_repeat_nothing(
+    tmp_path: Path, apache_rig: Rig
+) -> None:
+    del apache_rig  # asks for Apache Kafka, so that its absence is dealt with in one place
+
+    stop = campaign(tmp_path, "stop", minutes=0.6)
+
+    assert {f"{name} stopped" for name in SERVICES} <= stop["faults"].keys()
+    assert stop["served"] > 3000
+    assert stop["topic_2"] == stop["rows"] == stop["served"]
+    assert stop["lost"] == stop["duplicates"] == stop["out_of_order"] == stop["repeated_mails"] == 0
+
+
 @pytest.mark.kafka
 @pytest.mark.timeout(300)
 def test_a_short_campaign_holds(tmp_path: Path, apache_rig: Rig) -> None:
-    del apache_rig  # asks for Apache Kafka, so that its absence is dealt with in one place
-    report = tmp_path / "report.json"
-    options = ["--scenario", "poison", "--minutes", "0.3", "--seed", "5"]
-    options += ["--report", str(report), "--work-dir", str(tmp_path / "work")]
-    done = subprocess.run([sys.executable, "-m", "fraudctl", "chaos", *options], capture_output=True, text=True)
+    del apache_rig
 
-    assert done.returncode == 0, done.stdout + done.stderr
-    (poison,) = json.loads(report.read_text())
+    poison = campaign(tmp_path, "poison", minutes=0.3)
+
     assert poison["rubbish"] == poison["dead_letters"] > 5
     assert poison["faults"]["mended and replayed"] == 1
     assert poison["served"] > 3000
