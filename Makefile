@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SERVICES := producer predictor alerter db_sink
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
-.PHONY: demo test lint format bench guard chaos kafka lock configuration clean
+.PHONY: demo test lint format bench guard chaos kafka lock configuration sbom clean
 
 ## A stream of transactions through everything, on this machine. Options: make demo ARGS="--broker embedded"
 demo: $(VENV)/.ready
@@ -54,6 +54,10 @@ lock: $(VENV)/.ready
 ## Write docs/configuration.md anew, from the settings classes
 configuration: $(VENV)/.ready
 	@$(BIN)/python -m fraudctl.configuration
+
+## What each image is made of: CycloneDX in build/sbom, and a list of licences
+sbom: $(VENV)/.ready
+	@$(BIN)/python deploy/sbom.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -3,13 +3,12 @@
 import time
 import uuid
 
-from benchmarks.load import Bench, cpu_s, rss_mb
+from benchmarks.load import Bench, cpu_s, memory_bar, rss_mb
 from benchmarks.measure import Bar, Figure, Section
 from benchmarks.sink import database
 from sandbox.stack import SERVICES
 
 _SETTLE_S = 15.0
-_MB = {"predictor": 350.0}
 
 
 def idle(bench: Bench, *, rounds: int, seconds: float) -> Section:
@@ -41,7 +40,7 @@ def idle(bench: Bench, *, rounds: int, seconds: float) -> Section:
         for name, row in rows.items()
         for bar in (
             Bar(f"{name}, % of a core", row["% of a core"], 1.0, at_most=True),
-            Bar(f"{name}, MB", row["MB"], _MB.get(name, 110.0), at_most=True),
+            memory_bar(name, row["MB"]),
         )
     ]
     settings = f"Apache Kafka, 6 partitions, {seconds:.0f} s a round, resident memory at its end"

@@ -15,6 +15,7 @@ from threading import Event
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
+from benchmarks.measure import Bar, Figure
 from fraudctl import topics
 from sandbox.embedded import EmbeddedBroker
 from sandbox.generator import FRAUD_RATE, transactions
@@ -196,6 +197,11 @@ def _machine() -> tuple[int, int]:
     user, nice, system, idle, iowait, *others = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     total = user + nice + system + idle + iowait + sum(others)
     return total - idle - iowait, total
+
+
+def memory_bar(service: str, seen: Figure) -> Bar:
+    """How much of it a service may take, in MB."""
+    return Bar(f"{service}, MB", seen, 350 if service == "predictor" else 110, at_most=True)
 
 
 def rss_mb(process: Process, *, peak: bool = False) -> float:

@@ -29,7 +29,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Bar:
-    """What a ratio, or a time, has to reach."""
+    """What a ratio, a time or a size has to reach."""
 
     what: str
     seen: Figure

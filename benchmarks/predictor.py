@@ -10,7 +10,7 @@ from confluent_kafka import Message, TopicPartition
 from mlflow.models import infer_signature
 from sklearn.ensemble import RandomForestClassifier
 
-from benchmarks.load import Bench, backlog
+from benchmarks.load import Bench, backlog, memory_bar
 from benchmarks.measure import Bar, Figure, Section, side_by_side
 from fraudctl import topics
 from sandbox.generator import training_frame
@@ -145,7 +145,7 @@ def guarantees(bench: Bench, *, rounds: int, rows: int) -> Section:
         f"{rows:,} rows, Apache Kafka, 6 partitions, gradient boosting, batches of 1,000",
         ("rows/s", "CPU s a million", "MB"),
         found,
-        [Bar("exactly once / at least once", seen, 0.85)],
+        [Bar("exactly once / at least once", seen, 0.85), memory_bar("predictor", found["exactly_once"]["MB"])],
     )
 
 

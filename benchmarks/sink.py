@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from psycopg2.extras import execute_values
 from sqlalchemy.dialects.postgresql import insert
 
-from benchmarks.load import Bench, backlog
+from benchmarks.load import Bench, backlog, memory_bar
 from benchmarks.measure import Bar, Figure, Section, side_by_side
 from services.db_sink import table
 from services.db_sink.table import FEATURES_2, PROVENANCE, Row, connect, copy_text, migrate
@@ -60,6 +60,7 @@ def throughput(bench: Bench, *, rounds: int, rows: int) -> Section:
             _of_its_limit(found),
             Bar("db_sink / SQLAlchemy, ON CONFLICT", sink.over(found["SQLAlchemy, ON CONFLICT"]["rows/s"]), 6),
             Bar("db_sink / a row a time", sink.over(found["pandas to_sql, a row a time"]["rows/s"]), 150),
+            memory_bar("db_sink", found["db_sink"]["MB"]),
         ],
     )
 

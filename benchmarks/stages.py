@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
 
-from benchmarks.load import Bench, backlog, topic_1_records, watch
+from benchmarks.load import Bench, backlog, memory_bar, topic_1_records, watch
 from benchmarks.measure import Section, side_by_side
 from fraudctl import topics
 from sandbox.payments_api import PaymentsApi
@@ -37,6 +37,7 @@ def producing(bench: Bench, *, rounds: int, rows: int) -> Section:
         f"{rows:,} rows, Apache Kafka, lz4; the API answers with up to 500 rows",
         ("rows/s", "CPU s a million", "MB"),
         found,
+        [memory_bar("producer", found["producer"]["MB"])],
     )
 
 
@@ -60,6 +61,7 @@ def alerting(bench: Bench, *, rounds: int, mails: int) -> Section:
         f"{mails:,} frauds, a mail and a commit each, Apache Kafka, aiosmtpd on the same cores",
         ("mails/s", "CPU s a million", "MB"),
         found,
+        [memory_bar("alerter", found["alerter"]["MB"])],
     )
 
 

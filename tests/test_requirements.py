@@ -2,12 +2,15 @@
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+
+from deploy.sbom import bill, install, licences
 
 ROOT = Path(__file__).parents[1]
 OURS = ("services", "shared", "training", "fraudctl", "sandbox")
@@ -47,3 +50,36 @@ def test_what_a_service_imports_is_in_its_lock(service: str) -> None:
 )
 def test_the_light_images_stay_light(service: str, heavy: str) -> None:
     assert f"\n{heavy}==" not in (ROOT / f"services/requirements/{service}.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("service", "most_mb"), [("producer", 60), ("predictor", 600), ("alerter", 60), ("db_sink", 120)]
+)
+def test_what_a_lock_installs_is_small_and_under_known_licences(service: str, most_mb: int, tmp_path: Path) -> None:
+    site_packages = install(service, tmp_path)
+    installed = bill(tmp_path)
+
+    size = sum(file.stat().st_size for file in site_packages.rglob("*") if file.is_file())
+    assert size / 1e6 <= most_mb
+    assert [each["name"] for each in installed["components"] if not licences(each)] == []
+    assert {"confluent-kafka", "msgspec"} <= {each["name"] for each in installed["components"]}
+    assert installed["bomFormat"] == "CycloneDX"
+
+
+def test_a_package_that_is_not_what_was_locked_is_not_installed(tmp_path: Path) -> None:
+    lock = (ROOT / "services/requirements/producer.txt").read_text()
+    (tmp_path / "requirements.txt").write_text(re.sub(r"sha256:\w{8}", "sha256:00000000", lock))
+    command = [sys.executable, "-m", "uv", "pip", "sync", "--target", tmp_path / "site", "--require-hashes"]
+
+    done = subprocess.run([*command, tmp_path / "requirements.txt"], capture_output=True, text=True)
+
+    assert done.returncode
+    assert "Hash mismatch" in done.stderr
+
+
+def test_images_and_checkouts_install_nothing_without_its_hash() -> None:
+    for file in "services/Dockerfile", "Makefile":
+        locked = [line for line in (ROOT / file).read_text().splitlines() if re.search(r"requirements.txt( |$)", line)]
+        installing = [line for line in locked if "install" in line or "pip sync" in line]
+        assert installing
+        assert all("--require-hashes" in line for line in installing)
