@@ -50,7 +50,7 @@ def rendered(folder: Path) -> list[Object]:
         path = folder / resource
         objects += rendered(path) if path.is_dir() else list(yaml.safe_load_all(path.read_text()))
     for config in rules.get("configMapGenerator", []):
-        data = {name: (folder / name).read_text() for name in config.get("files", [])}
+        data = {key: (folder / name).read_text() for key, name in (each.split("=") for each in config.get("files", []))}
         for name in config.get("envs", []):
             data |= {key: value or "" for key, value in dotenv_values(folder / name).items()}
         meta = {"name": config["name"]}
