@@ -50,7 +50,7 @@ def demo(
     transactions: Annotated[int | None, typer.Option(min=1, help="How many; without it, until Ctrl+C.")] = None,
     rate: Annotated[float, typer.Option(min=0, help="Transactions a second; 0 as fast as it goes.")] = 100.0,
     source: Annotated[Path | None, typer.Option(help="A CSV in the training format; without it, generated.")] = None,
-    broker: Annotated[str, typer.Option(help="auto, embedded, apache or HOST:PORT.")] = "auto",
+    broker: Annotated[str, typer.Option(help="auto, embedded, apache, HOST:PORT or a client.properties.")] = "auto",
     database: Annotated[str | None, typer.Option(help="URL of a PostgreSQL; without it, one is started.")] = None,
     report: Annotated[Path | None, typer.Option(help="Where the ledger goes as JSON.")] = None,
     work_dir: Annotated[Path | None, typer.Option(help="Where mails, logs, database and registry are kept.")] = None,
@@ -331,6 +331,18 @@ def _be_brief_with_mlflow() -> None:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }
+
+
+@app.command("migrate")
+def migrate_command() -> None:
+    """Bring the database's tables to their newest version, as their owner."""
+    from services.db_sink.table import migrate
+
+    try:
+        migrate(_database())
+    except (SettingsError, Outage) as error:
+        _refuse(error)
+    console.print("the tables are up to date")
 
 
 @letters_app.command("list")

@@ -192,7 +192,7 @@ def replay(
     try:
         client.init_transactions(_TIMEOUT_S)
     except KafkaException as exception:
-        raise _verdict(exception) from None
+        raise _verdict(exception, [_TRANSACTIONAL_ID]) from None
     # 2. All marks are read, those too that lie behind an open transaction.
     _wait_for_open_transactions(properties, names)
     letters = read(properties, selection)
@@ -316,7 +316,8 @@ def _put_back(client: Producer, letters: Sequence[Letter], *, done: int) -> None
         except KafkaException as another:
             if another.args[0].code() in _FENCED:
                 problem = another
-        raise _verdict(problem, put_back=done) from None
+        names = {name for letter in letters for name in (letter.topic, letter.id.topic)}
+        raise _verdict(problem, [_TRANSACTIONAL_ID, *sorted(names)], put_back=done) from None
 
 
 def _enqueue(
@@ -335,11 +336,13 @@ def _enqueue(
             client.poll(1.0)
 
 
-def _verdict(exception: KafkaException, *, put_back: int = 0) -> Exception:
+def _verdict(exception: KafkaException, used: Sequence[str], *, put_back: int = 0) -> Exception:
     error = exception.args[0]
     if error.code() in _FENCED:
         return Fenced(f"another replay has begun and goes on where this one stopped, after {counted(put_back)}")
     reason = f"no answer in {_TIMEOUT_S:.0f} s" if error.code() == KafkaError._TIMED_OUT else error.str()
+    if error.code() in kafka.DENIED:
+        reason = f"{', '.join(used)}: {reason}"
     return Outage(f"Kafka: {reason} (put back before that: {counted(put_back)})")
 
 

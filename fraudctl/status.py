@@ -248,7 +248,12 @@ def _reader(
     client: AdminClient, properties: Mapping[str, str], service: str, group: str, topic: str, *, now_ms: float
 ) -> Reader:
     """Raises KafkaException, Outage."""
-    described = client.describe_consumer_groups([group], request_timeout=_TIMEOUT_S)[group].result()
+    try:
+        described = client.describe_consumer_groups([group], request_timeout=_TIMEOUT_S)[group].result()
+    except KafkaException as error:
+        if error.args[0].code() != KafkaError.GROUP_AUTHORIZATION_FAILED:
+            raise
+        raise Outage(f"Kafka: {group}: {error.args[0].str()}") from None
     held = {
         place.partition: _name(member)
         for member in described.members

@@ -54,7 +54,7 @@ def create(
             for name, settings in _settings(names, letters=letters).items()
             if name not in known.topics
         ]
-        created = [name for name, done in client.create_topics(absent).items() if _new(done)] if absent else []
+        created = [name for name, done in client.create_topics(absent).items() if _new(name, done)] if absent else []
         deadline = time.monotonic() + _TIMEOUT_S
         while created and not _known(client, created) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -175,11 +175,12 @@ def _known(client: AdminClient, names: Sequence[str]) -> bool:
     return all(name in topics and topics[name].partitions for name in names)
 
 
-def _new(done: Future[None]) -> bool:
+def _new(name: str, done: Future[None]) -> bool:
     try:
         done.result()
-    except KafkaException as error:
-        if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-            raise
+    except KafkaException as exception:
+        error = exception.args[0]
+        if error.code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise KafkaException(KafkaError(error.code(), f"{name}: {error.str()}")) from None
         return False
     return True

@@ -6,6 +6,7 @@ import pwd
 import signal
 import stat
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import psycopg2
@@ -25,21 +26,31 @@ def _binaries() -> Path:
 
 
 class Postgres(Process):
-    """One server on 127.0.0.1 with a database `fraud`; its port and its data stay over stop, kill and start."""
+    """One server on 127.0.0.1 with a database `fraud`; its port and its data stay over stop, kill and start.
 
-    def __init__(self, directory: Path, *, port: int | None = None) -> None:
+    `settings` are laid over its postgresql.conf; `programs` is the folder of another PostgreSQL than the bundled one.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        port: int | None = None,
+        settings: Mapping[str, str] | None = None,
+        programs: Path | None = None,
+    ) -> None:
         self._directory = directory.resolve()
         self._port = port or free_port()
         account = pwd.getpwnam(_SYSTEM_USER) if os.geteuid() == 0 else None
         self._account = account
         self._data = self._directory / "data"
-        self._programs = _binaries()
+        self._programs = programs or _binaries()
         options = {
             "listen_addresses": "127.0.0.1",
             "port": str(self._port),
             "unix_socket_directories": "",
             "max_connections": "50",
-        }
+        } | dict(settings or {})
         arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
         super().__init__(
             "PostgreSQL",

@@ -15,6 +15,7 @@ from sandbox.payments_api import PaymentsApi
 from sandbox.postgres import Postgres
 from sandbox.processes import Process, StandInError, python
 from sandbox.registry import Registry
+from shared.settings import ServiceSettings, kafka_properties
 
 SERVICES = ("producer", "predictor", "alerter", "db_sink")
 SENDER = "alarm@fraud-alarm.example"
@@ -69,7 +70,7 @@ class Stack:
 
 
 def choose_broker(wanted: str) -> tuple[str, str]:
-    """What `local_stack` takes for `auto`, `embedded`, `apache` or HOST:PORT, and a line on what that means.
+    """What `local_stack` takes for `auto`, `embedded`, `apache`, HOST:PORT or a file, and a line on what that means.
 
     Raises StandInError for anything else.
     """
@@ -81,8 +82,10 @@ def choose_broker(wanted: str) -> tuple[str, str]:
         if reason := missing():
             return "embedded", f"{EmbeddedBroker.description}; {reason}"
         return "apache", ApacheKafka.description
+    if Path(wanted).is_file():
+        return wanted, f"Kafka as {wanted} says"
     if not re.fullmatch(r"\S+:\d{1,5}", wanted):
-        raise StandInError(f"--broker: {wanted!r} is not auto, embedded, apache or HOST:PORT")
+        raise StandInError(f"--broker: {wanted!r} is not auto, embedded, apache, HOST:PORT or a client.properties file")
     return wanted, f"Kafka at {wanted}, as it is"
 
 
@@ -96,10 +99,14 @@ def local_stack(
 ) -> Iterator[Stack]:
     """Start everything the services need in `directory`, a champion included, and stop it at the end.
 
-    Raises StandInError.
-    `broker` is a kind, or the HOST:PORT of one that runs; the same goes for `database_url`.
+    `broker` is a kind, or the HOST:PORT or the client.properties file of one that runs; `database_url` likewise.
+    Raises StandInError, SettingsError for such a file.
     """
     directory = directory.resolve()
+    given = Path(broker).resolve() if Path(broker).is_file() else None
+    properties = {"bootstrap.servers": broker}
+    if given:
+        properties = kafka_properties(ServiceSettings.model_validate({"client_properties": given}))
     own: ApacheKafka | EmbeddedBroker | None = None
     if broker in ("apache", "embedded"):
         kafka_directory = directory / "kafka"
@@ -119,10 +126,12 @@ def local_stack(
             part.wait_ready()
         if training.wait():
             raise StandInError(f"training failed: {training.last_line()}")
-        bootstrap = own.bootstrap if own else broker
-        properties = {"bootstrap.servers": bootstrap} | (CLIENT_SETTINGS if isinstance(own, EmbeddedBroker) else {})
-        path = directory / "client.properties"
-        path.write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
+        if own:
+            properties = {"bootstrap.servers": own.bootstrap}
+            properties |= CLIENT_SETTINGS if isinstance(own, EmbeddedBroker) else {}
+        path = given or directory / "client.properties"
+        if not given:
+            path.write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
         addresses = Addresses(
             client_properties=path,
             api_url=api.url,

@@ -1,5 +1,6 @@
 """What makes a batch final: its outputs, its dead letters and its offsets, in an order that keeps the promise."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 
 from shared import metrics
 from shared.errors import Outage
-from shared.kafka import NOTHING, Record, coordinates
+from shared.kafka import DENIED, NOTHING, Record, coordinates
 from shared.kafka import producer as make_producer
+from shared.retry import Spell
 from shared.settings import DeliveryGuarantee
 
 log = structlog.get_logger()
@@ -30,6 +32,8 @@ _NOT_OURS = frozenset(
         KafkaError.FENCED_INSTANCE_ID,
     }
 )
+# What became of a record whose transaction was given up for another reason.
+_PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 
 
 class Delivery(Protocol):
@@ -68,8 +72,10 @@ class AtLeastOnce:
     def __init__(self, *, properties: Mapping[str, str], shutdown: Event) -> None:
         self._shutdown = shutdown
         self._failed: list[str] = []
+        self._away = ""  # all connections broke, and why
+        self._spell = Spell()
         self._make: Callable[[], Producer] = lambda: make_producer(
-            properties, on_failure=lambda error, _: self._failed.append(error.str())
+            properties, on_failure=self._on_failure, on_error=self._on_error
         )
         self._producer = self._make()
 
@@ -91,8 +97,12 @@ class AtLeastOnce:
                 self._producer = self._make()
         # 2. Every one is acknowledged. The producer itself tries for ever: handing over twice would write twice.
         while self._producer.flush(_WAIT_S):
+            if self._away:
+                self._spell.lasts(f"not written yet: {self._away}")
             if self._shutdown.is_set():
                 raise Outage("stopping before the broker acknowledged the outputs")
+        self._away = ""
+        self._spell.over()
         if self._failed:
             reason = self._failed[0]
             self._failed.clear()
@@ -105,7 +115,7 @@ class AtLeastOnce:
         except KafkaException as exception:
             error = exception.args[0]
             if error.code() not in _NOT_OURS:
-                raise Outage(f"offsets not committed: {error.str()}") from None
+                raise Outage(f"offsets of {offsets[0].topic} not committed: {error.str()}") from None
             log.warning("commit_too_late", reason=error.str())
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
@@ -113,6 +123,14 @@ class AtLeastOnce:
 
     def close(self) -> None:
         self._producer.flush(_WAIT_S)
+        del self._producer  # a client that outlives the interpreter crashes it
+
+    def _on_failure(self, error: KafkaError, message: Message) -> None:
+        self._failed.append(f"{message.topic()}: {error.str()}")
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:
+            self._away = error.str()
 
 
 class ExactlyOnce:
@@ -124,13 +142,12 @@ class ExactlyOnce:
 
     def __init__(self, *, properties: Mapping[str, str], transactional_id: str, shutdown: Event) -> None:
         self._shutdown = shutdown
+        self._id = transactional_id
         self._shaken = False  # a connection broke: the client may hang in its next transaction, see _Calls
+        self._away = ""  # all of them did, and why
         self._failed: list[str] = []
         self._make: Callable[[], Producer] = lambda: make_producer(
-            properties,
-            transactional_id=transactional_id,
-            on_failure=lambda error, _: self._failed.append(error.str()),
-            on_error=self._on_error,
+            properties, transactional_id=transactional_id, on_failure=self._on_failure, on_error=self._on_error
         )
         self._calls = _Calls()
         self._fresh: Producer | None = self._make()  # a wrong setting is told at the start
@@ -182,10 +199,10 @@ class ExactlyOnce:
             self._give_up()
             self._hear(producer)  # of records that were not written
             reason = self._failed[0] if self._failed else exception.args[0].str()
-            raise Outage(f"transaction given up: {reason}") from None
+            raise Outage(f"transaction of {self._id} given up: {reason}") from None
         except _Stuck:
             self._give_up()
-            raise Outage(f"transaction given up: the client did not return in {_STUCK_S:.0f} s") from None
+            raise Outage(f"transaction of {self._id} given up: no return in {_STUCK_S:.0f} s") from None
 
     def _give_up(self) -> None:
         self._producer = None
@@ -200,7 +217,7 @@ class ExactlyOnce:
         done.result()
 
     def close(self) -> None:
-        self._producer = None
+        self._producer = self._fresh = None
 
     def _ready(self) -> Producer:
         if self._producer:
@@ -209,13 +226,20 @@ class ExactlyOnce:
                 return self._producer
         self._failed.clear()
         producer, self._fresh, self._producer, self._shaken = self._fresh or self._make(), None, None, False
-        try:
-            producer.init_transactions(_TRANSACTION_WAIT_S)
-        except KafkaException as exception:
-            if exception.args[0].retriable():
-                self._fresh = producer
-            raise Outage(f"no transactions: {exception.args[0].str()}") from None
-        self._producer = producer
+        deadline = time.monotonic() + _TRANSACTION_WAIT_S
+        while True:
+            try:
+                producer.init_transactions(_WAIT_S)
+                break
+            except KafkaException as exception:
+                error = exception.args[0]
+                self._hear(producer)
+                if error.retriable():
+                    if not (self._away or self._shutdown.is_set() or time.monotonic() > deadline):
+                        continue
+                    self._fresh = producer
+                raise Outage(f"no transactions of {self._id}: {self._away or error.str()}") from None
+        self._producer, self._shaken, self._away = producer, False, ""
         return producer
 
     def _hear(self, producer: Producer) -> None:
@@ -224,8 +248,16 @@ class ExactlyOnce:
         except KafkaException:  # it is fenced, by another process of its name for example
             self._shaken = True
 
-    def _on_error(self, _error: KafkaError) -> None:
+    def _on_failure(self, error: KafkaError, message: Message) -> None:
+        if error.code() not in _PURGED:
+            self._failed.append(f"{message.topic()}: {error.str()}")
+
+    def _on_error(self, error: KafkaError) -> None:
         self._shaken = True
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:
+            self._away = error.str()
+        elif error.code() in DENIED:
+            self._failed.append(error.str())
 
 
 class _Stuck(Exception):

@@ -1,6 +1,10 @@
 """Kafka clients: `client.properties` under this project's defaults, with what the promises need laid over both."""
 
 import logging
+import re
+import socket
+import ssl
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +28,14 @@ OnError = Callable[[KafkaError], None]
 # A dead letter is larger than the record it keeps, and topics take records of 1 MiB by default.
 MAX_RECORD_BYTES = 2 * 1024 * 1024
 _READ_TIMEOUT_S = 10.0
+# Not permitted: an outage too, since rights can be given while a service runs.
+DENIED = frozenset(
+    {
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+    }
+)
 NOTHING: Headers = [("nothing", b"")]  # of a record that was written for the sake of its transaction alone
 
 _DEFAULTS = {"reconnect.backoff.max.ms": "2000"}  # a broker that is back is soon noticed
@@ -92,7 +104,7 @@ def consumer(
 
     With a `replica` name it is a static member (KIP-345): restarted under that name it has its partitions back at once,
     without the group waiting for the session of the dead one to end; it then also hears of the ends of its partitions.
-    `on_error(error)` hears, while it polls, of connections that broke.
+    `on_error(error)` hears, while it polls, of connections that broke; of all of them, it hears why.
     """
     defaults = {
         "auto.offset.reset": "earliest",
@@ -113,10 +125,8 @@ def consumer(
     }
     if replica:
         promised |= {"group.instance.id": replica, "enable.partition.eof": "true"}
-    if on_error:
-        promised["error_cb"] = on_error
     own = {key: value for key, value in properties.items() if not key.startswith(_PRODUCER_ONLY)}
-    client: Consumer = _client(Consumer, {**_DEFAULTS, **defaults, **own, **promised})
+    client: Consumer = _client(Consumer, {**_DEFAULTS, **defaults, **own, **promised}, on_error)
     return client
 
 
@@ -131,7 +141,7 @@ def producer(
 
     Without a transaction it tries for ever (`message.timeout.ms` 0): a broker that is away is an outage, not an error.
     `on_failure(error, message)` hears of the deliveries that failed for good, and of no other; `on_error(error)` of
-    connections that broke.
+    connections that broke, of all of them why, and of topics that a transaction may not write to.
     """
     defaults = {
         "compression.type": "lz4",
@@ -148,24 +158,18 @@ def producer(
         promised |= {"message.timeout.ms": "0"}
     if on_failure:
         promised["on_delivery"] = on_failure
-    if on_error:
-        promised["error_cb"] = on_error
     own = {key: value for key, value in properties.items() if not key.startswith(_CONSUMER_ONLY)}
-    client: Producer = _client(Producer, {**_DEFAULTS, **defaults, **own, **promised})
+    client: Producer = _client(Producer, {**_DEFAULTS, **defaults, **own, **promised}, on_error)
     return client
 
 
-def admin(properties: Mapping[str, str], *, on_error: Callable[[KafkaError], None] | None = None) -> AdminClient:
+def admin(properties: Mapping[str, str], *, on_error: OnError | None = None) -> AdminClient:
     """An administrative client; `on_error(error)` hears, when it polls, of connections that broke.
 
     Raises SettingsError.
     """
-    own: dict[str, Any] = {
-        key: value for key, value in properties.items() if not key.startswith((*_CONSUMER_ONLY, *_PRODUCER_ONLY))
-    }
-    if on_error:
-        own["error_cb"] = on_error
-    client: AdminClient = _client(AdminClient, own)
+    own = {key: value for key, value in properties.items() if not key.startswith((*_CONSUMER_ONLY, *_PRODUCER_ONLY))}
+    client: AdminClient = _client(AdminClient, own, on_error)
     return client
 
 
@@ -230,6 +234,8 @@ def read_to_end(properties: Mapping[str, str], starts: Sequence[TopicPartition],
                         yield message
                 elif error.code() == KafkaError._PARTITION_EOF:
                     unread.discard((message.topic(), message.partition()))
+                elif error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                    raise Outage(f"Kafka: {message.topic()}: {error.str()}")
                 else:
                     problem = error.str()  # it may come back: the client tries on
     except KafkaException as error:
@@ -238,8 +244,86 @@ def read_to_end(properties: Mapping[str, str], starts: Sequence[TopicPartition],
         reader.close()
 
 
-def _client(kind: Callable[..., Any], configuration: Mapping[str, Any]) -> Any:
+def _client(kind: Callable[..., Any], configuration: Mapping[str, Any], on_error: OnError | None = None) -> Any:
+    own = dict(configuration)
+    logger: Any = _log
+    if on_error:
+        logger = heard = _Heard(own, on_error)
+        own["error_cb"] = heard.error
     try:
-        return kind(dict(configuration), logger=logging.getLogger("librdkafka"))
+        return kind(own, logger=logger)
     except KafkaException as error:
         raise SettingsError(f"CLIENT_PROPERTIES: {error.args[0].str()}") from None
+
+
+_log = logging.getLogger("librdkafka")
+_SAID = re.compile(r"(?:\w+://)?(?P<host>\S+):(?P<port>\d+)/\w+: (?P<what>.*?)(?: \(after \d+ms in state .*\))?$")
+_REFUSED_TOPIC = re.compile(r'Failed to add partition "(.+)" \[\d+\] .*(Broker: Topic authorization failed)').search
+# What these lines of the log say comes back as an error as well.
+_TOLD = frozenset({"ADDPARTS", "ADDOFFSETS", "TXNERR", "FATAL"})
+_ONE_RUN_S = 5.0  # a client tries again within two seconds
+_LOOK_S = 2.0
+
+
+class _Heard:
+    """What a client says of its connections, in its errors and in its log, as one thing.
+
+    Broken connections are in its log as long as not all of them are broken, which the error then says.
+    """
+
+    def __init__(self, properties: Mapping[str, Any], tell: OnError) -> None:
+        self._properties = properties
+        self._tell = tell
+        self._last = ""
+        self._broke_at = self._began = 0.0  # monotonic
+        self._all = False
+
+    def log(self, level: int, form: str, facility: str, client: str, text: str) -> None:
+        """Take the place of a logger."""
+        if facility == "FAIL":
+            now = time.monotonic()
+            if now - self._broke_at > _ONE_RUN_S:
+                self._began, self._all = now, False
+            self._broke_at, self._last = now, text.partition("]: ")[2]
+            if self._all or now - self._began < _LOOK_S:
+                return
+        if refused := _REFUSED_TOPIC(text):
+            self._tell(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED, f"{refused[1]}: {refused[2]}"))
+        if facility not in _TOLD:
+            _log.log(level, form, facility, client, text)
+
+    def error(self, error: KafkaError) -> None:
+        """Take the place of `error_cb`."""
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:
+            self._all = True
+            error = KafkaError(KafkaError._ALL_BROKERS_DOWN, why_broken(self._last, self._properties))
+        self._tell(error)
+
+
+def why_broken(said: str, properties: Mapping[str, Any]) -> str:
+    """What librdkafka said of a connection, in short, and what it leaves out."""
+    if not (found := _SAID.match(said)):
+        return "Kafka: no broker answers"
+    host, port, what = found["host"], int(found["port"]), found["what"]
+    if "certificate verify failed" in what:
+        what = f"its certificate is refused: {_refused_because(host, port, properties)}"
+    elif "alert" in what and "certificate" in what:
+        what = "it wants a certificate that it trusts (ssl.certificate.location, ssl.key.location)"
+    elif what.startswith("Disconnected"):
+        what += " (if it goes on: does security.protocol fit?)"
+    return f"Kafka at {host}:{port}: {what}"
+
+
+def _refused_because(host: str, port: int, properties: Mapping[str, Any]) -> str:
+    """In the words of OpenSSL, which librdkafka does not pass on."""
+    try:
+        context = ssl.create_default_context(
+            cafile=properties.get("ssl.ca.location"), cadata=properties.get("ssl.ca.pem")
+        )
+        with socket.create_connection((host, port), _LOOK_S) as connection:
+            context.wrap_socket(connection, server_hostname=host).close()
+    except ssl.SSLCertVerificationError as error:
+        return str(error.verify_message)
+    except OSError:
+        pass
+    return "it cannot be verified"

@@ -32,12 +32,13 @@ class Spell:
     """An outage: in the log when it begins, each minute while it lasts and when it is over; in the metrics throughout.
 
     `waits_for` is what /ready calls it, where the service cannot do its work meanwhile; `waiting()` counts what piles
-    up.
+    up; `names` stand on each of its lines.
     """
 
-    def __init__(self, waits_for: str | None = None, *, waiting: Callable[[], int] | None = None) -> None:
+    def __init__(self, waits_for: str | None = None, *, waiting: Callable[[], int] | None = None, **names: str) -> None:
         self._waits_for = waits_for
         self._waiting = waiting
+        self._names = names
         self._began: float | None = None
         self._told = self._reminded = 0.0  # monotonic
         self._tries = 0
@@ -57,7 +58,7 @@ class Spell:
             health.waits_for(self._waits_for, reason)
         if now - self._reminded >= _REMINDER_S:
             self._reminded = now
-            log.warning("outage", reason=reason, seconds=round(now - self._began, 1), **more)
+            log.warning("outage", reason=reason, seconds=round(now - self._began, 1), **self._names, **more)
 
     def over(self) -> None:
         """Tell of one that did not, whether or not there was an outage before it."""
@@ -69,7 +70,7 @@ class Spell:
         if self._waits_for:
             health.has(self._waits_for)
         waited = {"waited": self._waiting()} if self._waiting else {}
-        log.info("outage_over", seconds=round(now - self._began, 1), failures=self._tries, **waited)
+        log.info("outage_over", seconds=round(now - self._began, 1), failures=self._tries, **self._names, **waited)
         self._began = None
 
     @property

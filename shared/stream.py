@@ -24,7 +24,7 @@ from shared.dead_letters import reason_of
 from shared.delivery import Delivery, next_offsets
 from shared.errors import Outage
 from shared.flow import Flow
-from shared.kafka import OnError, Record, coordinates
+from shared.kafka import DENIED, OnError, Record, coordinates
 from shared.lag import Lag
 from shared.retry import Spell, until_over
 from shared.settings import StreamSettings
@@ -128,9 +128,9 @@ class Stream:
         self._measured = 0.0  # monotonic
         self._flow = Flow("processed", levels=lambda: {"lag": self._lag.records})
         self._place = f"partitions of {topic}, for {group}"
-        self._spell = Spell(f"what {group} needs", waiting=lambda: self._lag.records)
-        self._broker_away = Spell(f"Kafka, for {group}")
-        self._broken_connection = ""  # the last, and how
+        self._spell = Spell(f"what {group} needs", waiting=lambda: self._lag.records, group=group)
+        self._broker_away = Spell(f"Kafka, for {group}", group=group)
+        self._away_because = ""  # it is, or does not let us in, as it said last
         health.waits_for(self._place, "it has joined no group yet")
 
     def run(self, handle: Handler, *, ahead: bool = False) -> None:
@@ -152,8 +152,12 @@ class Stream:
             self._delivering.shutdown()
             self._flow.report()
             health.ended(f"{self._group} loop")
-            self._delivery.close()
-            self._consumer.close()
+            self.close()
+
+    def close(self) -> None:
+        """Leave the group, if it was joined, and let go of the broker."""
+        self._delivery.close()
+        self._consumer.close()
 
     def _consume(self, handle: Handler) -> None:
         """Hold a place in the group until the shutdown, or until the consumer is lost; then have a new one."""
@@ -353,12 +357,23 @@ class Stream:
         self._measured = now
         pending = [*(m for each in self._in_flight for m in each.batch), *self._waiting]
         self._lag.measure(self._consumer, pending, paused=self._paused)
-        if self._broker_away.under_way:
-            try:
-                self._consumer.list_topics(self._topic, timeout=_PROBE_S)
+        if self._broker_away.under_way or (self._away_because and not self._spell.under_way):  # which tells of it
+            if problem := self._problem():
+                self._broker_away.lasts(problem)
+            else:
+                self._away_because = ""
                 self._broker_away.over()
-            except KafkaException:
-                self._broker_away.lasts(self._broken_connection)
+
+    def _problem(self) -> str | None:
+        """Why the group cannot read its topic, if it cannot."""
+        try:
+            known = self._consumer.list_topics(self._topic, timeout=_PROBE_S).topics[self._topic]
+            if known.error and known.error.code() in DENIED:
+                return self._away_because
+            self._consumer.committed([TopicPartition(self._topic, 0)], timeout=_PROBE_S)
+        except KafkaException:
+            return self._away_because
+        return None
 
     def _poll(self, timeout_s: float) -> None:
         message = self._consumer.poll(timeout_s)
@@ -378,12 +393,12 @@ class Stream:
     def _hear(self, error: KafkaError) -> None:
         if error.fatal() or error.code() in _FATAL:
             self._lost = error.str()
-        elif error.code() in _CONNECTION:
-            self._broken_connection = error.str()
-        elif error.code() == KafkaError._ALL_BROKERS_DOWN:
-            if not self._spell.under_way:  # which tells of it
-                self._broker_away.lasts(self._broken_connection or error.str())
-        else:
+        elif error.code() == KafkaError._ALL_BROKERS_DOWN or error.code() in DENIED:
+            if not self._away_because:
+                self._measured = time.monotonic()  # the next look is in a second: a batch may tell of it, or it is over
+            of_topic = error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED
+            self._away_because = f"{self._topic}: {error.str()}" if of_topic else error.str()
+        elif error.code() not in _CONNECTION:
             log.warning("consumer_error", reason=error.str())
 
     def _on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:

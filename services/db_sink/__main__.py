@@ -56,6 +56,7 @@ def serve(settings: SinkSettings, shutdown: Event) -> None:
             spell=Spell("the database's schema"),
         )
     except Outage:
+        stream.close()
         return
     log.info("schema_ready")
     limit = Limit(ratio=settings.dead_letter_limit_ratio, consecutive=settings.dead_letter_limit_consecutive)

@@ -85,6 +85,7 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
             spell=Spell("a model"),
         )
     except Outage:
+        stream.close()
         return
     look_now = Event()
     keep_up(
