@@ -42,7 +42,7 @@ class Followed:
                 raise Outage(f"no usable model: {reason}")
             self._found, model = kept
             self._serve(model)
-            log.warning("last_good_model", version=self.version, reason=reason)
+            log.warning("last_good_model", version=self.version, digest=model.digest, reason=reason)
 
     def look(self) -> None:
         """Have what bears the alias by now; a version that cannot be served changes nothing. Raises Outage."""
@@ -74,7 +74,14 @@ class Followed:
         model = self._registry.load(found)
         self._registry.keep(found, self._alias)
         took_ms = round(1000 * (time.monotonic() - began))
-        log.info("model_loaded", alias=self._alias, model=model.name, version=model.version, took_ms=took_ms)
+        log.info(
+            "model_loaded",
+            alias=self._alias,
+            model=model.name,
+            version=model.version,
+            digest=model.digest,
+            took_ms=took_ms,
+        )
         return model
 
     def _serve(self, model: Model | None) -> None:

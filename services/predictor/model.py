@@ -71,6 +71,7 @@ class Model:
     profile: Profile | None  # of what it learnt from, if one was logged with the model
     as_array: bool  # whether it is given an array of numbers, not a frame
     logged_at: float  # epoch, seconds
+    digest: str = ""  # SHA-256 of its files, of one that comes from the registry
 
 
 def make_model(

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,7 +141,8 @@ class Registry:
         try:
             logged = LoggedModel.load(str(folder))
             inputs = logged.signature.inputs if logged.signature else None
-            return make_model(
+            digest = _digest(folder)  # of what is run now
+            made = make_model(
                 name=self._name,
                 version=version,
                 estimator=_estimator(folder, logged),
@@ -149,6 +151,7 @@ class Registry:
                 logged_at=datetime.fromisoformat(logged.utc_time_created).replace(tzinfo=UTC).timestamp(),
                 compiled=self._compiled,
             )
+            return replace(made, digest=digest)
         except UnusableModel as error:
             raise UnusableModel(f"{model}: {error}") from None
         except ImportError as error:

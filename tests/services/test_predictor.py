@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -280,6 +281,8 @@ def test_the_alias_is_followed_without_a_restart(rig: Rig, registry: Registry, n
     for message in messages:
         label = decode_prediction(message.value()).prediction
         assert label == int(from_headers(headers(message)).model_version == second)
+    digests = re.findall(r"digest='([0-9a-f]{64})'", rig.log("predictor"))
+    assert len(set(digests)) == 2  # which code ran, whoever moved the alias
 
 
 class NeedsMore:
