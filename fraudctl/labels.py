@@ -21,6 +21,7 @@ from shared.records import mask_card
 
 _YES, _NO = ("1", "yes", "true"), ("0", "no", "false")
 _MOST_TIMES = 5  # of one trans_num
+_LOCK = 4_120_937_718  # any number; a lock on a table takes rights to change what is in it
 
 
 class Label(NamedTuple):
@@ -91,7 +92,7 @@ def confirm(engine: sa.Engine, labels: Sequence[Label], *, overrule: bool = Fals
     somebody confirmed otherwise; Outage.
     """
     with transaction(engine) as connection:
-        connection.execute(sa.text("LOCK TABLE label_changes IN SHARE ROW EXCLUSIVE MODE"))  # one after the other
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})  # one after the other
         connection.execute(sa.text(_GIVEN))
         rows = [(n, each.trans_num, each.unix_time, int(each.is_fraud), each.by) for n, each in enumerate(labels)]
         execute_values(connection.connection.cursor(), "INSERT INTO given VALUES %s", rows, page_size=1000)

@@ -71,7 +71,8 @@ def migrate(engine: sa.Engine) -> None:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except (SQLAlchemyError, psycopg2.Error) as error:
-        raise Outage(f"database: {reason(error)}") from None
+        hint = "; the tables' owner can: fraudctl migrate" if _sqlstate(error) == _DENIED else ""
+        raise Outage(f"database: {reason(error)}{hint}") from None
 
 
 def versions(engine: sa.Engine) -> tuple[str | None, str | None]:
@@ -109,6 +110,8 @@ def _config() -> Config:
     return config
 
 
+_DENIED = "42501"  # SQLSTATE
+_UNSEEN = ("42P01", "3F000")  # SQLSTATE: no such table, no schema at all
 _COLUMNS = ", ".join(f'"{name}"' for name in (*FEATURES_2, *PROVENANCE))
 # SQLSTATE: data exceptions, violated constraints and views' check options, and what a trigger raises.
 _REJECTED = ("22", "23", "44", "P0001")
@@ -177,4 +180,5 @@ def reason(error: Exception) -> str:
     said = getattr(getattr(original, "diag", None), "message_primary", None)
     if said is None:  # it is about the connection: no values, but an address
         return f"{type(original).__name__}: {str(original).strip().partition(chr(10))[0]}"
-    return without_digits(f"{type(original).__name__}: {said}")
+    hint = " (or USAGE on schema public is missing)" if _sqlstate(error) in _UNSEEN else ""
+    return without_digits(f"{type(original).__name__}: {said}") + hint

@@ -1,0 +1,290 @@
+"""The pipeline on a real Apache Kafka that lets each user do what docs/security.md lists, and nothing else."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import ClassVar, NamedTuple
+
+import msgspec
+import pytest
+import sqlalchemy as sa
+from confluent_kafka.admin import (
+    AclBinding,
+    AclBindingFilter,
+    AclOperation,
+    AclPermissionType,
+    ResourcePatternType,
+    ResourceType,
+)
+from conftest import Rig, make_transactions, until
+from secured import SecuredKafka
+
+from fraudctl import topics
+from sandbox.mailbox import Mailbox, messages
+from sandbox.registry import Registry
+from shared.records import RAW_COLUMNS, Transaction, encode_prediction, encode_transaction
+from training import train
+from training.aliases import Alias
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+
+_DOCUMENT = Path(__file__).parents[2] / "docs" / "security.md"
+_ROW = re.compile(r"^\| (\w+) \| (Topic|Group|TransactionalId) \| `([\w.-]+)(\*?)` \| (\w+) \|", re.MULTILINE)
+_KINDS = {"Topic": ResourceType.TOPIC, "Group": ResourceType.GROUP, "TransactionalId": ResourceType.TRANSACTIONAL_ID}
+_REFUSED = {
+    "Topic": "Topic authorization failed",
+    "Group": "Group authorization failed",
+    "TransactionalId": "Transactional Id authorization failed",
+}
+_TRANSACTIONS = iter(make_transactions(200))
+_NOTHING = msgspec.json.encode({"columns": RAW_COLUMNS, "index": [], "data": []})
+
+
+class Acl(NamedTuple):
+    """A row of the document."""
+
+    user: str
+    resource: str
+    name: str
+    star: str
+    operation: str
+
+    def __str__(self) -> str:
+        return f"{self.user}: {self.operation} {self.resource} {self.name}{self.star}"
+
+    @property
+    def terms(self) -> tuple[object, ...]:
+        """What AclBinding and AclBindingFilter are made of."""
+        pattern = ResourcePatternType.PREFIXED if self.star else ResourcePatternType.LITERAL
+        operation = AclOperation[self.operation.upper()]
+        return _KINDS[self.resource], self.name, pattern, f"User:{self.user}", "*", operation, AclPermissionType.ALLOW
+
+
+ACLS = [Acl(*found) for found in _ROW.findall(_DOCUMENT.read_text())]
+
+
+def rows(user: str, *, but: Sequence[str] = ()) -> list[Acl]:
+    return [acl for acl in ACLS if acl.user == user and str(acl) not in but]
+
+
+class World(BaseHTTPRequestHandler):
+    """The payments API, which serves what it is given, and the end of the webhook."""
+
+    bodies: ClassVar[list[bytes]] = []
+
+    def do_GET(self) -> None:
+        self._answer(self.bodies.pop(0) if self.bodies else _NOTHING)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(b"")
+
+    def _answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@dataclass
+class Guarded:
+    """The services on the broker, each with its own login."""
+
+    broker: SecuredKafka
+    rig: Rig
+
+    def environment(self, user: str) -> dict[str, str]:
+        path = self.rig.directory / f"{user}.properties"
+        properties = self.broker.properties("PLAIN", user)
+        path.write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
+        return {"CLIENT_PROPERTIES": str(path)}
+
+    def allow(self, acls: Sequence[Acl]) -> None:
+        admin = self.broker.admin()
+        for done in admin.create_acls([AclBinding(*acl.terms) for acl in acls]).values():
+            done.result(15)
+
+    def forbid(self, acl: Acl) -> None:
+        admin = self.broker.admin()
+        for done in admin.delete_acls([AclBindingFilter(*acl.terms)]).values():
+            assert done.result(15)
+
+    def give_work(self, user: str) -> Transaction:
+        """Something for the service to do: a transaction, and something that is none."""
+        transaction = next(_TRANSACTIONS)
+        if user == "producer":
+            row = [getattr(transaction, name, 1_730_134_684_025) for name in RAW_COLUMNS]
+            bad = [*row[:4], *row]
+            World.bodies.append(msgspec.json.encode({"columns": RAW_COLUMNS, "index": [0, 1], "data": [row, bad]}))
+        elif user == "predictor":
+            self.rig.put("topic_1", [encode_transaction(transaction), b"rubbish"])
+        else:
+            self.rig.put("topic_2", [encode_prediction(encode_transaction(transaction), 1), b"rubbish"])
+        return transaction
+
+    def lines(self, user: str, since: int) -> list[str]:
+        return self.rig.log(user)[since:].splitlines()
+
+
+def tells(line: str, acl: Acl) -> bool:
+    """Whether it says what is missing."""
+    return acl.name in line and _REFUSED[acl.resource] in line and ("event='outage'" in line or "rests'" in line)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), World)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def guarded(
+    tmp_path: Path,
+    environment: dict[str, str],
+    secured: SecuredKafka,
+    world: str,
+    registry: Registry,
+    engine: sa.Engine,
+    mailbox: Mailbox,
+) -> Iterator[Guarded]:
+    """Topics and rights, and nothing started yet."""
+    owner = secured.properties("PLAIN")
+    topics.create(owner, ["topic_1", "topic_2"], partitions=1)
+    topics.create(owner, ["topic_2.challenger"], partitions=1, letters=False)
+    settings = {
+        "API_URL": world,
+        "BACKOFF_INITIAL_SECONDS": "0.1",
+        "BACKOFF_MAX_SECONDS": "0.5",
+        "DATABASE_URL": engine.url.render_as_string(hide_password=False),
+        "DELIVERY": "exactly_once",
+        "JOURNAL_DIRECTORY": str(tmp_path / "journal"),
+        "MLFLOW_TRACKING_URI": registry.uri,
+        "MODEL_CACHE_DIRECTORY": str(tmp_path / "models"),
+        "MODEL_NAME": "guarded",
+        "MODEL_REFRESH_SECONDS": "0.5",
+        "POLL_INTERVAL_SECONDS": "0.1",
+        "REPLICA": "first",
+        "SMTP_PORT": str(mailbox.port),
+        "WEBHOOK_SECRET": "sixteen characters",
+        "WEBHOOK_URL": world,
+    }
+    rig = Rig(tmp_path, owner, environment | settings, "topic_1", "topic_2")
+    made = Guarded(secured, rig)
+    made.allow(ACLS)
+    yield made
+    for process in rig.processes:
+        process.kill()
+
+
+def test_with_exactly_these_rights_it_runs_and_each_that_is_taken_away_is_named_until_it_is_back(
+    guarded: Guarded, registry: Registry, engine: sa.Engine, mailbox: Mailbox
+) -> None:
+    trained = train.fit(train.generate(seed=1).head(4000), seed=1)
+    for alias in ("champion", "challenger"):
+        train.register(trained, Alias(registry.uri, "guarded", alias))
+    users = ("producer", "predictor", "alerter", "db_sink")
+    services = {user: guarded.rig.start(user, ready=False, **guarded.environment(user)) for user in users}
+    for each in services.values():
+        each.wait_ready()
+    until(lambda: services["predictor"].said("alias='challenger'"), what="the challenger")
+    for user in users:
+        guarded.give_work(user)
+
+    def stored() -> int:
+        with engine.connect() as connection:
+            return connection.execute(sa.text("SELECT count(*) FROM transactions")).scalar_one()
+
+    until(lambda: stored() == 4, what="the four transactions in the table")
+    until(lambda: len(list(messages(mailbox.directory))) >= 2, what="the mails")
+    for topic in ("topic_1.dlq", "topic_2.dlq", "topic_2.challenger"):
+        guarded.rig.read(topic, 1)
+    assert not [line for user in users for line in guarded.lines(user, 0) if "authorization failed" in line]
+
+    recovery = ("producer: Read Topic topic_1", "producer: Read Topic topic_1.dlq")
+    last = "predictor: Write Topic topic_2.challenger"  # after which the challenger rests
+    challenged = [acl for acl in ACLS if str(acl) == last]
+    for acl in [acl for user in users for acl in rows(user, but=(*recovery, last))] + challenged:
+        seen = len(guarded.rig.log(acl.user))
+        guarded.forbid(acl)
+        guarded.give_work(acl.user)
+
+        def told(acl: Acl = acl, seen: int = seen) -> list[str]:
+            return [line for line in guarded.lines(acl.user, seen) if tells(line, acl)]
+
+        until(told, what=f"a line on {acl}")
+        assert services[acl.user].running
+        guarded.allow([acl])
+        if acl not in challenged:
+            until(lambda: "event='outage_over'" in guarded.rig.log(acl.user)[seen:], what=f"the end, with {acl}")  # noqa: B023
+        groups = [line.partition(" group=")[2] for line in told()]
+        assert len(groups) == len(set(groups)), f"{acl} is told twice"
+    for each in services.values():
+        assert each.stop(10) == 0
+
+
+@pytest.mark.parametrize("topic", ["topic_1", "topic_1.dlq"])
+def test_a_producer_that_may_not_see_what_it_left_undone_says_so(guarded: Guarded, topic: str) -> None:
+    (write,) = [acl for acl in rows("producer") if str(acl) == "producer: Write Topic topic_1"]
+    (read,) = [acl for acl in rows("producer") if str(acl) == f"producer: Read Topic {topic}"]
+    guarded.forbid(write)
+    guarded.give_work("producer")
+    environment = guarded.environment("producer")
+    process = guarded.rig.start("producer", **environment)
+    until(lambda: process.said("authorization failed"), what="the outage")
+    assert process.stop(10) == 0
+    guarded.allow([write])
+    guarded.forbid(read)
+    seen = len(guarded.rig.log("producer"))
+
+    process = guarded.rig.start("producer", **environment)
+
+    until(lambda: any(tells(line, read) for line in guarded.lines("producer", seen)), what="a line on it")
+    guarded.allow([read])
+    until(lambda: process.said("event='outage_over'"), what="its end")
+    assert process.stop(10) == 0
+
+
+def test_the_sink_cannot_read_topic_1_and_no_service_reads_anothers_group(guarded: Guarded) -> None:
+    sink = guarded.rig.start("db_sink", ready=False, TOPIC_2="topic_1", **guarded.environment("db_sink"))
+    until(lambda: sink.said("reason='topic_1: "), what="a line on the topic")
+    assert sink.said("Topic authorization failed")
+    assert sink.stop(10) == 0
+    sink = guarded.rig.start("db_sink", ready=False, DB_SINK_GROUP="alerter", **guarded.environment("db_sink"))
+    until(lambda: sink.said("Group authorization failed.' seconds=0.0 group='alerter'"), what="a line on the group")
+    assert sink.stop(10) == 0
+
+
+def test_an_operator_is_told_what_is_missing(guarded: Guarded) -> None:
+    def fraudctl(*arguments: str, topic_1: str = "topic_1") -> str:
+        """All that it says if something is wrong."""
+        environment = guarded.rig.environment | guarded.environment("operator") | {"TOPIC_1": topic_1}
+        command = [sys.executable, "-m", "fraudctl", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr if done.returncode else ""
+
+    guarded.rig.put("topic_1.dlq", [b"a letter"])
+    tries = {
+        "Create": lambda: fraudctl("topics", "create", topic_1="topic_new"),
+        "Describe": lambda: fraudctl("status"),
+        "Read": lambda: fraudctl("dead-letters", "list"),
+        "Write": lambda: fraudctl("dead-letters", "replay", "--limit", "1"),
+    }
+    for acl in rows("operator"):
+        guarded.forbid(acl)
+        said = tries[acl.operation]()
+        guarded.allow([acl])
+        (line,) = [line for line in said.splitlines() if "uthorization failed" in line]
+        assert acl.name in line, acl
+    for attempt in tries.values():
+        assert "uthorization failed" not in attempt()
