@@ -23,11 +23,13 @@ class Lag:
         self._names = (group, topic)
         self._next: dict[int, int] = {}  # behind what is finished
         self._ends: dict[int, int] = {}  # as the client told them last
-        self._behind_since: dict[int, float] = {}  # monotonic
+        self._behind_since: dict[int, float] = {}  # monotonic; since something was finished last, at the earliest
 
     def finished(self, offsets: Iterable[TopicPartition]) -> None:
         """The next offsets to be read, were this process to end now."""
-        self._next.update((each.partition, each.offset) for each in offsets)
+        for each in offsets:
+            self._next[each.partition] = each.offset
+            self._behind_since.pop(each.partition, None)
 
     def reached_end(self, partition: int, offset: int) -> None:
         """There is nothing from this offset on, for now."""
@@ -48,7 +50,7 @@ class Lag:
         """
         firsts = {message.partition(): message for message in reversed(pending)}
         now, now_ms = time.monotonic(), time.time() * 1000
-        self.records = 0
+        records = 0
         for place in consumer.assignment():
             first = firsts.get(place.partition)
             if first is not None:
@@ -66,7 +68,8 @@ class Lag:
             labels = (*self._names, str(place.partition))
             metrics.LAG.labels(*labels).set(lag)
             metrics.OLDEST.labels(*labels).set(age_s)
-            self.records += lag
+            records += lag
+        self.records = records
 
 
 def _end(consumer: Consumer, place: TopicPartition, *, ask: bool) -> tuple[int, bool]:
