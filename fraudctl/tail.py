@@ -8,7 +8,7 @@ from fraudctl.call import CallError
 from fraudctl.readable import readable_header, readable_key, readable_value
 from fraudctl.topics import ends
 from shared.errors import Outage
-from shared.kafka import consumer, coordinates, headers, read_to_end, says_nothing
+from shared.kafka import begins, consumer, coordinates, headers, read_to_end, says_nothing
 from shared.provenance import HEADER, Provenance, from_headers
 from shared.records import format_time
 
@@ -19,12 +19,15 @@ _POLL_S = 0.5
 def last(properties: Mapping[str, str], topic: str, count: int) -> list[Message]:
     """The last records, the oldest first. Raises CallError for a topic that is not there, Outage."""
     places = _ends(properties, topic)
+    first = begins(properties, places)
     reach = count
     while True:
-        starts = [TopicPartition(topic, end.partition, max(0, end.offset - reach)) for end in places]
+        starts = [
+            TopicPartition(topic, end.partition, max(first[topic, end.partition], end.offset - reach)) for end in places
+        ]
         found = list(read_to_end(properties, starts, group=_GROUP))
         # Marks of transactions have offsets, too, and each partition may hold all of the last records.
-        behind = [start.partition for start in starts if start.offset > 0]
+        behind = [start.partition for start in starts if start.offset > first[topic, start.partition]]
         if all(sum(message.partition() == each for message in found) >= count for each in behind):
             return sorted(found, key=lambda message: (message.timestamp()[1], coordinates(message)))[-count:]
         reach *= 4

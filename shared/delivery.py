@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Protocol
@@ -22,8 +22,8 @@ log = structlog.get_logger()
 
 _COMMITTED, _ABORTED = (metrics.TRANSACTIONS.labels(outcome) for outcome in ("committed", "aborted"))
 _WAIT_S = 1.0
-_TRANSACTION_WAIT_S = 8.0  # after ten, the broker ends it, and there is nothing to wait for any more
-_STUCK_S = 10.0
+_TRANSACTION_WAIT_S = 6.0  # after ten, the broker ends it; and within ten, a service is to end
+_STUCK_S = 7.0
 # Another member owns these partitions by now: it will commit them, this commit has come too late.
 _NOT_OURS = frozenset(
     {
@@ -89,18 +89,15 @@ class AtLeastOnce:
         generation: object = None,  # noqa: ARG002
     ) -> None:
         # 1. Outputs and dead letters go into the producer's queue.
-        try:
+        with self._noting_errors():
             enqueue(self._producer, records, self._shutdown)
-        except KafkaException as exception:
-            self._failed.append(exception.args[0].str())
-            if exception.args[0].fatal() or exception.args[0].code() == KafkaError._FATAL:
-                self._producer = self._make()
         # 2. Every one is acknowledged. The producer itself tries for ever: handing over twice would write twice.
-        while self._producer.flush(_WAIT_S):
-            if self._away:
-                self._spell.lasts(f"not written yet: {self._away}")
-            if self._shutdown.is_set():
-                raise Outage("stopping before the broker acknowledged the outputs")
+        with self._noting_errors():
+            while self._producer.flush(_WAIT_S):
+                if self._away:
+                    self._spell.lasts(f"not written yet: {self._away}")
+                if self._shutdown.is_set():
+                    raise Outage("stopping before the broker acknowledged the outputs")
         self._away = ""
         self._spell.over()
         if self._failed:
@@ -122,8 +119,20 @@ class AtLeastOnce:
         """There are none."""
 
     def close(self) -> None:
-        self._producer.flush(_WAIT_S)
+        with suppress(KafkaException):
+            self._producer.flush(_WAIT_S)
         del self._producer  # a client that outlives the interpreter crashes it
+
+    @contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        """A client that is beyond repair, since it may not write anything for example, is replaced."""
+        try:
+            yield
+        except KafkaException as exception:
+            error = exception.args[0]
+            self._failed.append(error.str())
+            if error.fatal() or error.code() == KafkaError._FATAL:
+                self._producer = self._make()
 
     def _on_failure(self, error: KafkaError, message: Message) -> None:
         self._failed.append(f"{message.topic()}: {error.str()}")

@@ -181,6 +181,12 @@ def ends(
     return _offsets(admin(properties), partitions, latest, committed=committed)
 
 
+def begins(properties: Mapping[str, str], partitions: Sequence[TopicPartition]) -> dict[tuple[str, int], int]:
+    """The oldest offset that each partition still has. Raises Outage."""
+    earliest: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
+    return _offsets(admin(properties), partitions, earliest, committed=False)
+
+
 def since(properties: Mapping[str, str], topic: str, epoch_ms: int) -> list[TopicPartition]:
     """For each partition of the topic that has such, the first record that is not older, committed or not.
 
@@ -260,7 +266,7 @@ _log = logging.getLogger("librdkafka")
 _SAID = re.compile(r"(?:\w+://)?(?P<host>\S+):(?P<port>\d+)/\w+: (?P<what>.*?)(?: \(after \d+ms in state .*\))?$")
 _REFUSED_TOPIC = re.compile(r'Failed to add partition "(.+)" \[\d+\] .*(Broker: Topic authorization failed)').search
 # What these lines of the log say comes back as an error as well.
-_TOLD = frozenset({"ADDPARTS", "ADDOFFSETS", "TXNERR", "FATAL"})
+_TOLD = frozenset({"ADDPARTS", "ADDOFFSETS", "TXNERR"})
 _ONE_RUN_S = 5.0  # a client tries again within two seconds
 _LOOK_S = 2.0
 
@@ -280,7 +286,7 @@ class _Heard:
 
     def log(self, level: int, form: str, facility: str, client: str, text: str) -> None:
         """Take the place of a logger."""
-        if facility == "FAIL":
+        if facility == "FAIL" and level > logging.DEBUG:
             now = time.monotonic()
             if now - self._broke_at > _ONE_RUN_S:
                 self._began, self._all = now, False

@@ -131,6 +131,7 @@ class Stream:
         self._spell = Spell(f"what {group} needs", waiting=lambda: self._lag.records, group=group)
         self._broker_away = Spell(f"Kafka, for {group}", group=group)
         self._away_because = ""  # it is, or does not let us in, as it said last
+        self._unreadable = False  # the topic, until there is something to read or its end
         health.waits_for(self._place, "it has joined no group yet")
 
     def run(self, handle: Handler, *, ahead: bool = False) -> None:
@@ -156,8 +157,10 @@ class Stream:
 
     def close(self) -> None:
         """Leave the group, if it was joined, and let go of the broker."""
-        self._delivery.close()
-        self._consumer.close()
+        try:
+            self._delivery.close()
+        finally:
+            self._consumer.close()
 
     def _consume(self, handle: Handler) -> None:
         """Hold a place in the group until the shutdown, or until the consumer is lost; then have a new one."""
@@ -336,6 +339,7 @@ class Stream:
 
     def _keep_place(self, timeout_s: float) -> None:
         """Poll with the partitions paused, so that the group does not think this member dead."""
+        health.turned(f"{self._group} loop")
         if self._lost:
             return
         self._turn()
@@ -366,6 +370,8 @@ class Stream:
 
     def _problem(self) -> str | None:
         """Why the group cannot read its topic, if it cannot."""
+        if self._unreadable:
+            return self._away_because
         try:
             known = self._consumer.list_topics(self._topic, timeout=_PROBE_S).topics[self._topic]
             if known.error and known.error.code() in DENIED:
@@ -382,11 +388,14 @@ class Stream:
 
     def _accept(self, messages: Sequence[Message]) -> None:
         for message in messages:
-            if not (error := message.error()):
+            error = message.error()
+            if error is None:
                 self._waiting.append(message)
+                self._unreadable = False
             elif error.code() == KafkaError._PARTITION_EOF:
                 _, partition, offset = coordinates(message)
                 self._lag.reached_end(partition, offset)
+                self._unreadable = False
             else:
                 self._hear(error)
 
@@ -396,8 +405,8 @@ class Stream:
         elif error.code() == KafkaError._ALL_BROKERS_DOWN or error.code() in DENIED:
             if not self._away_because:
                 self._measured = time.monotonic()  # the next look is in a second: a batch may tell of it, or it is over
-            of_topic = error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED
-            self._away_because = f"{self._topic}: {error.str()}" if of_topic else error.str()
+            self._unreadable = error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED
+            self._away_because = f"{self._topic}: {error.str()}" if self._unreadable else error.str()
         elif error.code() not in _CONNECTION:
             log.warning("consumer_error", reason=error.str())
 
@@ -418,6 +427,7 @@ class Stream:
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """These partitions are others' already: there is nothing to wait for."""
+        health.waits_for(self._place, "it was taken for dead, and has to join again")
         self._forget(partitions)
 
     def _forget(self, partitions: list[TopicPartition]) -> None:
@@ -432,7 +442,7 @@ class Stream:
 def _ages_ms(messages: Sequence[Message]) -> list[float]:
     """Since each was written."""
     now_ms = time.time() * 1000
-    return [now_ms - message.timestamp()[1] for message in messages]
+    return [max(0.0, now_ms - message.timestamp()[1]) for message in messages]  # clocks differ
 
 
 def _tune() -> None:
