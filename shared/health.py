@@ -20,13 +20,13 @@ _CLIENT_TIMEOUT_S = 10.0
 _WATCH_S = 1.0
 
 # Of the process, like its metrics; told by several threads, each of which has names of its own.
-_turns: dict[str, float] = {}  # monotonic: when a loop turned, or is to be back from its rest; when a call began
+_turns: dict[str, float] = {}  # monotonic: when a loop turned last, when a call began
 _waiting_for: dict[str, str] = {}
 
 
-def turned(loop: str, *, rest_s: float = 0.0) -> None:
-    """The loop turns, and is to turn again soon after it has rested for so long."""
-    _turns[loop] = time.monotonic() + rest_s
+def turned(loop: str) -> None:
+    """The loop turns, and is to turn again soon."""
+    _turns[loop] = time.monotonic()
 
 
 def ended(loop: str) -> None:
@@ -96,8 +96,12 @@ def serve(service: str, settings: ServiceSettings) -> None:
         def log_message(self, format: str, *args: object) -> None:
             """Probes are no news."""
 
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Who hangs up before the answer is no news either."""
+
     try:
-        server = ThreadingHTTPServer((settings.metrics_host, settings.metrics_port), Answers)
+        server = Server((settings.metrics_host, settings.metrics_port), Answers)
     except (OSError, OverflowError) as error:
         address = f"{settings.metrics_host}:{settings.metrics_port}"
         raise SettingsError(f"METRICS_PORT: cannot listen on {address}: {getattr(error, 'strerror', error)}") from None

@@ -32,7 +32,7 @@ class Spell:
     """An outage: in the log when it begins, each minute while it lasts and when it is over; in the metrics throughout.
 
     `waits_for` is what /ready calls it, where the service cannot do its work meanwhile; `waiting()` counts what piles
-    up; `names` stand on each of its lines.
+    up, of which the most is told; `names` stand on each of its lines.
     """
 
     def __init__(self, waits_for: str | None = None, *, waiting: Callable[[], int] | None = None, **names: str) -> None:
@@ -41,7 +41,8 @@ class Spell:
         self._names = names
         self._began: float | None = None
         self._told = self._reminded = 0.0  # monotonic
-        self._tries = 0
+        self._tries = self._waited = 0
+        self._reason = ""
 
     def lasts(self, reason: str, **more: object) -> None:
         """Tell of a try that failed."""
@@ -49,16 +50,24 @@ class Spell:
         if self._began is None:
             self._began = self._told = now
             self._reminded = now - _REMINDER_S
-            self._tries = 0
+            self._tries = self._waited = 0
             metrics.OUTAGES.inc()
             metrics.OUTAGES_UNDER_WAY.inc()
         self._tries += 1
-        self._count(now)
+        self._reason = reason
         if self._waits_for:
             health.waits_for(self._waits_for, reason)
+        self.goes_on(**more)
+
+    def goes_on(self, **more: object) -> None:
+        """Tell, if it has begun and is not over, that nothing was tried meanwhile."""
+        if self._began is None:
+            return
+        now = time.monotonic()
+        self._count(now)
         if now - self._reminded >= _REMINDER_S:
             self._reminded = now
-            log.warning("outage", reason=reason, seconds=round(now - self._began, 1), **self._names, **more)
+            log.warning("outage", reason=self._reason, seconds=round(now - self._began, 1), **self._names, **more)
 
     def over(self) -> None:
         """Tell of one that did not, whether or not there was an outage before it."""
@@ -69,7 +78,7 @@ class Spell:
         metrics.OUTAGES_UNDER_WAY.dec()
         if self._waits_for:
             health.has(self._waits_for)
-        waited = {"waited": self._waiting()} if self._waiting else {}
+        waited = {"waited": self._waited} if self._waiting else {}
         log.info("outage_over", seconds=round(now - self._began, 1), failures=self._tries, **self._names, **waited)
         self._began = None
 
@@ -81,6 +90,8 @@ class Spell:
     def _count(self, now: float) -> None:
         metrics.OUTAGE_SECONDS.inc(now - self._told)
         self._told = now
+        if self._waiting:
+            self._waited = max(self._waited, self._waiting())
 
 
 def until_over(

@@ -183,8 +183,11 @@ def _raise(
     def try_to(alarms: Sequence[Alarm]) -> Sequence[None]:
         try:
             done = send(alarms)
-        except (Outage, Poison):
+        except Outage:
             metrics.ALARMS.labels(by.name, "failed").inc(len(alarms))
+            raise
+        except Poison:
+            metrics.ALARMS.labels(by.name, "failed").inc(len(alarms) == 1)  # several are tried again in halves
             raise
         metrics.ALARMS.labels(by.name, "sent").inc(len(alarms))
         return done

@@ -30,6 +30,7 @@ _API, _POLLING = "the payments API", "polling"  # as /ready and /live call them
 _FETCH, _DELIVER = (metrics.STAGE.labels(stage) for stage in ("fetch", "deliver"))
 _BATCH = 1000
 _IDLE_S = 0.5
+_TURN_S = 1.0
 _LARGEST_REFUSED = 512 * 1024  # bytes; a transaction has a few hundred, and no topic takes much more than this
 _CLOCK_SLACK_MS = 600_000
 _FORGOTTEN_S = 30.0  # the broker ends what is older than ten, and looks for it every ten
@@ -122,9 +123,10 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
                 metrics.RECORDS_IN.inc(len(fetched))
                 metrics.SKIPPED.inc(repeats)
                 flow.add(records=len(fetched), fresh=fresh, repeats=repeats, refused=len(rows.bad))
-            rest_s = max(0.0, due - time.monotonic())
-            health.turned(_POLLING, rest_s=rest_s)
-            shutdown.wait(rest_s)
+            while (rest_s := due - time.monotonic()) > 0 and not shutdown.is_set():
+                health.turned(_POLLING)
+                outage.goes_on()
+                shutdown.wait(min(rest_s, _TURN_S))
     health.ended(_POLLING)
     flow.report()
 
