@@ -6,6 +6,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import mlflow
@@ -25,7 +26,7 @@ from services.producer.__main__ import ProducerSettings
 from services.producer.api import fetch
 from shared.dead_letters import SUFFIX
 from shared.errors import Outage, Poison, SettingsError, without_credentials
-from shared.kafka import admin, producer
+from shared.kafka import admin, consumer, producer
 from shared.records import read_split
 from shared.settings import SECRETS_FILE, ServiceSettings, kafka_properties, load, unknown_variables
 from training import aliases
@@ -94,6 +95,8 @@ def _kafka(settings: ServiceSettings, loaded: Mapping[type[BaseSettings], Any]) 
     try:
         properties = kafka_properties(settings)
         client = admin(properties, on_error=errors.append)
+        for make in (producer, partial(consumer, group="fraudctl")):  # which take more of the file
+            make(properties)
     except SettingsError as error:
         what = "credentials" if str(error).startswith("SASL_") else "client.properties"
         yield Finding("failed", what, str(error).removeprefix("CLIENT_PROPERTIES: "))

@@ -217,7 +217,7 @@ def _problems(status: Status, *, stall_seconds: float) -> Iterator[str]:
             yield f"{topic.name}: missing: fraudctl topics create"
     for reader in status.readers or ():
         name = f"{reader.service} (group {reader.group} on {reader.topic})"
-        if reader.lag and not reader.members:
+        if not reader.members:
             yield f"{name}: {reader.lag:,} behind, and nobody reads: is it running?"
         late = [each for each in reader.partitions if each.oldest_seconds > stall_seconds]
         if late:
@@ -228,7 +228,7 @@ def _problems(status: Status, *, stall_seconds: float) -> Iterator[str]:
     if status.database and status.database.schema != status.database.newest_schema:
         yield (
             f"database: its schema is {status.database.schema or 'none'}, not {status.database.newest_schema}:"
-            " the db_sink migrates it when it starts"
+            " fraudctl migrate, or the db_sink when it starts"
         )
 
 
@@ -362,6 +362,7 @@ def _database(engine: sa.Engine) -> Database:
     if schema is None:
         return Database(0, True, 0, None, newest)
     with transaction(engine) as connection:
+        connection.execute(sa.text(f"SET LOCAL statement_timeout = '{_TIMEOUT_S:.0f}s'"))  # behind a lock, for example
         rows, counted = connection.execute(sa.text(_ROWS), {"most": _COUNTED_ROWS}).one()
         confirmed = connection.execute(sa.text(_CONFIRMED)).scalar_one()
     return Database(rows, counted, confirmed, schema, newest)

@@ -206,9 +206,9 @@ def _from_files(fields: Mapping[str, Any], given: Mapping[str, str | None]) -> d
             found[field] = Path(path).read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise SettingsError(f"{name}_FILE: cannot read {path}: {reason}") from None
+            raise SettingsError(f"{name}_FILE: {reason}") from None  # not its path, which may be the secret itself
         if not found[field]:
-            raise SettingsError(f"{name}_FILE: {path} is empty")
+            raise SettingsError(f"{name}_FILE: the file is empty")
     return found
 
 

@@ -156,10 +156,10 @@ def test_a_secret_can_lie_in_a_file(by: str, tmp_path: Path, monkeypatch: pytest
     ("environment", "line"),
     [
         ({"TOKEN": "a", "TOKEN_FILE": "token"}, "TOKEN: set, and so is TOKEN_FILE"),
-        ({"TOKEN_FILE": "none"}, "TOKEN_FILE: cannot read none: No such file or directory"),
-        ({"TOKEN_FILE": "."}, "TOKEN_FILE: cannot read .: Is a directory"),
-        ({"TOKEN_FILE": "empty"}, "TOKEN_FILE: empty is empty"),
-        ({"TOKEN_FILE": "binary"}, "TOKEN_FILE: cannot read binary: not UTF-8 text"),
+        ({"TOKEN_FILE": "none"}, "TOKEN_FILE: No such file or directory"),
+        ({"TOKEN_FILE": "."}, "TOKEN_FILE: Is a directory"),
+        ({"TOKEN_FILE": "empty"}, "TOKEN_FILE: the file is empty"),
+        ({"TOKEN_FILE": "binary"}, "TOKEN_FILE: not UTF-8 text"),
         ({"MAX_BATCH_SIZE_FILE": "token"}, "MAX_BATCH_SIZE: input should be a valid integer"),
     ],
 )
