@@ -24,7 +24,8 @@ GRANT SELECT ON transactions TO labels;
 GRANT UPDATE (is_fraud, validated_at, validated_by) ON transactions TO labels;
 GRANT INSERT ON label_changes TO labels;
 
--- exporter: `fraudctl export` and `fraudctl labels stats`; reads
+-- exporter: `fraudctl export`, `status` and `labels stats`; reads
 GRANT CONNECT ON DATABASE :"DBNAME" TO exporter;
 GRANT USAGE ON SCHEMA public TO exporter;
+GRANT SELECT ON alembic_version TO exporter;
 GRANT SELECT ON transactions TO exporter;

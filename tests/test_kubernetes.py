@@ -307,6 +307,6 @@ def test_nothing_goes_in_or_out_but_what_a_policy_names(overlay: str, objects: l
     kafka = {(name, 9092) for name in ("producer", "predictor", "alerter", "db-sink", "topics")}
     database = {("db-sink", 5432), ("migrate", 5432)}
     web = {("producer", 443), ("predictor", 443), ("alerter", 443), ("alerter", 587)}
-    servers = {("producer", 8080), ("predictor", 5000), ("train", 5000), ("alerter", 1025)}
+    servers = {("kafka", 9092), ("producer", 8080), ("predictor", 5000), ("train", 5000), ("alerter", 1025)}
     assert let_through == kafka | database | (web if overlay == "cloud" else servers)
     assert {client for client, _ in let_through} <= everybody

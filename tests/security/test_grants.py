@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from conftest import make_transactions
 
 from fraudctl import export, labels
-from services.db_sink.table import Row, connect, copy_text, migrate, upsert
+from services.db_sink.table import Row, connect, copy_text, migrate, upsert, versions
 from shared.errors import Outage
 from shared.provenance import Provenance
 from shared.records import Prediction, Transaction
@@ -81,6 +81,7 @@ def use(role: str, engine: sa.Engine, directory: Path, known: Transaction) -> st
                 engine, str(directory / "out.csv"), since=None, until=None, append=False, progress=lambda *_: None
             )
             labels.performance(engine)
+            versions(engine)
     except Outage as outage:
         return str(outage)
     finally:
