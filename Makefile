@@ -11,9 +11,9 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 demo: $(VENV)/.ready
 	@$(BIN)/fraudctl demo --transactions 3000 --rate 500 $(ARGS)
 
-## The whole suite, two files at a time: it waits more than it works. Options: make test ARGS="-n 0 -k records -x"
+## The whole suite, three files at a time: it waits more than it works. Options: make test ARGS="-n 0 -k records -x"
 test: $(VENV)/.ready
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.ready
 	@$(BIN)/ruff check .
