@@ -134,7 +134,7 @@ class Stream:
         self._unreadable = False  # the topic, until there is something to read or its end
         health.waits_for(self._place, "it has joined no group yet")
 
-    def run(self, handle: Handler, *, ahead: bool = False) -> None:
+    def run(self, handle: Handler, *, ahead: bool = False, idle: Callable[[], object] | None = None) -> None:
         """Hand over batch after batch until the shutdown event is set, then finish those in flight.
 
         With `ahead`, a batch is handled while the one before it is made final. That is for handlers that have no effect
@@ -405,7 +405,10 @@ class Stream:
         elif error.code() == KafkaError._ALL_BROKERS_DOWN or error.code() in DENIED:
             if not self._away_because:
                 self._measured = time.monotonic()  # the next look is in a second: a batch may tell of it, or it is over
-            self._unreadable = error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED
+            unreadable = error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED
+            if unreadable != self._unreadable:
+                self._broker_away.over()  # what comes is another one, and is told as such
+            self._unreadable = unreadable
             self._away_because = f"{self._topic}: {error.str()}" if self._unreadable else error.str()
         elif error.code() not in _CONNECTION:
             log.warning("consumer_error", reason=error.str())
