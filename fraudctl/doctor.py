@@ -32,6 +32,7 @@ from shared.settings import SECRETS_FILE, ServiceSettings, kafka_properties, loa
 from training import aliases
 
 _TIMEOUT_S = 8.0
+_FIRST_S = 20.0  # a new broker makes its topics of groups and transactions when it is first asked for any
 _MOST_SKEW_S = 5.0  # clocks that follow NTP differ by milliseconds; ages and limits are told in seconds
 
 _SERVICES = (ProducerSettings, PredictorSettings, AlerterSettings, SinkSettings)
@@ -162,7 +163,7 @@ def _acls(
         for name, answer in asked.items():
             lacking += _lacking("topic", name, wanted[name], answer.result().authorized_operations)
         described = client.describe_consumer_groups(
-            groups, include_authorized_operations=True, request_timeout=_TIMEOUT_S
+            groups, include_authorized_operations=True, request_timeout=_FIRST_S
         )
         for name, answer in described.items():
             lacking += _lacking("group", name, {AclOperation.READ}, answer.result().authorized_operations)
@@ -172,7 +173,7 @@ def _acls(
     if predictor and predictor.delivery == "exactly_once":
         for prefix in ("producer", predictor.predictor_group):
             try:
-                producer(properties, transactional_id=f"{prefix}-doctor").init_transactions(_TIMEOUT_S)
+                producer(properties, transactional_id=f"{prefix}-doctor").init_transactions(_FIRST_S)
             except KafkaException as exception:
                 lacking.append(f"transactional ids {prefix}-*: {exception.args[0].str()}")
     if lacking:

@@ -106,10 +106,8 @@ def test_where_all_is_well_every_line_says_so(stack: Rig, doctor: Doctor) -> Non
     code, lines = doctor(stack.environment)
 
     assert tuple(lines) == ALL
-    assert {what: line.split()[0] for what, line in lines.items()} == dict.fromkeys(ALL, "ok") | {
-        "credentials": "skipped"
-    }, lines
-    assert "security.protocol asks for none" in lines["credentials"]
+    assert [line for line in lines.values() if not line.startswith("ok")] == [lines["credentials"]]
+    assert lines["credentials"] == "skipped  credentials: security.protocol asks for none"
     assert code == 0
 
 
@@ -209,7 +207,7 @@ def test_a_misconfiguration_is_named_with_its_remedy(
 ) -> None:
     code, lines = doctor(stack.environment | misconfigure(stack, engine))
 
-    assert failed(lines) == [what], lines
+    assert failed(lines) == [what], "\n".join(lines.values())
     assert said in lines[what]
     assert code == 1
 
@@ -220,7 +218,7 @@ def test_a_wrong_database_password_is_named(stack: Rig, engine: sa.Engine, docto
 
         code, lines = doctor(stack.environment | {"DATABASE_URL": wrong.render_as_string(hide_password=False)})
 
-    assert failed(lines) == ["database"], lines
+    assert failed(lines) == ["database"], "\n".join(lines.values())
     assert "password authentication failed" in lines["database"]
     assert "are user, password, host and name in DATABASE_URL its own?" in lines["database"]
     assert code == 1
@@ -233,7 +231,7 @@ def test_an_api_that_answers_html_is_named(stack: Rig, api: PaymentsApi, doctor:
     finally:
         api.misbehave()
 
-    assert failed(lines) == ["API contract"], lines
+    assert failed(lines) == ["API contract"], "\n".join(lines.values())
     assert "not JSON" in lines["API contract"]
     assert "is it API_URL, and what does curl show?" in lines["API contract"]
     assert code == 1
@@ -243,7 +241,7 @@ def test_a_clock_that_is_wrong_is_named(stack: Rig, doctor: Doctor) -> None:
     with _api_of_an_hour_ago() as url:
         code, lines = doctor(stack.environment | {"API_URL": url})
 
-    assert failed(lines) == ["clock skew"], lines
+    assert failed(lines) == ["clock skew"], "\n".join(lines.values())
     assert "payments API is 3" in lines["clock skew"]
     assert "s behind this machine: have both follow NTP" in lines["clock skew"]
     assert code == 1
