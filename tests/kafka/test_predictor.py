@@ -56,6 +56,7 @@ def test_killed_in_the_middle_again_and_again_it_loses_and_doubles_nothing(predi
     assert set(identities) == {each.identity for each in batch}
 
 
+@pytest.mark.alone
 def test_killed_and_restarted_it_delays_nobody_for_long(predictor_rig: Rig) -> None:
     batch = make_transactions(3600)
     predictor_rig.put_transactions(batch[:3000])
@@ -73,6 +74,7 @@ def test_killed_and_restarted_it_delays_nobody_for_long(predictor_rig: Rig) -> N
     assert len(messages) == len(batch)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("registry_is", ["away", "silent"])
 def test_killed_and_restarted_without_its_registry_it_goes_on_with_the_last_good_model(
     predictor_rig: Rig, registry_is: str

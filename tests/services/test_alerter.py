@@ -735,6 +735,7 @@ def test_a_connection_that_the_server_closed_is_opened_again(mailbox: Mailbox) -
     assert len(received(mailbox, 2)) == 2
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("reused", [False, True])
 def test_a_server_that_hangs_is_an_outage_after_one_timeout(mailbox: Mailbox, reused: bool) -> None:
     mailer = plain_mailer(mailbox.port, timeout_s=1.5)
