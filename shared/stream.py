@@ -121,6 +121,7 @@ class Stream:
         self._gathers_until = 0.0  # monotonic
         self._in_flight: deque[_InFlight] = deque()
         self._most_in_flight = 1
+        self._idle: Callable[[], object] | None = None
         self._paused = False
         self._assigned = False  # just now: what was paused when it was taken away comes back paused
         self._in_doubt = False  # a delivery failed, and perhaps only its answer was lost
@@ -138,8 +139,10 @@ class Stream:
         """Hand over batch after batch until the shutdown event is set, then finish those in flight.
 
         With `ahead`, a batch is handled while the one before it is made final. That is for handlers that have no effect
-        (but for what their outcomes' `finish` has) and are done with all of a batch.
+        (but for what their outcomes' `finish` has) and are done with all of a batch. `idle()` is called whenever
+        nothing waits, be it done or another member's by now.
         """
+        self._idle = idle
         self._most_in_flight = 2 if ahead else 1
         _tune()
         try:
@@ -194,6 +197,8 @@ class Stream:
             self._resume()
         wait_s = 0.0  # a batch that comes again has waited long enough
         if not self._waiting:
+            if self._idle and not self._in_flight:
+                self._idle()
             self._gathers_until = 0.0
             # consume() sits out its whole timeout on a partial batch: the idle wait is for one message only.
             self._poll(_BUSY_POLL_S if self._in_flight else _IDLE_POLL_S)

@@ -1,6 +1,7 @@
 """The alerter: every fraud on topic_2 reaches a person, at once, by e-mail and by webhook."""
 
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Annotated
@@ -12,7 +13,7 @@ from services.alerter.channels import ByMail, ByWebhook, Channel
 from services.alerter.mail import Composer, Mailer, SmtpTls
 from services.alerter.pace import Pace
 from services.alerter.webhook import Webhook
-from shared import kafka, service
+from shared import kafka, metrics, service
 from shared.dead_letters import Limit
 from shared.delivery import AtLeastOnce
 from shared.errors import SettingsError
@@ -103,7 +104,10 @@ def serve(settings: AlerterSettings, shutdown: Event) -> None:
         for channel in configured
     ]
     with ThreadPoolExecutor(len(streams)) as pool:
-        running = [pool.submit(stream.run, each.handle) for stream, each in zip(streams, configured, strict=True)]
+        running = [
+            pool.submit(stream.run, each.handle, idle=partial(metrics.ALARMS_WAITING.labels(each.name).set, 0))
+            for stream, each in zip(streams, configured, strict=True)
+        ]
         wait(running, return_when=FIRST_COMPLETED)
         shutdown.set()  # one that broke takes the others with it: all are started again
     for channel, stream in zip(configured, running, strict=True):

@@ -194,7 +194,6 @@ def _raise(
 
     results = isolate([alarm for _, alarm in found.alarms], try_to)
     limit.check(results)
-    metrics.ALARMS_WAITING.labels(by.name).set(0)
     return [
         dead_letter(messages[number - 1], str(result), group=by.group)
         for (number, _), result in zip(found.alarms, results, strict=True)

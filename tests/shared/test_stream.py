@@ -312,6 +312,52 @@ def test_what_a_rebalance_brings_in_an_outage_waits_on_the_broker(rig: Rig) -> N
         thread.join(20)
 
 
+class Losing:
+    """A consumer that is told, once `lost` is set, that its partitions are others'."""
+
+    def __init__(self, client: Consumer) -> None:
+        self._client = client
+        self.lost = Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def subscribe(self, names: list[str], **callbacks: Any) -> None:
+        self._on_lost = callbacks["on_lost"]
+        self._client.subscribe(names, **callbacks)
+
+    def poll(self, timeout: float) -> Message | None:
+        if self.lost.is_set():
+            self.lost.clear()
+            self._on_lost(self._client, self._client.assignment())
+        return self._client.poll(timeout)
+
+
+def test_it_says_so_when_what_waited_in_an_outage_is_anothers(rig: Rig) -> None:
+    rig.put(rig.topic_1, numbers(3), key=b"one")
+    client = Losing(consumer(rig.properties, group=rig.topic_1))
+    shutdown, tried, idle = Event(), Event(), Event()
+
+    def away(_batch: Sequence[Message]) -> Outcome:
+        idle.clear()
+        tried.set()
+        raise Outage("away")
+
+    stream = make_stream(rig, shutdown, make_consumer=lambda _: client)
+    thread = threading.Thread(target=stream.run, args=[away], kwargs={"idle": idle.set})
+    thread.start()
+    try:
+        assert tried.wait(20)
+        tried.clear()
+        assert tried.wait(20)
+        assert not idle.is_set()
+        client.lost.set()
+        assert idle.wait(10)
+    finally:
+        shutdown.set()
+        thread.join(20)
+
+
 class Through:
     """A delivery that hands everything on to another."""
 
