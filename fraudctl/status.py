@@ -21,7 +21,7 @@ from services.db_sink.table import connect, versions
 from services.predictor.__main__ import PredictorSettings
 from shared.dead_letters import SUFFIX
 from shared.errors import Outage, SettingsError
-from shared.kafka import admin, consumer, coordinates, ends, says_nothing
+from shared.kafka import admin, consumer, coordinates, ends, newest_ms, says_nothing
 from shared.records import format_time
 from shared.settings import kafka_properties, load
 from training import aliases
@@ -30,6 +30,7 @@ _TIMEOUT_S = 10.0
 _GROUP = "fraudctl"
 _MOST_LETTERS_READ = 10_000
 _PASSING = frozenset({KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS})
+_QUIET_S = 900.0  # as the alert NoTransactions has it
 _COUNTED_ROWS = 1_000_000  # counting more takes longer than anybody waits
 
 T = TypeVar("T")
@@ -91,6 +92,7 @@ class Topic:
 
     name: str
     partitions: int
+    newest_seconds: float | None = None  # since its newest record was written, if there is any
     dead_letters: int | None = None
     counted: bool = True  # and not merely bounded, since they are too many
 
@@ -165,7 +167,8 @@ def look(settings: Settings) -> Status:
     with ThreadPoolExecutor(3) as pool:
         asked_models = pool.submit(answer, lambda: _models(settings.predictor))
         asked_database = pool.submit(answer, lambda: _database(engine))
-        topics = answer(lambda: _topics(properties, (settings.predictor.topic_1, settings.predictor.topic_2)))
+        names = (settings.predictor.topic_1, settings.predictor.topic_2)
+        topics = answer(lambda: _topics(properties, names, now_ms=now_ms))
         readers = None
         if topics is not None:
             readers = answer(lambda: _readers(properties, settings.readers, now_ms=now_ms))
@@ -196,7 +199,8 @@ def show(status: Status) -> RenderableType:
         parts.append(table)
     for topic in status.topics or ():
         letters = "" if topic.dead_letters is None else f", {_number(topic.dead_letters, topic.counted)} dead letters"
-        parts.append(Text(f"{topic.name}: {topic.partitions} partitions{letters}"))
+        newest = "" if topic.newest_seconds is None else f", the newest record {topic.newest_seconds:,.0f} s old"
+        parts.append(Text(f"{topic.name}: {topic.partitions} partitions{letters}{newest}"))
     if status.models:
         models = status.models
         told = f"champion {models.champion or 'none'}, challenger {models.challenger or 'none'}"
@@ -215,6 +219,8 @@ def _problems(status: Status, *, stall_seconds: float) -> Iterator[str]:
     for topic in status.topics or ():
         if not topic.partitions:
             yield f"{topic.name}: missing: fraudctl topics create"
+    if status.topics and (quiet_s := status.topics[0].newest_seconds or 0.0) > _QUIET_S:
+        yield f"producer: nothing new on {status.topics[0].name} for {quiet_s / 60:,.0f} min: is it running?"
     for reader in status.readers or ():
         name = f"{reader.service} (group {reader.group} on {reader.topic})"
         if not reader.members:
@@ -321,11 +327,12 @@ def _firsts(properties: Mapping[str, str], places: Collection[TopicPartition]) -
     return firsts
 
 
-def _topics(properties: Mapping[str, str], names: Sequence[str]) -> list[Topic]:
+def _topics(properties: Mapping[str, str], names: Sequence[str], *, now_ms: float) -> list[Topic]:
+    """Each with its dead letters', the first of `names` first."""
     client = consumer(properties, group=_GROUP)
     try:
         known = client.list_topics(timeout=_TIMEOUT_S).topics
-        records = {}
+        records: dict[str, list[int]] = {}
         for name in (name + suffix for name in names for suffix in ("", SUFFIX)):
             places = [TopicPartition(name, partition) for partition in known[name].partitions] if name in known else []
             marks = [client.get_watermark_offsets(place, timeout=_TIMEOUT_S) for place in places]
@@ -334,18 +341,24 @@ def _topics(properties: Mapping[str, str], names: Sequence[str]) -> list[Topic]:
         raise _away(properties, error) from None
     finally:
         client.close()
-    return [
-        _dead_letters(properties, name, each) if name.endswith(SUFFIX) and each else Topic(name, len(each))
-        for name, each in records.items()
-    ]
+    return [_topic(properties, name, each, now_ms=now_ms) for name, each in records.items()]
 
 
-def _dead_letters(properties: Mapping[str, str], name: str, records: Sequence[int]) -> Topic:
-    """With those that were not put back yet; if there are too many to be read, with how many there are at most."""
+def _topic(properties: Mapping[str, str], name: str, records: Sequence[int], *, now_ms: float) -> Topic:
+    """Of dead letters, with those that were not put back yet; of too many to be read, with how many there are at most.
+
+    Raises Outage.
+    """
+    if not records:
+        return Topic(name, 0)
+    newest = newest_ms(properties, [TopicPartition(name, partition) for partition in range(len(records))])
+    topic = Topic(name, len(records), None if newest is None else round(max(0.0, now_ms - newest) / 1000, 1))
+    if not name.endswith(SUFFIX):
+        return topic
     if sum(records) > _MOST_LETTERS_READ:
-        return Topic(name, len(records), sum(records), counted=False)
+        return replace(topic, dead_letters=sum(records), counted=False)
     found = letters.read(properties, letters.Selection([name.removesuffix(SUFFIX)]))
-    return Topic(name, len(records), sum(letter.replayed_at_ms is None for letter in found))
+    return replace(topic, dead_letters=sum(letter.replayed_at_ms is None for letter in found))
 
 
 def _models(settings: PredictorSettings) -> Models:

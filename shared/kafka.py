@@ -18,7 +18,11 @@ from confluent_kafka import (
     Producer,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    ListOffsetsResultInfo,
+    OffsetSpec,
+)
 
 from shared.errors import Outage, SettingsError
 
@@ -178,13 +182,22 @@ def ends(
 ) -> dict[tuple[str, int], int]:
     """The next offset of each partition: of all that is written, or before an open transaction. Raises Outage."""
     latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
-    return _offsets(admin(properties), partitions, latest, committed=committed)
+    found = _listed(admin(properties), partitions, latest, committed=committed)
+    return {place: answer.offset for place, answer in found.items()}
 
 
 def begins(properties: Mapping[str, str], partitions: Sequence[TopicPartition]) -> dict[tuple[str, int], int]:
     """The oldest offset that each partition still has. Raises Outage."""
     earliest: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
-    return _offsets(admin(properties), partitions, earliest, committed=False)
+    found = _listed(admin(properties), partitions, earliest, committed=False)
+    return {place: answer.offset for place, answer in found.items()}
+
+
+def newest_ms(properties: Mapping[str, str], partitions: Sequence[TopicPartition]) -> int | None:
+    """When the newest record of all these partitions was written, epoch milliseconds. Raises Outage."""
+    newest: OffsetSpec = OffsetSpec.max_timestamp()  # type: ignore[no-untyped-call]
+    found = _listed(admin(properties), partitions, newest, committed=False)
+    return max((answer.timestamp for answer in found.values() if answer.timestamp >= 0), default=None)
 
 
 def since(properties: Mapping[str, str], topic: str, epoch_ms: int) -> list[TopicPartition]:
@@ -200,13 +213,13 @@ def since(properties: Mapping[str, str], topic: str, epoch_ms: int) -> list[Topi
     if known.error:
         raise Outage(f"{topic}: {known.error.str()}")
     partitions = [TopicPartition(topic, partition) for partition in known.partitions]
-    found = _offsets(client, partitions, OffsetSpec.for_timestamp(epoch_ms), committed=False)
-    return [TopicPartition(*place, offset) for place, offset in found.items() if offset >= 0]
+    found = _listed(client, partitions, OffsetSpec.for_timestamp(epoch_ms), committed=False)
+    return [TopicPartition(*place, answer.offset) for place, answer in found.items() if answer.offset >= 0]
 
 
-def _offsets(
+def _listed(
     client: AdminClient, partitions: Sequence[TopicPartition], spec: OffsetSpec, *, committed: bool
-) -> dict[tuple[str, int], int]:
+) -> dict[tuple[str, int], ListOffsetsResultInfo]:
     level = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
     try:
         answers = client.list_offsets(
@@ -214,7 +227,7 @@ def _offsets(
             isolation_level=level,
             request_timeout=_READ_TIMEOUT_S,
         )
-        return {(asked.topic, asked.partition): answer.result().offset for asked, answer in answers.items()}
+        return {(asked.topic, asked.partition): answer.result() for asked, answer in answers.items()}
     except KafkaException as error:
         raise Outage(f"Kafka: {error.args[0].str()}") from None
 

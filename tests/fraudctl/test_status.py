@@ -137,7 +137,21 @@ def test_what_nobody_reads_and_what_is_away_is_named_and_hides_nothing(apache_ri
     assert f"unhealthy: {reader}: 1 behind, and nobody reads: is it running?" in lines
     assert any(line.startswith("unhealthy: MLflow at http://127.0.0.1:9: ") for line in lines)
     assert any(line.startswith("unhealthy: database: OperationalError: ") for line in lines)
-    assert f"{apache_rig.topic_1}: 6 partitions" in lines
+    assert f"{apache_rig.topic_2}: 6 partitions" in lines
+
+
+def test_a_producer_that_brings_nothing_new_is_missed(stack: Rig, status: Status) -> None:
+    producer = Producer(dict(stack.properties))
+    now_ms = int(time.time() * 1000)
+    for age_min in (30, 20):
+        producer.produce(stack.topic_1, b"x", partition=age_min % 3, timestamp=now_ms - age_min * 60_000)
+    producer.flush(20)
+
+    found = status(stack)
+
+    assert unhealthy(found)[0] == (f"unhealthy: producer: nothing new on {stack.topic_1} for 20 min: is it running?")
+    stack.put_transactions(make_transactions(1))
+    assert "nothing new" not in status(stack).stdout
 
 
 def test_marks_of_transactions_are_no_lag(stack: Rig, status: Status) -> None:
@@ -167,7 +181,7 @@ def test_dead_letters_are_counted_until_they_are_put_back_and_no_illness(stack: 
     found = status(stack)
 
     assert all("nobody reads" in line for line in unhealthy(found))
-    assert f"{letters}: 6 partitions, 2 dead letters" in found.stdout.splitlines()
+    assert f"{letters}: 6 partitions, 2 dead letters, the newest record 0 s old" in found.stdout.splitlines()
 
 
 def test_no_champion_no_schema_and_no_topic_are_named(stack: Rig, engine: sa.Engine, status: Status) -> None:

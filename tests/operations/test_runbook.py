@@ -180,6 +180,7 @@ def test_no_transactions_come(stack: Rig, runbook: Runbook) -> None:
 
     shown = runbook("No transactions come")
 
+    assert re.search(rf"^{stack.topic_1}: 6 partitions, the newest record \d+ s old$", shown, re.MULTILINE)
     assert "failed   API contract: http://127.0.0.1:9/current-transactions: " in shown
     assert len(re.findall(rf"^{stack.topic_1}:\d:\d, 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC$", shown, re.MULTILINE)) == 1
 
