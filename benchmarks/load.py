@@ -201,7 +201,7 @@ def _machine() -> tuple[int, int]:
 
 def memory_bar(service: str, seen: Figure) -> Bar:
     """How much of it a service may take, in MB."""
-    return Bar(f"{service}, MB", seen, 350 if service == "predictor" else 110, at_most=True)
+    return Bar(f"{service}, MB", seen, 350 if service.startswith("predictor") else 110, at_most=True)
 
 
 def rss_mb(process: Process, *, peak: bool = False) -> float:

@@ -167,6 +167,7 @@ def batch_sizes(bench: Bench, *, rounds: int, rows: int) -> Section:
         f"up to {rows:,} rows, Apache Kafka, exactly once",
         ("rows/s", "CPU s a million", "MB"),
         found,
+        [memory_bar(f"predictor, {model}", found[f"{model}, batches of 1,000"]["MB"]) for model in (BOOSTING, FOREST)],
     )
 
 

@@ -5,6 +5,10 @@ float32 as well; so a row whose probability comes close to the decision is score
 cannot differ.
 """
 
+import pickle
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -56,17 +60,29 @@ def _compile(trees: Any) -> Callable[[np.ndarray], np.ndarray]:
         raise NotCompiled(f"{nodes} nodes would take minutes to compile")
     try:
         import onnxruntime
-        from skl2onnx import to_onnx
     except ImportError as error:
         raise NotCompiled(f"{error.name} is not installed (the extra `compiled`)") from None
-    try:
-        graph = to_onnx(trees, np.zeros((1, trees.n_features_in_), np.float32), options={"zipmap": False})
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1  # replicas, not threads, use more cores
-        session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # whatever a converter raises, the model itself can do without it
-        raise NotCompiled(f"{type(error).__name__}: {error}") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # replicas, not threads, use more cores
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as graph:
+        # In a process of its own: it takes seconds in which no batch could be scored, and memory that stays taken.
+        command = [sys.executable, "-m", __name__]
+        done = subprocess.run(command, input=pickle.dumps(trees), stdout=graph, stderr=subprocess.PIPE, check=False)
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            raise NotCompiled(said or f"the process that converts it ended with {done.returncode}")
+        session = onnxruntime.InferenceSession(graph.name, options, providers=["CPUExecutionProvider"])
     return lambda rows: session.run(["probabilities"], {"X": rows})[0]
+
+
+def _onnx(trees: Any) -> bytes:
+    """The trees as an ONNX graph."""
+    from skl2onnx import to_onnx
+
+    graph: bytes = to_onnx(
+        trees, np.zeros((1, trees.n_features_in_), np.float32), options={"zipmap": False}
+    ).SerializeToString()
+    return graph
 
 
 def _nodes(trees: Any) -> int:
@@ -74,3 +90,7 @@ def _nodes(trees: Any) -> int:
     if isinstance(trees, DecisionTreeClassifier):
         return int(trees.tree_.node_count)
     return sum(int(tree.tree_.node_count) for tree in np.ravel(trees.estimators_))
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(_onnx(pickle.load(sys.stdin.buffer)))  # noqa: S301 - what _compile has put in

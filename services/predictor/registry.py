@@ -1,5 +1,6 @@
 """The champion: from the MLflow registry, or the last good one from the disk while the registry is away."""
 
+import ctypes
 import errno
 import hashlib
 import importlib
@@ -151,6 +152,7 @@ class Registry:
                 logged_at=datetime.fromisoformat(logged.utc_time_created).replace(tzinfo=UTC).timestamp(),
                 compiled=self._compiled,
             )
+            _give_back()
             return replace(made, digest=digest)
         except UnusableModel as error:
             raise UnusableModel(f"{model}: {error}") from None
@@ -176,6 +178,12 @@ def _estimator(folder: Path, logged: LoggedModel) -> Any:
     if "python_function" not in logged.flavors:
         raise UnusableModel("it was logged without a flavor that can be served")
     return mlflow.pyfunc.load_model(str(folder))
+
+
+def _give_back() -> None:
+    """Memory that loading took for a while: glibc keeps it otherwise, tens of megabytes after a forest."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _download(name: str, version: str, directory: str) -> str:

@@ -156,6 +156,22 @@ def test_without_the_extra_the_model_is_served_as_it_is(
     assert "onnxruntime is not installed" in str(logs)
 
 
+@pytest.mark.parametrize(
+    ("interpreter", "reason"),
+    [("/bin/false", "the process that converts it ended with 1"), ("/bin/cat", "--help"), ("/no", "/no")],
+)
+def test_a_conversion_that_dies_leaves_the_model_as_it_is(
+    training: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch, interpreter: str, reason: str
+) -> None:
+    monkeypatch.setattr(compiled.sys, "executable", interpreter)
+    forest = RandomForestClassifier(5, random_state=0).fit(*training)
+
+    with capture_logs() as logs:
+        assert model_of(forest).estimator is forest
+
+    assert reason in str(logs)
+
+
 @pytest.mark.parametrize("off_by", [2e-6, 0.4])
 def test_what_would_answer_otherwise_is_not_served(
     training: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch, off_by: float
