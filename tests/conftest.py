@@ -140,6 +140,14 @@ def session_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("session")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _temporary(session_directory: Path) -> Iterator[None]:
+    """What MLflow fetches to look at, and leaves there, is left among the tests' own files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(session_directory))
+        yield
+
+
 @pytest.fixture(scope="session")
 def embedded(session_directory: Path) -> Iterator[EmbeddedBroker]:
     """The embedded broker."""

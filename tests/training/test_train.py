@@ -1,6 +1,7 @@
 """The model: how good it is, what it refuses to learn from, and how it gets out of the registry again."""
 
 import json
+import os
 import subprocess
 import sys
 import uuid
@@ -243,6 +244,7 @@ def test_a_version_loads_where_this_project_is_not_installed(
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
         timeout=120,
         check=False,
     )
