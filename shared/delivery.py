@@ -24,14 +24,6 @@ _COMMITTED, _ABORTED = (metrics.TRANSACTIONS.labels(outcome) for outcome in ("co
 _WAIT_S = 1.0
 _TRANSACTION_WAIT_S = 6.0  # after ten, the broker ends it; and within ten, a service is to end
 _STUCK_S = 7.0
-# Another member owns these partitions by now: it will commit them, this commit has come too late.
-_NOT_OURS = frozenset(
-    {
-        KafkaError.ILLEGAL_GENERATION,
-        KafkaError.UNKNOWN_MEMBER_ID,
-        KafkaError.FENCED_INSTANCE_ID,
-    }
-)
 # What became of a record whose transaction was given up for another reason.
 _PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 
@@ -106,14 +98,17 @@ class AtLeastOnce:
             raise Outage(f"a record was not written: {reason}")
 
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
-        # 3. The offsets are committed.
+        # 3. The offsets are committed. The client's own wait for that ends no sooner than the broker is back; so it is
+        # not waited for, but asked what is committed, which the broker answers after it.
         try:
-            consumer.commit(offsets=list(offsets), asynchronous=False)
+            consumer.commit(offsets=list(offsets), asynchronous=True)
+            committed = consumer.committed(list(offsets), timeout=_WAIT_S)
         except KafkaException as exception:
-            error = exception.args[0]
-            if error.code() not in _NOT_OURS:
-                raise Outage(f"offsets of {offsets[0].topic} not committed: {error.str()}") from None
-            log.warning("commit_too_late", reason=error.str())
+            raise Outage(f"offsets of {offsets[0].topic} not committed: {exception.args[0].str()}") from None
+        for asked, found in zip(offsets, committed, strict=True):
+            if found.error or found.offset < asked.offset:
+                reason = found.error.str() if found.error else "the broker did not take them"
+                raise Outage(f"offsets of {offsets[0].topic} not committed: {reason}")
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
         """There are none."""

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
-from threading import Event
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import structlog
@@ -37,6 +37,7 @@ _KEEPALIVE_S = 1.0
 _REVOKE_WAIT_S = 30.0
 _COMMITTED_WAIT_S = 5.0
 _PROBE_S = 1.0
+_CLOSE_S = 3.0
 _MEASURE_S = 1.0
 _AGES = 32  # records of a batch whose age is looked at
 _HANDLE, _DELIVER, _COMMIT = (metrics.STAGE.labels(stage) for stage in ("handle", "deliver", "commit"))
@@ -163,7 +164,7 @@ class Stream:
         try:
             self._delivery.close()
         finally:
-            self._consumer.close()
+            _let_go(self._consumer)
 
     def _consume(self, handle: Handler) -> None:
         """Hold a place in the group until the shutdown, or until the consumer is lost; then have a new one."""
@@ -183,7 +184,7 @@ class Stream:
         if self._lost:
             log.warning("consumer_lost", reason=self._lost, hint="is REPLICA unique among the replicas?")
             health.waits_for(self._place, self._lost)
-            self._consumer.close()
+            _let_go(self._consumer)
             self._waiting.clear()
             self._shutdown.wait(self._settings.backoff_initial_seconds)
             self._consumer, self._lost, self._paused = self._make_consumer(), None, False
@@ -445,6 +446,20 @@ class Stream:
         for each in self._in_flight:
             each.gone |= gone
         self._waiting = [m for m in self._waiting if (m.topic(), m.partition()) not in gone]
+
+
+def _let_go(consumer: Consumer) -> None:
+    """Leave the group. A client with commits under way waits for the broker to be back: that one is left behind."""
+
+    def close() -> None:
+        with suppress(KafkaException):
+            consumer.close()
+
+    closing = Thread(target=close, daemon=True, name="close")
+    closing.start()
+    closing.join(_CLOSE_S)
+    if closing.is_alive():
+        log.warning("client_left_behind", reason="it waits for the broker to answer")
 
 
 def _ages_ms(messages: Sequence[Message]) -> list[float]:

@@ -1,6 +1,7 @@
 """The four services on a rig, with stand-ins at their other ends: what goes in at the payments API comes out."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -43,6 +44,17 @@ class Pipeline:
     def wait_through(self, *, timeout_s: float = 60.0) -> None:
         """Wait until each that was let in is a row, and each fraud among them is mailed."""
         until(self._through, timeout_s=timeout_s, what=f"{self.streamed} rows and a mail for each fraud")
+
+    def stop(self, timeout_s: float) -> dict[str, int | None]:
+        """Tell all services at once to stop; returns their exit codes, after that time that of who was killed."""
+        with ThreadPoolExecutor(len(self.services)) as pool:
+            codes = pool.map(lambda each: each.stop(timeout_s), self.services.values())
+            return dict(zip(self.services, codes, strict=True))
+
+    def start_again(self) -> None:
+        """Start all services that were stopped."""
+        for each in self.services.values():
+            each.spawn()
 
     def logs(self) -> dict[str, str]:
         """What each service logged so far."""

@@ -1,16 +1,23 @@
-"""Everything the services need goes away for twenty seconds, one after the other; then the ledger must balance."""
+"""What the services need goes away: nobody exits, all of it comes through in the end, and who is told to stop does."""
 
 import io
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Rig
+import sqlalchemy as sa
+from conftest import Rig, until
+from pipeline import pipeline
 from rich.console import Console
 
-from fraudctl import demo
+from fraudctl import demo, topics
 from fraudctl.demo import Scene
+from sandbox.apache import ApacheKafka
+from sandbox.mailbox import Mailbox
+from sandbox.registry import Registry
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400)]
 
@@ -60,3 +67,29 @@ def test_nobody_exits_and_the_ledger_balances(tmp_path: Path, apache_rig: Rig) -
         assert "event='outage'" in logs[name]
         assert "event='outage_over'" in logs[name]
     assert not any("Traceback" in log for log in logs.values())
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("silent", [False, True], ids=["dead", "silent"])
+def test_told_to_stop_while_the_broker_is_away_they_do_and_what_they_leave_comes_through_later(
+    apache_rig: Rig, engine: sa.Engine, registry: Registry, mailbox: Mailbox, silent: bool
+) -> None:
+    rig, everything = apache_rig, 15_000
+    with ApacheKafka(rig.directory / "own") as broker:
+        rig.properties = {"bootstrap.servers": broker.bootstrap}
+        (rig.directory / "client.properties").write_text(f"bootstrap.servers={broker.bootstrap}\n")
+        topics.create(rig.properties, [rig.topic_1, rig.topic_2])
+        with pipeline(rig, engine=engine, registry=registry, mailbox=mailbox, MAX_BATCH_SIZE="100") as running:
+            assert broker.pid
+            running.let_in(everything)
+            until(lambda: "event='processed'" in running.logs()["db_sink"], what="work under way")
+            os.kill(broker.pid, signal.SIGSTOP) if silent else broker.kill()
+            until(lambda: all("event='outage'" in log for log in running.logs().values()), what="four outages")
+
+            exits = running.stop(10)
+
+            assert exits == dict.fromkeys(exits, 0)
+            os.kill(broker.pid, signal.SIGCONT) if silent else broker.start()
+            running.start_again()
+            running.wait_through(timeout_s=120)
+            assert running.stop(10) == exits
