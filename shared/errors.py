@@ -28,5 +28,8 @@ def without_digits(message: str, *, limit: int = 300) -> str:
 
 
 def without_credentials(text: str) -> str:
-    """The text with `user:password@` and the query of every URL left out: libraries quote addresses."""
-    return re.sub(r"(://)(?:[^/\s]+@)?([^\s?]*)(?:\?\S*)?", r"\1\2", text)
+    """The text with `user:password@` and the query of every URL left out: libraries quote addresses.
+
+    All up to the last @ is left out: a password may have any character in it.
+    """
+    return re.sub(r"(://)(?:\S*@)?([^\s?]*)(?:\?\S*)?", r"\1\2", text)

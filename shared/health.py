@@ -11,7 +11,8 @@ import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from shared import metrics
-from shared.errors import SettingsError
+from shared.errors import SettingsError, without_credentials
+from shared.logs import without_cards
 from shared.settings import ServiceSettings
 
 log = structlog.get_logger()
@@ -51,8 +52,8 @@ def slow(longer_than_s: float = 0.0) -> dict[str, float]:
 
 
 def waits_for(what: str, reason: str) -> None:
-    """The service cannot do its work before it has this."""
-    _waiting_for[what] = reason
+    """The service cannot do its work before it has this, because of that: /ready asks nobody for a login."""
+    _waiting_for[what] = without_cards(without_credentials(reason))
 
 
 def has(what: str) -> None:

@@ -79,6 +79,17 @@ def test_ready_says_what_it_waits_for(port: int) -> None:
     assert f"fraud_alarm_outages_under_way {others}" in ask(port, "/metrics").text
 
 
+@pytest.mark.parametrize("password", ["secret-word", "sec/ret-word", "sec?ret-word", "sec@ret-word"])
+def test_ready_gives_no_login_away(port: int, password: str) -> None:
+    spell = Spell("the registry")
+
+    spell.lasts(f"API request to http://operator:{password}@127.0.0.1:9/api failed for 4539578763621486")
+    told = ask(port, "/ready").json()["waiting_for"]["the registry"]
+    spell.over()
+
+    assert told == "API request to http://127.0.0.1:9/api failed for **** 1486"
+
+
 def test_a_port_that_is_taken_is_named(port: int) -> None:
     with pytest.raises(SettingsError, match=f"METRICS_PORT: cannot listen on 127.0.0.1:{port}"):
         health.serve("tests", ServiceSettings(metrics_port=port))
