@@ -86,18 +86,22 @@ def serve(settings: ProducerSettings, shutdown: Event) -> None:
 def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: Event) -> None:
     """Fetch into the journal until shutdown; `polled` is set whenever something came."""
     flow = Flow("fetched")
-    outage = Spell(_API)
+    outage, full = Spell(_API), Spell("room in the journal")
     failures = 0
     health.waits_for(_API, "no answer yet")
     with requests.Session() as session:
         while not shutdown.is_set():
             health.turned(_POLLING)
-            metrics.WAITING.set(journal.count())
             flow.report_if_due()
+            waiting = journal.count()
+            metrics.WAITING.set(waiting)
+            if waiting >= settings.max_waiting_records:
+                full.lasts(f"{waiting} records wait to be written")
+                shutdown.wait(_TURN_S)
+                continue
+            full.over()
             due = time.monotonic() + settings.poll_interval_seconds
             try:
-                if (waiting := journal.count()) >= settings.max_waiting_records:
-                    raise Outage(f"{waiting} records wait to be written")
                 with _FETCH.time():
                     body = fetch(session, str(settings.api_url), timeout_s=settings.api_timeout_seconds)
                 rows = read_split(body)
@@ -148,7 +152,7 @@ def write(
         settings.delivery, properties=properties, transactional_id=f"producer-{journal.id}", shutdown=shutdown
     )
     forgotten = _Forgotten()
-    outage = Spell("Kafka", waiting=journal.count)
+    outage = Spell(f"Kafka, for journal {journal.id[:8]}", waiting=journal.count)
     in_doubt = True  # perhaps what waits was written by a predecessor, or by a try whose answer was lost
     if left := journal.count():
         log.info("left_by_predecessor", records=left)

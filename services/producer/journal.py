@@ -7,6 +7,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ CREATE TABLE IF NOT EXISTS fetched (
 );
 CREATE INDEX IF NOT EXISTS waiting ON fetched (number) WHERE record IS NOT NULL;
 """
+
+_COUNT = "SELECT count(*) FROM fetched WHERE record IS NOT NULL"
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -56,6 +59,8 @@ class Journal:
                     "INSERT INTO journal SELECT ? WHERE NOT EXISTS (SELECT * FROM journal)", (uuid.uuid4().hex,)
                 )
             ((self.id,),) = self._file.execute("SELECT id FROM journal")  # who takes the file over goes by it too
+            self._waiting = 0
+            ((self._waiting,),) = self._file.execute(_COUNT)
         except BaseException:
             self._file.close()
             raise
@@ -87,9 +92,10 @@ class Journal:
         return [Entry(number, fetched_ms, _decode(record)) for number, fetched_ms, record in rows]
 
     def count(self) -> int:
-        """How many records wait. Raises Outage."""
-        ((waiting,),) = self._read("SELECT count(*) FROM fetched WHERE record IS NOT NULL")
-        return int(waiting)
+        """How many records wait; while the disk does not answer, how many did when it last did."""
+        with suppress(Outage):
+            ((self._waiting,),) = self._read(_COUNT)
+        return self._waiting
 
     def written(self, entries: Sequence[Entry]) -> None:
         """Note that these lie on their topics. Raises Outage."""

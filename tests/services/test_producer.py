@@ -234,7 +234,9 @@ def test_the_journal_keeps_what_is_new_in_order_until_it_is_written(tmp_path: Pa
     first, *others = journal.waiting()
     assert [first.record, *(each.record for each in others)] == [entry(1)[1], entry(2)[1], entry(3)[1]]
     journal.written([first])
+    assert journal.count() == 2
     journal.close()
+    assert journal.count() == 2  # of a file that cannot be read, what was known last
 
     again = Journal(tmp_path / "file", remembered=10)
     assert again.id == journal.id
@@ -341,6 +343,7 @@ def test_without_a_broker_it_goes_on_polling_up_to_a_bound_and_delivers_once_aft
     until(lambda: process.said("100 records wait to be written"), what="an end of polling")
 
     assert source.status()["served"] == 100
+    assert not process.said("the payments API")
     assert process.stop(timeout_s=20) == 0
     assert process.said("left_for_later=100")
 
