@@ -306,16 +306,16 @@ class Stream:
         if finished:
             metrics.BATCH.observe(len(finished))
             _DELIVER.observe(took_s)
-        metrics.RECORDS_IN.inc(len(finished))
+        rest = batch[outcome.done :] if outcome.keep is None else outcome.keep
+        metrics.RECORDS_IN.inc(len(batch) - len(rest))
         metrics.RECORDS_OUT.inc(len(outcome.outputs))
         metrics.DEAD_LETTERS.inc(len(dead))
         self._flow.add(
-            records=len(finished),
+            records=len(batch) - len(rest),
             dead_letters=len(dead),
             delivery_ms=round(took_s * 1000),
             ages_ms=_ages_ms(finished[:: len(finished) // _AGES + 1]),
         )
-        rest = batch[outcome.done :] if outcome.keep is None else outcome.keep
         return _Final(offsets, rest, outcome.again_in_s)
 
     def _settle(self) -> None:
