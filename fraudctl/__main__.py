@@ -546,11 +546,11 @@ def alert_test() -> None:
 
 
 def _database() -> "Engine":
-    from services.db_sink.__main__ import SinkSettings
+    from services.db_sink.__main__ import DatabaseSettings
     from services.db_sink.table import connect
 
     try:
-        return connect(load(SinkSettings).database_url.get_secret_value())
+        return connect(load(DatabaseSettings).database_url.get_secret_value())
     except ValueError as error:
         raise SettingsError(f"DATABASE_URL: {error}") from None
 

@@ -77,8 +77,8 @@ In the environment, a misspelt setting cannot be told from what belongs to someb
 file's: `fraudctl doctor`, run beside the file, warns as well.
 
 `fraudctl` reads the same settings, each command those of the service whose part it deals with: `train`, `promote` and
-`rollback` the registry's of the predictor, which its options override, `labels` and `export` the db_sink's,
-`alert-test` the alerter's, and all that deals with Kafka what every service reads.
+`rollback` the registry's of the predictor, which its options override, `labels`, `export` and `migrate` the database's
+alone, `alert-test` the alerter's, and all that deals with Kafka what every service reads.
 
 No secret is ever shown: not by a log, not by an error, not by the `repr` of the settings. A login in a URL
 (`https://user:password@host/`) is left out of logs and errors as well.

@@ -1,21 +1,32 @@
 """deploy/kubernetes without a cluster: what kustomize makes of it, held against the schemas and against compose."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import sqlalchemy as sa
 import yaml
 from compose import CLOUD, CONTAINERS, EXAMPLE, FIELDS, IN_THE_CLOUD, ROOT, SETTINGS, WITH_SECRETS, in_the_cloud
 from dotenv import dotenv_values
 
-from shared.settings import parse_properties
+from services.db_sink.__main__ import DatabaseSettings
+from services.db_sink.table import TABLE
+from shared.settings import RegistrySettings, ServiceSettings, Settings, parse_properties
 
 OVERLAYS = ROOT / "deploy" / "kubernetes" / "overlays"
 VERSION = "1.37"
 NAME = "app.kubernetes.io/name"
+OF_JOBS: dict[str, type[Settings]] = {
+    "topics": ServiceSettings,
+    "migrate": DatabaseSettings,
+    "train": RegistrySettings,
+}
 Object = dict[str, Any]
 
 
@@ -189,20 +200,46 @@ def container(objects: list[Object], name: str) -> Object:
     return found
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_service_is_given_the_secrets_it_reads_and_no_others(
-    name: str, objects: list[Object], settings: dict[str, str]
-) -> None:
-    pod = dict(pods(objects))[name.replace("_", "-")]["spec"]
-    (secret,) = (volume["secret"] for volume in pod["volumes"] if volume["name"] == "secrets")
-    given = {item["path"] for item in secret["items"]}
-    fields = SETTINGS[name].model_fields
+def secrets(pod: Object) -> Object:
+    """The Secret that is mounted, if one is."""
+    volumes: list[Object] = [volume["secret"] for volume in pod["spec"]["volumes"] if volume["name"] == "secrets"]
+    return volumes[0] if volumes else {"items": []}
 
+
+def test_services_and_jobs_are_given_the_secrets_they_read_and_no_others(
+    objects: list[Object], settings: dict[str, str]
+) -> None:
     named = {key.removesuffix("_FILE").lower(): path for key, path in settings.items() if key.endswith("_FILE")}
-    read = {Path(path) for field, path in named.items() if field in fields}
-    assert {path.parent for path in read} <= {Path("/run/secrets")}
-    assert {path.name for path in read} <= given <= CLOUD["secrets"].keys() & fields.keys()
-    assert secret["secretName"] == "fraud-alarm"
+    configured = {name: pod for name, pod in pods(objects) if "envFrom" in pod["spec"]["containers"][0]}
+    assert configured.keys() - OF_JOBS.keys() == {name.replace("_", "-") for name in SETTINGS}
+    for name, pod in configured.items():
+        fields = (SETTINGS | OF_JOBS)[compose_name(name)].model_fields
+        given = {item["path"] for item in secrets(pod)["items"]}
+        read = {Path(path) for field, path in named.items() if field in fields}
+        assert {path.parent for path in read} <= {Path("/run/secrets")}
+        assert {path.name for path in read} <= given <= CLOUD["secrets"].keys() & fields.keys()
+        owner = "fraud-alarm-owner" if name == "migrate" else "fraud-alarm"
+        assert secrets(pod).get("secretName", owner) == owner
+
+
+def test_the_migration_needs_no_more_than_its_job_is_given(
+    objects: list[Object], settings: dict[str, str], engine: sa.Engine, tmp_path: Path
+) -> None:
+    pod = dict(pods(objects))["migrate"]
+    main = pod["spec"]["containers"][0]
+    texts = {"database_url": engine.url.render_as_string(hide_password=False)}
+    for item in secrets(pod)["items"]:
+        (tmp_path / item["path"]).write_text(texts[item["key"]])
+    image = {"PATH": f"{Path(sys.executable).parent}:{os.defpath}", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    given = settings | {each["name"]: each["value"] for each in main["env"]}
+    environment = {key: value.replace("/run/secrets", str(tmp_path)) for key, value in given.items()}
+
+    done = subprocess.run(
+        main["command"], env=image | environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert sa.inspect(engine).has_table(TABLE)
 
 
 def test_every_reference_finds_what_it_names(objects: list[Object]) -> None:

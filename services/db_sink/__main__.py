@@ -17,17 +17,22 @@ from shared.kafka import Record, headers
 from shared.provenance import from_headers
 from shared.records import decode_prediction
 from shared.retry import Spell, until_over
-from shared.settings import StreamSettings, kafka_properties
+from shared.settings import Settings, StreamSettings, kafka_properties
 from shared.stream import Outcome, Stream
 
 log = structlog.get_logger()
 
 
-class SinkSettings(StreamSettings):
+class DatabaseSettings(Settings):
+    """What whoever deals with the table alone reads."""
+
+    database_url: SecretStr = Field(description="postgresql://user:password@host:5432/name")
+
+
+class SinkSettings(StreamSettings, DatabaseSettings):
     """What the db_sink reads from its environment."""
 
     db_sink_group: str = Field("db_sink", min_length=1, description="Consumer group on topic_2")
-    database_url: SecretStr = Field(description="postgresql://user:password@host:5432/name")
 
 
 def serve(settings: SinkSettings, shutdown: Event) -> None:
