@@ -46,8 +46,15 @@ from shared.settings import load, parse_properties
 
 CLIENT_PROPERTIES = ROOT / LOCAL["configs"]["client_properties"]["file"]
 ONE_SHOTS = {"topics": "all topics are there", "train": "is champion already"}
+# Who is started with which settings: fraudctl, by its commands, with those of all services.
+READERS = [(container, service) for service in SETTINGS for container in (service, "fraudctl")]
 ADDRESSES = re.compile(rf"\b({'|'.join(CONTAINERS.keys() - SETTINGS)})(?=:\d|$)")  # a group is named like its service
 STOP_GRACE_S = 10  # of `docker compose stop`
+
+
+def started(container: dict[str, Any], *arguments: str) -> list[str]:
+    """What runs in a container. Arguments take the place of its command, as those of `docker compose run` do."""
+    return [*container.get("entrypoint", []), *(arguments or container["command"])]
 
 
 def validate(*files: Path) -> subprocess.CompletedProcess[str]:
@@ -101,10 +108,10 @@ def test_what_a_container_waits_for_can_come_true(name: str) -> None:
             assert CONTAINERS[other].get("restart") not in ("always", "unless-stopped")
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("containers", [CONTAINERS, IN_THE_CLOUD], ids=["local", "cloud"])
-def test_a_service_takes_the_variables_that_compose_sets(
-    containers: dict[str, Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "service"), READERS)
+@pytest.mark.parametrize("containers", [CONTAINERS, CLOUD["services"]], ids=["local", "cloud"])
+def test_services_and_fraudctl_take_the_variables_that_compose_sets(
+    containers: dict[str, Any], name: str, service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where no secrets.env is read
     for key in FIELDS:
@@ -116,7 +123,7 @@ def test_a_service_takes_the_variables_that_compose_sets(
         if value:
             monkeypatch.setenv(key, value)
 
-    settings = load(SETTINGS[name])
+    settings = load(SETTINGS[service])
 
     assert str(settings.client_properties) in [config["target"] for config in containers[name]["configs"]]
 
@@ -132,7 +139,7 @@ def test_the_override_asks_for_what_only_its_user_knows(left_out: str) -> None:
         in_the_cloud({name: GIVEN[name] for name in GIVEN.keys() - {left_out}})
 
 
-@pytest.mark.parametrize("name", IN_THE_CLOUD)
+@pytest.mark.parametrize("name", [*IN_THE_CLOUD, "fraudctl"])
 def test_a_secret_is_a_file_that_git_ignores(name: str) -> None:
     container = in_the_cloud(WITH_SECRETS)["services"][name]
     read = {value for key, value in variables(container).items() if key.endswith("_FILE")}
@@ -141,6 +148,21 @@ def test_a_secret_is_a_file_that_git_ignores(name: str) -> None:
     for secret in container["secrets"]:
         path = CLOUD["secrets"][secret]["file"]
         assert not subprocess.run(["git", "check-ignore", "--quiet", path], cwd=ROOT, check=False).returncode
+
+
+@pytest.mark.parametrize("containers", [CONTAINERS, in_the_cloud(WITH_SECRETS)["services"]], ids=["local", "cloud"])
+def test_fraudctl_has_what_each_service_has_and_a_folder_that_git_ignores(containers: dict[str, Any]) -> None:
+    own = containers["fraudctl"]
+    [(source, target)] = (volume.split(":") for volume in own["volumes"])
+
+    for each in (containers[name] for name in SETTINGS):
+        assert each["env_file"] == own["env_file"]
+        assert each["environment"].items() <= own["environment"].items()
+        assert set(each.get("secrets", [])) <= set(own.get("secrets", []))
+    assert own["working_dir"] == target
+    assert (ROOT / source).is_dir()  # Docker would make it, as root's
+    ignored = ["git", "check-ignore", "--quiet", f"{source}/validated.csv"]
+    assert not subprocess.run(ignored, cwd=ROOT, check=False).returncode
 
 
 def test_the_example_names_every_setting_and_nothing_else() -> None:
@@ -169,13 +191,13 @@ def test_both_sides_of_a_connection_name_the_same() -> None:
 
 @pytest.mark.parametrize("name", [name for name, container in CONTAINERS.items() if "build" in container])
 def test_an_image_holds_what_its_command_runs(name: str) -> None:
-    build, program = CONTAINERS[name]["build"], CONTAINERS[name]["command"][0]
+    build, (program, *arguments) = CONTAINERS[name]["build"], started(CONTAINERS[name])
     lock = ROOT / build["context"] / "services" / "requirements" / f"{build['args']['SERVICE']}.txt"
 
     assert (ROOT / build["context"] / build["dockerfile"]).is_file()
     assert lock.is_file()
     if program == "python":
-        option, module, *_ = CONTAINERS[name]["command"][1:]
+        option, module, *_ = arguments
         assert option == "-m"
         assert importlib.util.find_spec(module)
     else:
@@ -217,6 +239,7 @@ class Machine:
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONSAFEPATH": "1",
         }
         compose = variables(self.containers[name], own=self.directory)
         own = {"METRICS_HOST": "127.0.0.1", "METRICS_PORT": str(self.metrics_ports[name])}
@@ -228,16 +251,20 @@ class Machine:
             return True
         command = [self.here(part) for part in healthcheck["test"][1:]]
         done = subprocess.run(
-            command, env=self.environment(name), cwd=self.directory / "app", capture_output=True, check=False
+            command, env=self.environment(name), cwd=self.folder(name), capture_output=True, check=False
         )
         return done.returncode == 0
 
-    def start(self, name: str) -> Process:
+    def folder(self, name: str) -> Path:
+        """The container's working directory, in which no settings file lies."""
+        return Path(self.here(self.containers[name].get("working_dir", "/app")))
+
+    def start(self, name: str, *arguments: str) -> Process:
         process = Process(
             name,
-            [self.here(part) for part in self.containers[name]["command"]],
+            [self.here(part) for part in started(self.containers[name], *arguments)],
             env=self.environment(name),
-            cwd=self.directory / "app",  # where no settings file lies
+            cwd=self.folder(name),
             log=self.directory / f"{name}.log",
             ready=lambda: self.healthy(name),
         )
@@ -255,9 +282,11 @@ def machine(tmp_path: Path, apache: ApacheKafka, mailbox: Mailbox) -> Iterator[M
             "/etc/fraud-alarm": tmp_path,
             "/run/secrets": tmp_path / "secrets",
             "/var/lib/fraud-alarm": tmp_path / "state",
+            "/app": tmp_path / "app",
+            "/work": tmp_path / "work",
         }
         made = Machine(tmp_path, places)
-        for folder in "app", "state":
+        for folder in "app", "state", "work":
             (tmp_path / folder).mkdir()
         (tmp_path / "secrets.env").write_text("POLL_INTERVAL_SECONDS=0\n")  # at one a second a fraud is a minute away
         (tmp_path / "client.properties").write_text(made.address(CLIENT_PROPERTIES.read_text()))
@@ -301,7 +330,7 @@ def test_the_commands_and_variables_of_the_file_make_alarms_and_rows(machine: Ma
 @pytest.mark.kafka
 def test_in_the_cloud_they_make_alarms_and_rows_as_well(machine: Machine, registry: Registry, mailbox: Mailbox) -> None:
     machine.start("payments-api")
-    machine.containers = IN_THE_CLOUD
+    machine.containers = CLOUD["services"]
     machine.places["5000"] = urlsplit(registry.uri).port
     database_url = machine.address(EXAMPLE["DATABASE_URL"] or "")
     (machine.directory / "secrets").mkdir()
@@ -314,3 +343,8 @@ def test_in_the_cloud_they_make_alarms_and_rows_as_well(machine: Machine, regist
     until_alarms_and_rows(database_url, mailbox)
     for service in services:
         assert service.stop(timeout_s=STOP_GRACE_S) == 0, service.last_line()
+
+    (machine.directory / "work" / "csv.py").write_text("raise SystemExit('a file of the user is run')")
+    for command in ["doctor"], ["export", "--out", "validated.csv"]:
+        assert machine.start("fraudctl", *command).wait(60) == 0, (machine.directory / "fraudctl.log").read_text()
+    assert (machine.directory / "work" / "validated.csv").is_file()
