@@ -26,6 +26,7 @@ from shared.settings import ServiceSettings
 
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "deploy" / "observability"
+KUBERNETES = ROOT / "deploy" / "kubernetes" / "base"
 CONFIGURATION = yaml.safe_load((FILES / "prometheus.yml").read_text())
 RULES = {rule["alert"]: rule for rule in yaml.safe_load((FILES / "rules.yml").read_text())["groups"][0]["rules"]}
 UNIT_TESTS = yaml.safe_load((FILES / "rules_test.yml").read_text())["tests"]
@@ -60,6 +61,28 @@ def promtool(*arguments: str) -> None:
 @pytest.mark.usefixtures("programs")
 def test_the_configuration_and_its_rules_are_valid() -> None:
     promtool("check", "config", "--lint-fatal", "prometheus.yml")
+
+
+def test_in_kubernetes_the_documented_relabelling_names_the_jobs_as_the_rules_do() -> None:
+    (text,) = re.findall(r"```yaml\n(scrape_configs:.+?)```", (ROOT / "docs" / "scaling.md").read_text(), re.DOTALL)
+    [scrape] = yaml.safe_load(text)["scrape_configs"]
+    patch = yaml.safe_load((KUBERNETES / "patches" / "service.yaml").read_text())
+
+    def job(manifest: Path) -> str:
+        (pods,) = (each for each in yaml.safe_load_all(manifest.read_text()) if each["kind"] == "StatefulSet")
+        own, common = (each["spec"]["template"]["metadata"]["labels"] for each in (pods, patch))
+        labels = {
+            f"__meta_kubernetes_pod_label_{re.sub('[^a-z]', '_', key)}": each for key, each in (own | common).items()
+        }
+        for rule in scrape["relabel_configs"]:
+            [source] = rule["source_labels"]
+            fits = re.fullmatch(rule.get("regex", "(.*)"), labels[source])
+            assert fits or rule.get("action") != "keep"
+            if fits and "target_label" in rule:
+                labels[rule["target_label"]] = rule.get("replacement", labels[source])
+        return str(labels["job"])
+
+    assert {job(KUBERNETES / f"{name.replace('_', '-')}.yaml") for name in SERVICES} == set(SERVICES)
 
 
 @pytest.mark.usefixtures("programs")
