@@ -375,7 +375,14 @@ def _rows(options: _Options) -> Iterator[Row]:
     else:
         seed = random.randrange(2**32) if options.seed is None else options.seed
         rows = transactions(seed=seed, start=options.start or _DEFAULT_START, fraud_rate=options.fraud_rate)
+        if options.rate is None:  # they happen now, and people, and thieves, buy other things at night than at noon
+            rows = (row for row in rows if _hour(row[-1]) == _hour(time.time_ns() // 1_000_000))
     return islice(rows, options.transactions)
+
+
+def _hour(epoch_ms: int) -> int:
+    """Of the day, UTC."""
+    return epoch_ms // 3_600_000 % 24
 
 
 def _utc(text: str) -> datetime:

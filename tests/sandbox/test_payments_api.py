@@ -100,6 +100,16 @@ def test_by_itself_it_draws_one_payment_a_call_that_happens_now(api: Start) -> N
     assert first[TRANS_NUM] != second[TRANS_NUM]
 
 
+def test_what_happens_now_is_what_happens_at_this_hour(api: Start) -> None:
+    source = api("--seed", "1", "--fraud-rate", "0.5")
+    hour = datetime.now(UTC).hour
+    served = [row for _ in range(300) for row in rows(source.url)]
+    generated = transactions(seed=1, start=START, fraud_rate=0.5)
+    there = {row[TRANS_NUM]: row[AT] // 3_600_000 % 24 for row in islice(generated, 30_000)}
+
+    assert {there[row[TRANS_NUM]] for row in served} <= {hour, datetime.now(UTC).hour}
+
+
 def test_every_row_comes_once_and_in_order_and_then_none(api: Start) -> None:
     source = api(*ALL_AT_ONCE, "--transactions", "1200", "--max-rows", "500")
 
