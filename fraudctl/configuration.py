@@ -34,6 +34,7 @@ _AROUND = {
         Variable("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "whole number", "`0`, fraudctl `2`", "Of a call to the registry"),
         Variable("MLFLOW_HTTP_REQUEST_TIMEOUT", "seconds", "`5`, fraudctl `120`", "Of a call to the registry"),
         Variable("MLFLOW_DISABLE_TELEMETRY", "true or false", "`true`", "Whether MLflow keeps its use to itself"),
+        Variable("ORT_DISABLE_TELEMETRY", "true or false", "`true`", "Whether ONNX Runtime keeps its use to itself"),
         Variable(
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT",
             "true or false",

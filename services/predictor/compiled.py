@@ -5,6 +5,7 @@ float32 as well; so a row whose probability comes close to the decision is score
 cannot differ.
 """
 
+import os
 import pickle
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import numpy as np
 from sklearn.ensemble import ExtraTreesClassifier, GradientBoostingClassifier, RandomForestClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.tree import DecisionTreeClassifier
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "true")  # ONNX Runtime would tell its makers of each model
 
 TOLERANCE = 1e-6  # of a probability
 _CLOSE = 10 * TOLERANCE
