@@ -27,7 +27,6 @@ from services.predictor.shadow import Shadow
 from shared import delivery, kafka, service
 from shared.dead_letters import Limit
 from shared.errors import Outage
-from shared.retry import Spell, until_over
 from shared.settings import DeliveryGuarantee, RegistrySettings, StreamSettings, kafka_properties
 from shared.stream import Outcome, Stream
 
@@ -76,25 +75,18 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
     )
     champion = Followed(registry, settings.model_alias, required=True)
     challenger = Followed(registry, "challenger", required=False)
-    try:
-        until_over(
-            champion.first,
-            shutdown=shutdown,
-            initial_s=settings.backoff_initial_seconds,
-            max_s=settings.backoff_max_seconds,
-            spell=Spell("a model"),
-        )
-    except Outage:
-        stream.close()
-        return
     look_now = Event()
     keep_up(
-        [champion, challenger],
+        champion,
+        challenger,
         every_s=settings.model_refresh_seconds,
         now=look_now,
         shutdown=shutdown,
         settings=settings,
     )
+    if champion.model is None:
+        stream.close()
+        return
     shadow = Shadow(
         challenger,
         sample=settings.challenger_sample,

@@ -10,8 +10,10 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from typing import Any
+from threading import Thread
+from typing import IO, Any
 
 import numpy as np
 from sklearn.ensemble import ExtraTreesClassifier, GradientBoostingClassifier, RandomForestClassifier
@@ -23,6 +25,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "true")  # ONNX Runtime would tel
 TOLERANCE = 1e-6  # of a probability
 _CLOSE = 10 * TOLERANCE
 _MOST_NODES = 1_000_000  # some 11 MB of model and 10 s of compiling for each 100,000
+_LONGEST_S = 60.0
 _COMPILABLE = (DecisionTreeClassifier, ExtraTreesClassifier, GradientBoostingClassifier, RandomForestClassifier)
 
 
@@ -67,25 +70,28 @@ def _compile(trees: Any) -> Callable[[np.ndarray], np.ndarray]:
         raise NotCompiled(f"{error.name} is not installed (the extra `compiled`)") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # replicas, not threads, use more cores
-    with tempfile.NamedTemporaryFile(suffix=".onnx") as graph:
-        # In a process of its own: it takes seconds in which no batch could be scored, and memory that stays taken.
-        command = [sys.executable, "-m", __name__]
-        done = subprocess.run(command, input=pickle.dumps(trees), stdout=graph, stderr=subprocess.PIPE, check=False)
-        if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-            raise NotCompiled(said or f"the process that converts it ended with {done.returncode}")
-        session = onnxruntime.InferenceSession(graph.name, options, providers=["CPUExecutionProvider"])
+    with tempfile.TemporaryFile() as graph:  # a session would keep the bytes, and no file is left behind
+        _convert(trees, graph)
+        session = onnxruntime.InferenceSession(f"/dev/fd/{graph.fileno()}", options, providers=["CPUExecutionProvider"])
     return lambda rows: session.run(["probabilities"], {"X": rows})[0]
 
 
-def _onnx(trees: Any) -> bytes:
-    """The trees as an ONNX graph."""
-    from skl2onnx import to_onnx
+def _convert(trees: Any, graph: IO[bytes]) -> None:
+    """Write the trees as an ONNX graph. Raises NotCompiled.
 
-    graph: bytes = to_onnx(
-        trees, np.zeros((1, trees.n_features_in_), np.float32), options={"zipmap": False}
-    ).SerializeToString()
-    return graph
+    In a process of its own: it takes seconds in which no batch could be scored, and memory that stays taken.
+    """
+    command = [sys.executable, "-m", __name__, str(os.getpid())]
+    given = pickle.dumps(trees)
+    try:
+        done = subprocess.run(
+            command, input=given, stdout=graph, stderr=subprocess.PIPE, timeout=_LONGEST_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise NotCompiled(f"to convert it takes more than {_LONGEST_S:g} s") from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise NotCompiled(said or f"the process that converts it ended with {done.returncode}")
 
 
 def _nodes(trees: Any) -> int:
@@ -95,5 +101,22 @@ def _nodes(trees: Any) -> int:
     return sum(int(tree.tree_.node_count) for tree in np.ravel(trees.estimators_))
 
 
+def _end_without(parent: int) -> None:
+    """End this process once its parent is gone: nobody wants the graph any more."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _main(parent: int) -> None:
+    """The process that converts: trees from standard input, their graph to standard output."""
+    Thread(target=_end_without, args=[parent], daemon=True).start()
+    from skl2onnx import to_onnx
+
+    trees = pickle.load(sys.stdin.buffer)  # noqa: S301 - what _convert has put in
+    row = np.zeros((1, trees.n_features_in_), np.float32)
+    sys.stdout.buffer.write(to_onnx(trees, row, options={"zipmap": False}).SerializeToString())
+
+
 if __name__ == "__main__":
-    sys.stdout.buffer.write(_onnx(pickle.load(sys.stdin.buffer)))  # noqa: S301 - what _compile has put in
+    _main(int(sys.argv[1]))

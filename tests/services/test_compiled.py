@@ -172,6 +172,18 @@ def test_a_conversion_that_dies_leaves_the_model_as_it_is(
     assert reason in str(logs)
 
 
+def test_a_conversion_that_takes_too_long_leaves_the_model_as_it_is(
+    training: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "_LONGEST_S", 0.05)
+    forest = RandomForestClassifier(5, random_state=0).fit(*training)
+
+    with capture_logs() as logs:
+        assert model_of(forest).estimator is forest
+
+    assert "to convert it takes more than 0.05 s" in str(logs)
+
+
 @pytest.mark.parametrize("off_by", [2e-6, 0.4])
 def test_what_would_answer_otherwise_is_not_served(
     training: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch, off_by: float

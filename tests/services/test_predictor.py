@@ -285,6 +285,46 @@ def test_the_alias_is_followed_without_a_restart(rig: Rig, registry: Registry, n
     assert len(set(digests)) == 2  # which code ran, whoever moved the alias
 
 
+class Unconverted(RandomForestClassifier):  # type: ignore[misc]
+    """A forest that a predictor reads as any other, but the process that converts it for two minutes."""
+
+    heart: Path  # beats meanwhile
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.loaded = True
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if hasattr(self, "loaded"):
+            beats = f"for _ in range(2400): pathlib.Path({str(self.heart)!r}).touch(); time.sleep(0.05)"
+            return exec, (f"import pathlib, time\n{beats}",)
+        return super().__reduce_ex__(protocol)
+
+
+@pytest.mark.parametrize("serves", [False, True], ids=["at the start", "beside the one that serves"])
+def test_sigterm_is_heard_while_a_model_is_converted_and_leaves_nothing_behind(
+    rig: Rig, registry: Registry, name: str, tmp_path: Path, serves: bool
+) -> None:
+    history = frame(make_transactions(200))
+    forest = Unconverted(5, random_state=0).fit(history[NUMERIC], history["is_fraud"].astype(int))
+    forest.heart = tmp_path / "heart"
+    if serves:
+        promote(registry, name, Fussy())
+    else:
+        promote(registry, name, forest)
+    (temporary := tmp_path / "temporary").mkdir()
+    process = rig.start("predictor", ready=serves, MODEL_REFRESH_SECONDS="0.2", TMPDIR=str(temporary))
+    if serves:
+        promote(registry, name, forest)
+    until(forest.heart.exists, what="the conversion")
+
+    assert process.stop(10) == 0
+
+    assert "Traceback" not in rig.log("predictor")
+    assert list(temporary.iterdir()) == []
+    until(lambda: time.time() - forest.heart.stat().st_mtime > 2, timeout_s=10, what="the end of the conversion")
+
+
 class NeedsMore:
     """A model of somebody who has a package that is not installed here."""
 
