@@ -24,8 +24,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "true")  # ONNX Runtime would tel
 
 TOLERANCE = 1e-6  # of a probability
 _CLOSE = 10 * TOLERANCE
-_MOST_NODES = 1_000_000  # some 11 MB of model and 10 s of compiling for each 100,000
-_LONGEST_S = 60.0
+_MOST_NODES = 200_000  # 400 MB to convert them, beside 470 of a predictor that serves as many: its container has 1 GB
+_LONGEST_S = 60.0  # 5 s for 30,000 nodes, 7 for 200,000
 _COMPILABLE = (DecisionTreeClassifier, ExtraTreesClassifier, GradientBoostingClassifier, RandomForestClassifier)
 
 
@@ -63,7 +63,7 @@ def _compile(trees: Any) -> Callable[[np.ndarray], np.ndarray]:
     if len(trees.classes_) != 2:
         raise NotCompiled(f"it tells {len(trees.classes_)} classes apart")
     if (nodes := _nodes(trees)) > _MOST_NODES:
-        raise NotCompiled(f"{nodes} nodes would take minutes to compile")
+        raise NotCompiled(f"{nodes} nodes would take too much memory to compile")
     try:
         import onnxruntime
     except ImportError as error:

@@ -184,6 +184,21 @@ def test_a_conversion_that_takes_too_long_leaves_the_model_as_it_is(
     assert "to convert it takes more than 0.05 s" in str(logs)
 
 
+def test_a_forest_too_large_for_a_container_is_served_as_it_is(
+    training: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forest = RandomForestClassifier(5, random_state=0).fit(*training)
+    nodes = sum(tree.tree_.node_count for tree in forest.estimators_)
+    monkeypatch.setattr(compiled, "_MOST_NODES", nodes - 1)
+
+    with capture_logs() as logs:
+        assert model_of(forest).estimator is forest
+
+    assert f"{nodes} nodes would take too much memory to compile" in str(logs)
+    monkeypatch.setattr(compiled, "_MOST_NODES", nodes)
+    assert isinstance(model_of(forest).estimator, Compiled)
+
+
 @pytest.mark.parametrize("off_by", [2e-6, 0.4])
 def test_what_would_answer_otherwise_is_not_served(
     training: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch, off_by: float
