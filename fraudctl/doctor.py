@@ -14,9 +14,10 @@ import requests
 import sqlalchemy as sa
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AclOperation, AdminClient  # type: ignore[attr-defined]
+from confluent_kafka.cimpl import NewTopic
 from pydantic_settings import BaseSettings
 
-from fraudctl import topics
+from fraudctl import status, topics
 from fraudctl.labels import transaction
 from services.alerter.__main__ import AlerterSettings, channels, mailer
 from services.db_sink.__main__ import SinkSettings
@@ -26,7 +27,7 @@ from services.producer.__main__ import ProducerSettings
 from services.producer.api import fetch
 from shared.dead_letters import SUFFIX
 from shared.errors import Outage, Poison, SettingsError, without_credentials
-from shared.kafka import admin, consumer, producer
+from shared.kafka import DENIED, admin, consumer, producer
 from shared.records import read_split
 from shared.settings import SECRETS_FILE, ServiceSettings, kafka_properties, load, unknown_variables
 from training import aliases
@@ -36,7 +37,12 @@ _FIRST_S = 20.0  # a new broker makes its topics of groups and transactions when
 _MOST_SKEW_S = 5.0  # clocks that follow NTP differ by milliseconds; ages and limits are told in seconds
 
 _SERVICES = (ProducerSettings, PredictorSettings, AlerterSettings, SinkSettings)
-_READ_AND_WRITE = {AclOperation.READ, AclOperation.WRITE}
+_ON_TOPICS = {
+    AclOperation.READ: "Read",
+    AclOperation.WRITE: "Write",
+    AclOperation.DESCRIBE_CONFIGS: "DescribeConfigs",
+}
+_TRANSACTIONAL_ID = "fraudctl-doctor"
 
 Clocks = list[tuple[str, float]]
 """Who else told the time, and by how many seconds it was ahead of this machine's."""
@@ -127,7 +133,8 @@ def _kafka(settings: ServiceSettings, loaded: Mapping[type[BaseSettings], Any]) 
         yield from (Finding("failed", "topics", line) for line in lines)
         if not lines:
             yield Finding("ok", "topics", "all there, with the settings they need")
-    yield from _acls(client, properties, settings, loaded)
+    names = [name + suffix for name in (settings.topic_1, settings.topic_2) for suffix in ("", SUFFIX)]
+    yield from _acls(client, properties, [*names, settings.challenger_topic], _groups(loaded))
 
 
 def _unreached(properties: Mapping[str, str], error: KafkaError, errors: list[KafkaError]) -> Iterator[Finding]:
@@ -143,55 +150,73 @@ def _unreached(properties: Mapping[str, str], error: KafkaError, errors: list[Ka
         yield from _moot(("credentials",), "Kafka comes first")
 
 
-def _acls(
-    client: AdminClient,
-    properties: Mapping[str, str],
-    settings: ServiceSettings,
-    loaded: Mapping[type[BaseSettings], Any],
-) -> Iterator[Finding]:
-    """What these credentials may do; those of the services may be others."""
-    own = (settings.topic_1, settings.topic_2)
-    wanted = {name: _READ_AND_WRITE for topic in own for name in (topic, topic + SUFFIX)}
-    groups = ["fraudctl", *_groups(loaded)]
-    lacking = []
+def _acls(client: AdminClient, properties: Mapping[str, str], names: list[str], groups: list[str]) -> Iterator[Finding]:
+    """Whether these credentials may do what fraudctl does: docs/security.md lists it as the operator's."""
+    lacking: dict[str, list[str]] = {}
     try:
-        known = client.list_topics(timeout=_TIMEOUT_S).topics
-        there = [name for name in wanted if name in known]
-        asked = client.describe_topics(
-            TopicCollection(there), include_authorized_operations=True, request_timeout=_TIMEOUT_S
-        )
-        for name, answer in asked.items():
-            lacking += _lacking("topic", name, wanted[name], answer.result().authorized_operations)
-        described = client.describe_consumer_groups(
-            groups, include_authorized_operations=True, request_timeout=_FIRST_S
-        )
-        for name, answer in described.items():
-            lacking += _lacking("group", name, {AclOperation.READ}, answer.result().authorized_operations)
+        for operation, name in _lacking(client, properties, names, groups):
+            lacking.setdefault(operation, []).append(name)
     except KafkaException as exception:
-        lacking.append(exception.args[0].str())
-    predictor = loaded.get(PredictorSettings)
-    if predictor and predictor.delivery == "exactly_once":
-        for prefix in ("producer", predictor.predictor_group):
-            try:
-                producer(properties, transactional_id=f"{prefix}-doctor").init_transactions(_FIRST_S)
-            except KafkaException as exception:
-                lacking.append(f"transactional ids {prefix}-*: {exception.args[0].str()}")
+        yield Finding("failed", "ACLs", f"not known: {exception.args[0].str()}: once more when all brokers answer")
+        return
     if lacking:
-        yield Finding("failed", "ACLs", f"{'; '.join(lacking)}: kafka-acls.sh --add --allow-principal ...")
+        told = "; ".join(f"{operation} on {', '.join(lacked)}" for operation, lacked in lacking.items())
+        remedy = "is it the operator's? kafka-acls.sh --add --allow-principal ... as in docs/security.md"
+        yield Finding("failed", "ACLs", f"this login lacks {told}: {remedy}")
     else:
-        yield Finding("ok", "ACLs", f"{', '.join([*there, *(f'group {group}' for group in groups)])}")
+        theirs = "the services' logins may be others, and what those lack is in the services' logs"
+        yield Finding("ok", "ACLs", f"all that fraudctl needs; {theirs}")
 
 
-def _lacking(kind: str, name: str, wanted: set[AclOperation], allowed: list[AclOperation] | None) -> list[str]:
-    """In words; of a broker that does not tell, nothing is known to be lacking."""
-    missing = wanted - set(allowed) if allowed else set()
-    return [f"{kind} {name} lacks {operation.name}" for operation in sorted(missing, key=str)]
+def _lacking(
+    client: AdminClient, properties: Mapping[str, str], names: list[str], groups: list[str]
+) -> Iterator[tuple[str, str]]:
+    """Each right that is missing: an operation, and on what. Raises KafkaException where that cannot be told."""
+    there = []
+    described = client.describe_topics(
+        TopicCollection(names), include_authorized_operations=True, request_timeout=_TIMEOUT_S
+    )
+    for name, answer in described.items():
+        error = _expected(answer.result, KafkaError.UNKNOWN_TOPIC_OR_PART, *DENIED)
+        if error == KafkaError.UNKNOWN_TOPIC_OR_PART:
+            continue
+        there.append(name)
+        allowed = [] if error else answer.result().authorized_operations
+        if allowed is not None:  # a broker that does not tell
+            yield from ((word, name) for operation, word in _ON_TOPICS.items() if operation not in allowed)
+    # Who may create on the cluster may create a topic, too: of one that is there, nothing is created.
+    present = [NewTopic(name, num_partitions=1) for name in there]
+    created = client.create_topics(present, validate_only=True, request_timeout=_TIMEOUT_S) if present else {}
+    for name, done in created.items():
+        if _expected(done.result, KafkaError.TOPIC_ALREADY_EXISTS, *DENIED) in DENIED:
+            yield "Create", name
+    asked = client.describe_consumer_groups(groups, request_timeout=_FIRST_S) if groups else {}
+    for group, answer in asked.items():
+        if _expected(answer.result, *DENIED):
+            yield "Describe", f"group {group}"
+    client_of_its_own = producer(properties, transactional_id=_TRANSACTIONAL_ID)
+    if _expected(lambda: client_of_its_own.init_transactions(_FIRST_S), *DENIED):
+        yield "Write", f"transactional id {_TRANSACTIONAL_ID}"
+
+
+def _expected(ask: Callable[[], object], *codes: int) -> int | None:
+    """The code of the error, if there is one. Raises KafkaException for any but these."""
+    try:
+        ask()
+    except KafkaException as exception:
+        code: int = exception.args[0].code()
+        if code not in codes:
+            raise
+        return code
+    return None
 
 
 def _groups(loaded: Mapping[type[BaseSettings], Any]) -> list[str]:
-    names = ["predictor_group", "alerter_group", "db_sink_group"]
-    names += ["webhook_group"] if getattr(loaded.get(AlerterSettings), "webhook_url", None) else []
-    return [getattr(settings, name) for settings in loaded.values() for name in names if hasattr(settings, name)]
+    """Those that status asks about; none before the settings are right."""
+    kinds = (PredictorSettings, AlerterSettings, SinkSettings)
+    if not all(kind in loaded for kind in kinds):
+        return []
+    return [group for _, group, _ in status.Settings(*(loaded[kind] for kind in kinds)).readers]
 
 
 def _mlflow(settings: PredictorSettings, clocks: Clocks) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from typing import TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
@@ -11,6 +12,8 @@ from confluent_kafka.cimpl import NewTopic
 from shared.dead_letters import SUFFIX
 from shared.errors import Outage
 from shared.kafka import MAX_RECORD_BYTES, admin, consumer
+
+T = TypeVar("T")
 
 PARTITIONS = 6
 _TIMEOUT_S = 10.0
@@ -75,7 +78,7 @@ def check(
         resources = [ConfigResource(ResourceType.TOPIC, name) for name in there]
         asked = client.describe_configs(resources, request_timeout=_TIMEOUT_S) if there else {}
         found = {
-            resource.name: {name: entry.value or "" for name, entry in answer.result().items()}
+            resource.name: {name: entry.value or "" for name, entry in _result(resource.name, answer).items()}
             for resource, answer in asked.items()
         }
     except KafkaException as error:
@@ -177,10 +180,18 @@ def _known(client: AdminClient, names: Sequence[str]) -> bool:
 
 def _new(name: str, done: Future[None]) -> bool:
     try:
-        done.result()
+        _result(name, done)
     except KafkaException as exception:
-        error = exception.args[0]
-        if error.code() != KafkaError.TOPIC_ALREADY_EXISTS:
-            raise KafkaException(KafkaError(error.code(), f"{name}: {error.str()}")) from None
+        if exception.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise
         return False
     return True
+
+
+def _result(name: str, done: Future[T]) -> T:
+    """Raises KafkaException that names the topic."""
+    try:
+        return done.result()
+    except KafkaException as exception:
+        error = exception.args[0]
+        raise KafkaException(KafkaError(error.code(), f"{name}: {error.str()}")) from None

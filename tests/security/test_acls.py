@@ -23,8 +23,10 @@ from confluent_kafka.admin import (
 )
 from conftest import Rig, make_transactions, until
 from secured import SecuredKafka
+from typer.testing import CliRunner
 
 from fraudctl import topics
+from fraudctl.__main__ import app
 from sandbox.mailbox import Mailbox, messages
 from sandbox.registry import Registry
 from shared.records import RAW_COLUMNS, Transaction, encode_prediction, encode_transaction
@@ -61,7 +63,7 @@ class Acl(NamedTuple):
     def terms(self) -> tuple[object, ...]:
         """What AclBinding and AclBindingFilter are made of."""
         pattern = ResourcePatternType.PREFIXED if self.star else ResourcePatternType.LITERAL
-        operation = AclOperation[self.operation.upper()]
+        operation = AclOperation[re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.operation).upper()]
         return _KINDS[self.resource], self.name, pattern, f"User:{self.user}", "*", operation, AclPermissionType.ALLOW
 
 
@@ -296,6 +298,7 @@ def test_an_operator_is_told_what_is_missing(guarded: Guarded) -> None:
     tries = {
         "Create": lambda: fraudctl("topics", "create", topic_1="topic_new"),
         "Describe": lambda: fraudctl("status"),
+        "DescribeConfigs": lambda: fraudctl("topics", "check", "--partitions", "1"),
         "Read": lambda: fraudctl("dead-letters", "list"),
         "Write": lambda: fraudctl("dead-letters", "replay", "--limit", "1"),
     }
@@ -307,3 +310,29 @@ def test_an_operator_is_told_what_is_missing(guarded: Guarded) -> None:
         assert acl.name in line, acl
     for attempt in tries.values():
         assert "uthorization failed" not in attempt()
+
+
+def test_doctor_asks_for_the_operators_rights_and_no_more(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "5")  # so that what the command makes of it ends with the test
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name, value in (guarded.rig.environment | guarded.environment("operator")).items():
+        monkeypatch.setenv(name, value)
+
+    def doctor(what: str) -> str:
+        (line,) = [
+            line for line in CliRunner().invoke(app, ["doctor"]).stdout.splitlines() if line[9:].startswith(f"{what}: ")
+        ]
+        return line
+
+    assert doctor("topics").startswith("ok ")
+    for acl in rows("operator"):
+        guarded.forbid(acl)
+        line = doctor("ACLs")
+        guarded.allow([acl])
+        assert re.match(rf"failed   ACLs: this login lacks {acl.operation} on [\w ]*\b{acl.name}[^;:]*: ", line), line
+    assert doctor("ACLs").startswith("ok ")
+    assert "services' logs" in doctor("ACLs")
