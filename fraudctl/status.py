@@ -29,7 +29,10 @@ from training import aliases
 _TIMEOUT_S = 10.0
 _GROUP = "fraudctl"
 _MOST_LETTERS_READ = 10_000
-_PASSING = frozenset({KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS})
+# Of a group that one may ask about, while its coordinator is made, loads or moves.
+PASSING = frozenset(
+    {KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS, KafkaError.NOT_COORDINATOR}
+)
 _QUIET_S = 900.0  # as the alert NoTransactions has it
 _COUNTED_ROWS = 1_000_000  # counting more takes longer than anybody waits
 
@@ -245,7 +248,7 @@ def _readers(properties: Mapping[str, str], readers: Sequence[tuple[str, str, st
         try:
             return [_reader(client, properties, *each, now_ms=now_ms) for each in readers]
         except KafkaException as error:
-            if error.args[0].code() not in _PASSING or time.monotonic() > deadline:
+            if error.args[0].code() not in PASSING or time.monotonic() > deadline:
                 raise _away(properties, error) from None
             time.sleep(0.2)
 

@@ -224,6 +224,19 @@ def test_a_wrong_database_password_is_named(stack: Rig, engine: sa.Engine, docto
     assert code == 1
 
 
+def test_rights_that_cannot_be_asked_about_in_time_are_not_called_lacking(
+    stack: Rig, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fraudctl.doctor._FIRST_S", 0.001)
+
+    code, lines = doctor(stack.environment)
+
+    assert failed(lines) == ["ACLs"], "\n".join(lines.values())
+    assert lines["ACLs"].startswith("failed   ACLs: not known: ")
+    assert "kafka-acls" not in lines["ACLs"]
+    assert code == 1
+
+
 def test_an_api_that_answers_html_is_named(stack: Rig, api: PaymentsApi, doctor: Doctor) -> None:
     api.misbehave("html", share=1.0)
     try:
