@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -377,8 +378,7 @@ def _database(engine: sa.Engine) -> Database:
     schema, newest = versions(engine)
     if schema is None:
         return Database(0, True, 0, None, newest)
-    with transaction(engine) as connection:
-        connection.execute(sa.text(f"SET LOCAL statement_timeout = '{_TIMEOUT_S:.0f}s'"))  # behind a lock, for example
+    with _briefly(engine) as connection:
         rows, counted = connection.execute(sa.text(_ROWS), {"most": _COUNTED_ROWS}).one()
         confirmed = connection.execute(sa.text(_CONFIRMED)).scalar_one()
     return Database(rows, counted, confirmed, schema, newest)
@@ -400,9 +400,17 @@ def _last_alert(engine: sa.Engine, readers: Sequence[Reader], *, now_ms: float) 
     waited_s = max((reader.oldest_seconds for reader in readers if reader.service == "alerter"), default=None)
     if waited_s is None:
         return None
-    with transaction(engine) as connection:
+    with _briefly(engine) as connection:
         row = connection.execute(sa.text(_LAST_ALERT), {"unread_since": now_ms / 1000 - waited_s}).one_or_none()
     return Alert(row.trans_num, row.unix_time, format_time(int(row.predicted_at.timestamp()))) if row else None
+
+
+@contextmanager
+def _briefly(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction in which no statement waits long, behind a lock for example. Raises Outage."""
+    with transaction(engine) as connection:
+        connection.execute(sa.text(f"SET LOCAL statement_timeout = '{_TIMEOUT_S:.0f}s'"))
+        yield connection
 
 
 def _away(properties: Mapping[str, str], error: KafkaException) -> Outage:

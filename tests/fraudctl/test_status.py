@@ -18,6 +18,7 @@ from mlflow.models import infer_signature
 from sklearn.base import BaseEstimator, ClassifierMixin
 from typer.testing import CliRunner
 
+import fraudctl.status
 from fraudctl.__main__ import app
 from sandbox.mailbox import Mailbox
 from sandbox.registry import Registry
@@ -194,6 +195,33 @@ def test_no_champion_no_schema_and_no_topic_are_named(stack: Rig, engine: sa.Eng
     assert "unhealthy: no version of nobody is champion: fraudctl train or promote" in found.stdout
     assert "unhealthy: database: its schema is none, not 0003" in found.stdout
     assert "unhealthy: nowhere: missing: fraudctl topics create" in found.stdout
+
+
+@pytest.mark.parametrize("asked_first", ["versions", "_database"])
+def test_a_lock_on_the_table_is_not_waited_for_without_end(
+    stack: Rig, engine: sa.Engine, status: Status, monkeypatch: pytest.MonkeyPatch, asked_first: str
+) -> None:
+    ask = getattr(fraudctl.status, asked_first)
+    holder = engine.connect()
+
+    def ask_and_lock(of: sa.Engine) -> object:
+        answer = ask(of)
+        holder.execute(sa.text("SET idle_in_transaction_session_timeout = '30s'"))
+        holder.execute(sa.text("LOCK TABLE transactions IN ACCESS EXCLUSIVE MODE"))
+        return answer
+
+    monkeypatch.setattr(fraudctl.status, asked_first, ask_and_lock)
+    monkeypatch.setattr(fraudctl.status, "_TIMEOUT_S", 2.0)
+    try:
+        found = status(stack)
+    finally:
+        holder.invalidate()
+        holder.close()
+
+    assert found.exit_code == 1
+    assert [line for line in unhealthy(found) if "database" in line] == [
+        "unhealthy: database: QueryCanceled: canceling statement due to statement timeout"
+    ]
 
 
 def test_it_is_watched_until_ctrl_c(stack: Rig, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
