@@ -318,7 +318,8 @@ def tail_command(
     try:
         _, properties = _kafka()
         with suppress(KeyboardInterrupt):
-            for message in tail.follow(properties, topic) if follow else tail.last(properties, topic, count):
+            shown = tail.follow(properties, topic, tell=_tell) if follow else tail.last(properties, topic, count)
+            for message in shown:
                 console.print(tail.description(message), markup=False, highlight=False, soft_wrap=True)
     except (CallError, SettingsError, Outage) as error:
         _refuse(error)
@@ -564,8 +565,12 @@ def _refuse(error: Exception, *, exit_code: int = 2) -> NoReturn:
     reason = str(error)
     if isinstance(error, OSError) and error.filename:
         reason = f"{error.filename}: {error.strerror}"
-    sys.stderr.write(f"fraudctl: {without_credentials(reason)}\n")
+    _tell(reason)
     raise typer.Exit(exit_code)
+
+
+def _tell(reason: str) -> None:
+    sys.stderr.write(f"fraudctl: {without_credentials(reason)}\n")
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """What lies on a topic, as people may see it: the last records, or those that come."""
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 
-from confluent_kafka import KafkaException, Message, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
 from fraudctl.call import CallError
 from fraudctl.readable import readable_header, readable_key, readable_value
@@ -13,7 +14,9 @@ from shared.provenance import HEADER, Provenance, from_headers
 from shared.records import format_time
 
 _GROUP = "fraudctl"
-_POLL_S = 0.5
+_POLL_S = 0.1
+# Whoever follows needs no group, which a consumer looks for nevertheless.
+_NOTHING_MISSED = frozenset({KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._PARTITION_EOF})
 
 
 def last(properties: Mapping[str, str], topic: str, count: int) -> list[Message]:
@@ -33,15 +36,40 @@ def last(properties: Mapping[str, str], topic: str, count: int) -> list[Message]
         reach *= 4
 
 
-def follow(properties: Mapping[str, str], topic: str) -> Iterator[Message]:
-    """The records that come from now on, without end. Raises CallError for a topic that is not there, Outage."""
-    reader = consumer(properties, group=_GROUP)
+def follow(properties: Mapping[str, str], topic: str, *, tell: Callable[[str], None]) -> Iterator[Message]:
+    """The records that come from now on, without end.
+
+    `tell` hears what is in their way, of each kind once until the next record. Raises CallError for a topic that is not
+    there, Outage.
+    """
+    told: set[int] = set()
+
+    def hear(error: KafkaError, what: str) -> None:
+        if error.code() not in told:
+            told.add(error.code())
+            tell(what)
+
+    def hear_of_connections(error: KafkaError) -> None:
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:
+            hear(error, error.str())
+
+    reader = consumer(properties, group=_GROUP, on_error=hear_of_connections)
     try:
         reader.assign(_ends(properties, topic))
         while True:
-            message = reader.poll(_POLL_S)
-            if message is not None and message.error() is None and not says_nothing(message):
-                yield message
+            message = reader.poll(0)
+            if message is None:
+                time.sleep(_POLL_S)  # Ctrl+C is to come here: within poll, the client's callbacks may lose it
+                continue
+            error = message.error()
+            if error is None:
+                told.clear()
+                if not says_nothing(message):
+                    yield message
+            elif error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                raise Outage(f"Kafka: {topic}: {error.str()}")
+            elif error.code() not in _NOTHING_MISSED:
+                hear(error, f"Kafka: {topic}: {error.str()}")
     except KafkaException as error:
         raise Outage(f"Kafka: {error.args[0].str()}") from None
     finally:

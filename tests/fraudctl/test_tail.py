@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from confluent_kafka import Producer
 from conftest import Rig, dead_letter_topic, make_transactions, until
 from typer.testing import CliRunner
 
+from fraudctl import topics
 from fraudctl.__main__ import app
+from sandbox.embedded import EmbeddedBroker
 from shared.dead_letters import refusal
 from shared.kafka import NOTHING
 from shared.provenance import Provenance, to_headers
@@ -96,26 +100,55 @@ def test_marks_of_transactions_do_not_count_as_records(apache_rig: Rig, monkeypa
     ]
 
 
+@contextmanager
+def following(rig: Rig, topic: str) -> Iterator[tuple[subprocess.Popen[bytes], Path, Path]]:
+    """`tail --follow`, with what it shows and what it says beside that."""
+    out, err = rig.directory / "tail.out", rig.directory / "tail.err"
+    environment = {"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1", **rig.environment}
+    command = [sys.executable, "-m", "fraudctl", "tail", topic, "--follow"]
+    with out.open("w") as stdout, err.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
+    try:
+        yield process, out, err
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_what_comes_is_shown_until_ctrl_c(rig: Rig) -> None:
     old, *new = make_transactions(3)
     rig.put_transactions([old])
-    out = rig.directory / "tail.txt"
-    with out.open("w") as file:
-        following = subprocess.Popen(
-            [sys.executable, "-m", "fraudctl", "tail", rig.topic_1, "--follow"],
-            stdout=file,
-            env={"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1", **rig.environment},
-        )
-    try:
+    with following(rig, rig.topic_1) as (process, out, err):
 
         def shown() -> bool:
             rig.put_transactions(new)  # again and again: when it has begun to follow is not known
             return new[-1].trans_num in out.read_text()
 
         until(shown, what="a record that came")
-        following.send_signal(signal.SIGINT)
-        assert following.wait(20) == 0
-    finally:
-        following.kill()
-        following.wait()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
     assert old.trans_num not in out.read_text()
+    assert err.read_text() == ""
+
+
+def test_brokers_that_go_away_are_told_of_once_and_waited_for(rig: Rig, tmp_path: Path) -> None:
+    with EmbeddedBroker(tmp_path / "own") as broker:
+        rig.properties = {**rig.properties, "bootstrap.servers": broker.bootstrap}
+        lines = "".join(f"{name}={value}\n" for name, value in rig.properties.items())
+        Path(rig.environment["CLIENT_PROPERTIES"]).write_text(lines)
+        topics.use(rig.properties, [rig.topic_1])
+        with following(rig, rig.topic_1) as (process, out, err):
+
+            def shown() -> str:
+                rig.put(rig.topic_1, [b"here it is"])
+                return out.read_text()
+
+            until(shown, what="a record")
+            broker.kill()
+            until(err.read_text, what="a line on the brokers")
+            time.sleep(3)  # in which it tries again several times
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+    (line,) = err.read_text().splitlines()
+    assert line.startswith("fraudctl: Kafka")

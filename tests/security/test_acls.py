@@ -336,3 +336,27 @@ def test_doctor_asks_for_the_operators_rights_and_no_more(
         assert re.match(rf"failed   ACLs: this login lacks {acl.operation} on [\w ]*\b{acl.name}[^;:]*: ", line), line
     assert doctor("ACLs").startswith("ok ")
     assert "services' logs" in doctor("ACLs")
+
+
+def test_who_may_no_longer_read_what_is_followed_is_told_so(guarded: Guarded) -> None:
+    command = [sys.executable, "-m", "fraudctl", "tail", "topic_1", "--follow"]
+    environment = guarded.rig.environment | guarded.environment("operator")
+    out = guarded.rig.directory / "tail.out"
+    (read,) = [acl for acl in rows("operator") if acl.operation == "Read"]
+    with out.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def shown() -> str:
+        guarded.rig.put("topic_1", [b"here it is"])
+        return out.read_text()
+
+    try:
+        until(shown, what="a record")
+        guarded.forbid(read)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+
+    assert process.returncode == 2
+    assert re.fullmatch(r"fraudctl: Kafka: topic_1: .*Topic authorization failed\n", said), said
