@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fraudctl import topics
 from fraudctl.call import CallError, parse_since
 from shared.errors import Outage, SettingsError, without_credentials
 from shared.settings import RegistrySettings, ServiceSettings, kafka_properties, load
@@ -217,12 +218,10 @@ def _alias(name: str | None, alias: str | None, tracking_uri: str | None) -> "Al
 
 @topics_app.command("create")
 def topics_create(
-    partitions: Annotated[int, typer.Option(min=1, help="Of each new topic.")] = 6,
+    partitions: Annotated[int, typer.Option(min=1, help="Of each new topic.")] = topics.PARTITIONS,
     replication: Annotated[int | None, typer.Option(min=1, help="Of each new topic; without it, up to 3.")] = None,
 ) -> None:
     """Create what is missing; nothing that exists is changed."""
-    from fraudctl import topics
-
     try:
         settings, properties = _kafka()
         created = [
@@ -239,11 +238,9 @@ def topics_create(
 
 @topics_app.command("check")
 def topics_check(
-    partitions: Annotated[int, typer.Option(min=1, help="That each topic should have at least.")] = 6,
+    partitions: Annotated[int, typer.Option(min=1, help="That each topic should have at least.")] = topics.PARTITIONS,
 ) -> None:
     """Say what is not as it should be, with the remedy; nothing is changed. Exit 1 if something is not."""
-    from fraudctl import topics
-
     try:
         settings, properties = _kafka()
         problems = [

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from fraudctl import letters
 from fraudctl.labels import transaction
+from fraudctl.topics import away
 from services.alerter.__main__ import AlerterSettings
 from services.db_sink.__main__ import SinkSettings
 from services.db_sink.table import connect, versions
@@ -250,7 +251,7 @@ def _readers(properties: Mapping[str, str], readers: Sequence[tuple[str, str, st
             return [_reader(client, properties, *each, now_ms=now_ms) for each in readers]
         except KafkaException as error:
             if error.args[0].code() not in PASSING or time.monotonic() > deadline:
-                raise _away(properties, error) from None
+                raise away(properties, error) from None
             time.sleep(0.2)
 
 
@@ -325,7 +326,7 @@ def _firsts(properties: Mapping[str, str], places: Collection[TopicPartition]) -
                     reader.pause([TopicPartition(*coordinates(message))])
                 unread.discard(partition)
     except KafkaException as error:
-        raise _away(properties, error) from None
+        raise away(properties, error) from None
     finally:
         reader.close()
     return firsts
@@ -342,7 +343,7 @@ def _topics(properties: Mapping[str, str], names: Sequence[str], *, now_ms: floa
             marks = [client.get_watermark_offsets(place, timeout=_TIMEOUT_S) for place in places]
             records[name] = [end - begin for begin, end in marks]
     except KafkaException as error:
-        raise _away(properties, error) from None
+        raise away(properties, error) from None
     finally:
         client.close()
     return [_topic(properties, name, each, now_ms=now_ms) for name, each in records.items()]
@@ -411,10 +412,6 @@ def _briefly(engine: sa.Engine) -> Iterator[sa.Connection]:
     with transaction(engine) as connection:
         connection.execute(sa.text(f"SET LOCAL statement_timeout = '{_TIMEOUT_S:.0f}s'"))
         yield connection
-
-
-def _away(properties: Mapping[str, str], error: KafkaException) -> Outage:
-    return Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str() or error.args[0].name()}")
 
 
 def _number(number: int, counted: bool, *, approximately: str = "at most ") -> str:

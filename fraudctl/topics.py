@@ -62,7 +62,7 @@ def create(
         while created and not _known(client, created) and time.monotonic() < deadline:
             time.sleep(0.1)
     except KafkaException as error:
-        raise _away(properties, error) from None
+        raise away(properties, error) from None
     return created
 
 
@@ -82,7 +82,7 @@ def check(
             for resource, answer in asked.items()
         }
     except KafkaException as error:
-        raise _away(properties, error) from None
+        raise away(properties, error) from None
     lines = [f"{name}: missing, or hidden by ACLs: fraudctl topics create" for name in wanted if name not in there]
     for name in there:
         layout = [len(partition.replicas) for partition in known.topics[name].partitions.values()]
@@ -156,7 +156,7 @@ def ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicParti
                 return [end for name in names for end in _ends(reader, name)]
             except KafkaException as error:
                 if time.monotonic() > deadline:
-                    raise _away(properties, error) from None
+                    raise away(properties, error) from None
                 time.sleep(0.1)
     finally:
         reader.close()
@@ -168,8 +168,9 @@ def _ends(reader: Consumer, name: str) -> Iterator[TopicPartition]:
         yield TopicPartition(name, partition, end)
 
 
-def _away(properties: Mapping[str, str], error: KafkaException) -> Outage:
-    return Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str()}")
+def away(properties: Mapping[str, str], error: KafkaException) -> Outage:
+    """What is raised where these brokers do not do what was asked of them."""
+    return Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str() or error.args[0].name()}")
 
 
 def _known(client: AdminClient, names: Sequence[str]) -> bool:
