@@ -27,10 +27,13 @@ from services.predictor.shadow import Shadow
 from shared import delivery, kafka, service
 from shared.dead_letters import Limit
 from shared.errors import Outage
+from shared.retry import Spell, until_over
 from shared.settings import DeliveryGuarantee, RegistrySettings, StreamSettings, kafka_properties
 from shared.stream import Outcome, Stream
 
 log = structlog.get_logger()
+
+_FOLLOWING_ENDS_S = 3.0
 
 
 class PredictorSettings(StreamSettings, RegistrySettings):
@@ -72,21 +75,29 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
         name=settings.model_name,
         cache=settings.model_cache_directory,
         compiled=settings.compiled_scoring,
+        shutdown=shutdown,
     )
     champion = Followed(registry, settings.model_alias, required=True)
     challenger = Followed(registry, "challenger", required=False)
+    try:
+        until_over(
+            champion.first,
+            shutdown=shutdown,
+            initial_s=settings.backoff_initial_seconds,
+            max_s=settings.backoff_max_seconds,
+            spell=Spell("a model"),
+        )
+    except Outage:
+        stream.close()
+        return
     look_now = Event()
-    keep_up(
-        champion,
-        challenger,
+    following = keep_up(
+        [champion, challenger],
         every_s=settings.model_refresh_seconds,
         now=look_now,
         shutdown=shutdown,
         settings=settings,
     )
-    if champion.model is None:
-        stream.close()
-        return
     shadow = Shadow(
         challenger,
         sample=settings.challenger_sample,
@@ -95,6 +106,8 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
         shutdown=shutdown,
     )
     stream.run(Scorer(champion, shadow, look_now, settings).handle, ahead=True)
+    look_now.set()
+    following.join(_FOLLOWING_ENDS_S)
 
 
 class Scorer:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from threading import Thread
+from threading import Event
 from typing import IO, Any
 
 import numpy as np
@@ -36,10 +36,10 @@ class NotCompiled(Exception):
 class Compiled:
     """An estimator of two classes whose trees, the last step of a pipeline or all there is, are compiled."""
 
-    def __init__(self, estimator: Any, *, threshold: float) -> None:
-        """Raises NotCompiled. `threshold` is the probability at which the label changes."""
+    def __init__(self, estimator: Any, *, threshold: float, shutdown: Event | None = None) -> None:
+        """Raises NotCompiled, soon if at shutdown. `threshold` is the probability at which the label changes."""
         self._trees = estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator
-        self._run = _compile(self._trees)
+        self._run = _compile(self._trees, shutdown)
         prepared = isinstance(estimator, Pipeline) and len(estimator.steps) > 1
         self._prepare: Callable[[Any], Any] = estimator[:-1].transform if prepared else np.asarray
         self._threshold = threshold
@@ -57,7 +57,7 @@ class Compiled:
         return likelihoods
 
 
-def _compile(trees: Any) -> Callable[[np.ndarray], np.ndarray]:
+def _compile(trees: Any, shutdown: Event | None) -> Callable[[np.ndarray], np.ndarray]:
     if not isinstance(trees, _COMPILABLE):
         raise NotCompiled(f"{type(trees).__name__} is not among {', '.join(each.__name__ for each in _COMPILABLE)}")
     if len(trees.classes_) != 2:
@@ -71,27 +71,42 @@ def _compile(trees: Any) -> Callable[[np.ndarray], np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # replicas, not threads, use more cores
     with tempfile.TemporaryFile() as graph:  # a session would keep the bytes, and no file is left behind
-        _convert(trees, graph)
+        _convert(trees, graph, shutdown)
         session = onnxruntime.InferenceSession(f"/dev/fd/{graph.fileno()}", options, providers=["CPUExecutionProvider"])
     return lambda rows: session.run(["probabilities"], {"X": rows})[0]
 
 
-def _convert(trees: Any, graph: IO[bytes]) -> None:
+def _convert(trees: Any, graph: IO[bytes], shutdown: Event | None) -> None:
     """Write the trees as an ONNX graph. Raises NotCompiled.
 
     In a process of its own: it takes seconds in which no batch could be scored, and memory that stays taken.
     """
-    command = [sys.executable, "-m", __name__, str(os.getpid())]
-    given = pickle.dumps(trees)
-    try:
-        done = subprocess.run(
-            command, input=given, stdout=graph, stderr=subprocess.PIPE, timeout=_LONGEST_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise NotCompiled(f"to convert it takes more than {_LONGEST_S:g} s") from None
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise NotCompiled(said or f"the process that converts it ended with {done.returncode}")
+    command = [sys.executable, "-m", __name__]
+    deadline = time.monotonic() + _LONGEST_S
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as errors:
+        pickle.dump(trees, given)
+        given.seek(0)
+        with subprocess.Popen(command, stdin=given, stdout=graph, stderr=errors) as process:
+            while process.poll() is None:
+                late = time.monotonic() > deadline
+                if late or (shutdown and shutdown.is_set()):
+                    process.kill()
+                    raise NotCompiled(f"to convert it takes more than {_LONGEST_S:g} s" if late else "the service ends")
+                time.sleep(0.05)
+        if process.returncode:
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
+            raise NotCompiled(said or f"the process that converts it ended with {process.returncode}")
+
+
+def _onnx(trees: Any) -> bytes:
+    """The trees as an ONNX graph."""
+    from skl2onnx import to_onnx
+
+    graph: bytes = to_onnx(
+        trees, np.zeros((1, trees.n_features_in_), np.float32), options={"zipmap": False}
+    ).SerializeToString()
+    return graph
 
 
 def _nodes(trees: Any) -> int:
@@ -101,22 +116,5 @@ def _nodes(trees: Any) -> int:
     return sum(int(tree.tree_.node_count) for tree in np.ravel(trees.estimators_))
 
 
-def _end_without(parent: int) -> None:
-    """End this process once its parent is gone: nobody wants the graph any more."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _main(parent: int) -> None:
-    """The process that converts: trees from standard input, their graph to standard output."""
-    Thread(target=_end_without, args=[parent], daemon=True).start()
-    from skl2onnx import to_onnx
-
-    trees = pickle.load(sys.stdin.buffer)  # noqa: S301 - what _convert has put in
-    row = np.zeros((1, trees.n_features_in_), np.float32)
-    sys.stdout.buffer.write(to_onnx(trees, row, options={"zipmap": False}).SerializeToString())
-
-
 if __name__ == "__main__":
-    _main(int(sys.argv[1]))
+    sys.stdout.buffer.write(_onnx(pickle.load(sys.stdin.buffer)))  # noqa: S301 - what _convert has put in

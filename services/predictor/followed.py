@@ -1,8 +1,8 @@
 """The versions that bear an alias: followed in the registry by a thread, and swapped between two batches."""
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from threading import Event, Thread
 
 import structlog
@@ -95,22 +95,16 @@ class Followed:
 
 
 def keep_up(
-    champion: Followed, challenger: Followed, *, every_s: float, now: Event, shutdown: Event, settings: StreamSettings
-) -> None:
+    followed: Sequence[Followed], *, every_s: float, now: Event, shutdown: Event, settings: StreamSettings
+) -> Thread:
     """Follow the aliases until shutdown, in the background: every so often, and `now` when that is set.
 
-    Returns once there is a champion to begin with, or at shutdown, which does not wait for a model that loads.
+    Join the thread at the end: ONNX Runtime aborts a process that ends while it makes a model ready.
     """
-    persist = partial(
-        until_over,
-        shutdown=shutdown,
-        initial_s=settings.backoff_initial_seconds,
-        max_s=settings.backoff_max_seconds,
-    )
 
     def look() -> None:
         outages = []
-        for each in (champion, challenger):
+        for each in followed:
             try:
                 each.look()
             except Outage as outage:  # of one alias, perhaps
@@ -119,15 +113,21 @@ def keep_up(
             raise outages[0]
 
     def run() -> None:
-        with suppress(Outage):  # at shutdown
-            persist(champion.first, spell=Spell("a model"))
-            spell = Spell()  # the version that serves goes on serving
+        spell = Spell()  # the version that serves goes on serving
+        with suppress(Outage):
             while not shutdown.is_set():
                 now.wait(every_s)
                 now.clear()
-                persist(look, spell=spell)
+                if shutdown.is_set():
+                    break
+                until_over(
+                    look,
+                    shutdown=shutdown,
+                    initial_s=settings.backoff_initial_seconds,
+                    max_s=settings.backoff_max_seconds,
+                    spell=spell,
+                )
 
     thread = Thread(target=run, daemon=True, name="registry")
     thread.start()
-    while champion.model is None and thread.is_alive() and not shutdown.is_set():
-        shutdown.wait(0.05)
+    return thread

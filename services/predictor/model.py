@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import msgspec
@@ -83,11 +84,12 @@ def make_model(
     metadata: Mapping[str, Any],
     logged_at: float,
     compiled: bool,
+    shutdown: Event | None = None,
 ) -> Model:
     """Make an estimator ready: its input columns from the signature or its own names, one thread, smoke-tested.
 
-    `columns` are the signature's; with `compiled`, trees are compiled where that changes no answer. Raises
-    UnusableModel.
+    `columns` are the signature's; with `compiled`, trees are compiled where that changes no answer and shutdown does
+    not come first. Raises UnusableModel.
     """
     wanted = tuple(columns if columns is not None else getattr(estimator, "feature_names_in_", ()))
     if not wanted:
@@ -112,7 +114,7 @@ def make_model(
         score(model, [REFERENCE, *recorded()])
     except Poison as poison:
         raise UnusableModel(f"it fails on the recorded transactions: {poison}") from None
-    return _compiled(model) if compiled else model
+    return _compiled(model, shutdown) if compiled else model
 
 
 def _profile(metadata: Mapping[str, Any]) -> Profile | None:
@@ -127,11 +129,11 @@ def _profile(metadata: Mapping[str, Any]) -> Profile | None:
         return None
 
 
-def _compiled(model: Model) -> Model:
+def _compiled(model: Model, shutdown: Event | None) -> Model:
     """The model with its trees compiled, if that can be done and it then says the same of the recorded transactions."""
     try:
         threshold = 0.5 if model.threshold is None else model.threshold
-        compiled = replace(model, estimator=Compiled(model.estimator, threshold=threshold))
+        compiled = replace(model, estimator=Compiled(model.estimator, threshold=threshold, shutdown=shutdown))
         theirs, ours = score(model, recorded()), score(compiled, recorded())
         apart = max(
             abs((one.probability or 0.0) - (other.probability or 0.0)) for one, other in zip(theirs, ours, strict=True)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import mlflow.artifacts
@@ -41,10 +42,13 @@ class Found(NamedTuple):
 class Registry:
     """The versions of one registered model, each kept on disk once it was loaded."""
 
-    def __init__(self, *, tracking_uri: str, name: str, cache: Path, compiled: bool) -> None:
+    def __init__(
+        self, *, tracking_uri: str, name: str, cache: Path, compiled: bool, shutdown: Event | None = None
+    ) -> None:
         """Raises SettingsError if nothing can be kept in the folder `cache`."""
         self._name = name
         self._compiled = compiled
+        self._shutdown = shutdown
         self._cache = cache / hashlib.sha256(name.encode()).hexdigest()[:16]
         mlflow.set_tracking_uri(tracking_uri)
         try:
@@ -151,6 +155,7 @@ class Registry:
                 metadata=logged.metadata or {},
                 logged_at=datetime.fromisoformat(logged.utc_time_created).replace(tzinfo=UTC).timestamp(),
                 compiled=self._compiled,
+                shutdown=self._shutdown,
             )
             _give_back()
             return replace(made, digest=digest)

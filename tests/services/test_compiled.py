@@ -206,8 +206,8 @@ def test_what_would_answer_otherwise_is_not_served(
     forest = RandomForestClassifier(5, random_state=0).fit(*training)
     genuine = compiled._compile
 
-    def skewed(trees: Any) -> Any:
-        run = genuine(trees)
+    def skewed(trees: Any, shutdown: Any) -> Any:
+        run = genuine(trees, shutdown)
         return lambda rows: run(rows) + np.array([-off_by, off_by])
 
     monkeypatch.setattr(compiled, "_compile", skewed)
