@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -356,7 +356,9 @@ def _topic(properties: Mapping[str, str], name: str, records: Sequence[int], *, 
     """
     if not records:
         return Topic(name, 0)
-    newest = newest_ms(properties, [TopicPartition(name, partition) for partition in range(len(records))])
+    newest = None
+    with suppress(Outage):  # of a topic that was just made, it may not be known yet; who is away is told of by others
+        newest = newest_ms(properties, [TopicPartition(name, partition) for partition in range(len(records))])
     topic = Topic(name, len(records), None if newest is None else round(max(0.0, now_ms - newest) / 1000, 1))
     if not name.endswith(SUFFIX):
         return topic
