@@ -184,7 +184,7 @@ class Stream:
         if self._lost:
             log.warning("consumer_lost", reason=self._lost, hint="is REPLICA unique among the replicas?")
             health.waits_for(self._place, self._lost)
-            _let_go(self._consumer)
+            self._consumer.close()  # to its end: left behind, it would fight with the next one for their common name
             self._waiting.clear()
             self._shutdown.wait(self._settings.backoff_initial_seconds)
             self._consumer, self._lost, self._paused = self._make_consumer(), None, False
