@@ -128,8 +128,8 @@ def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Le
             pump.drain()
         console.print()
         for name, each in services.items():
-            if each.stop():
-                raise StandInError(f"{name} did not stop as it should: {each.last_line()}")
+            if code := each.stop():
+                raise StandInError(f"{name} did not stop as it should, but with exit code {code}: {each.last_line()}")
         status = parts.api.status()
         return draw_up(
             reader.stop(),

@@ -1,5 +1,6 @@
 """How each service starts and ends: settings, logs, SIGTERM, exit codes."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -34,6 +35,14 @@ def run(name: str, settings: type[S], serve: Callable[[S, Event], None]) -> NoRe
         serve(loaded, shutdown)
     except SettingsError as error:
         print(f"{name}: {error}", file=sys.stderr)  # noqa: T201 - logs may not be set up yet
-        sys.exit(2)
+        _end(2)
     log.info("stopped")
-    sys.exit(0)
+    _end(0)
+
+
+def _end(code: int) -> NoReturn:
+    """End as a whole: threads that are inside of C libraries may crash while the interpreter is taken down piece by
+    piece, and make an exit code of their own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

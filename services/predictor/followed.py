@@ -99,7 +99,7 @@ def keep_up(
 ) -> Thread:
     """Follow the aliases until shutdown, in the background: every so often, and `now` when that is set.
 
-    Join the thread at the end: ONNX Runtime aborts a process that ends while it makes a model ready.
+    Join the thread at the end, so that no process that converts a model, and no file half fetched, is left behind.
     """
 
     def look() -> None:
