@@ -22,6 +22,7 @@ log = structlog.get_logger()
 
 _COMMITTED, _ABORTED = (metrics.TRANSACTIONS.labels(outcome) for outcome in ("committed", "aborted"))
 _WAIT_S = 1.0
+_SILENT_S = 5.0
 _TRANSACTION_WAIT_S = 6.0  # after ten, the broker ends it; and within ten, a service is to end
 _STUCK_S = 7.0
 # What became of a record whose transaction was given up for another reason.
@@ -65,7 +66,7 @@ class AtLeastOnce:
         self._shutdown = shutdown
         self._failed: list[str] = []
         self._away = ""  # all connections broke, and why
-        self._spell = Spell()
+        self._spell = Spell("Kafka, for what is written")
         self._make: Callable[[], Producer] = lambda: make_producer(
             properties, on_failure=self._on_failure, on_error=self._on_error
         )
@@ -85,9 +86,12 @@ class AtLeastOnce:
             enqueue(self._producer, records, self._shutdown)
         # 2. Every one is acknowledged. The producer itself tries for ever: handing over twice would write twice.
         with self._noting_errors():
-            while self._producer.flush(_WAIT_S):
-                if self._away:
-                    self._spell.lasts(f"not written yet: {self._away}")
+            left, since = len(records), time.monotonic()
+            while unacknowledged := self._producer.flush(_WAIT_S):
+                if unacknowledged < left:
+                    left, since = unacknowledged, time.monotonic()
+                if self._away or time.monotonic() - since > _SILENT_S:  # it may have no leader, or too few replicas
+                    self._spell.lasts(f"not written yet: {self._away or 'the broker acknowledges nothing'}")
                 if self._shutdown.is_set():
                     raise Outage("stopping before the broker acknowledged the outputs")
         self._away = ""
