@@ -13,7 +13,7 @@ from shared.errors import without_credentials
 from shared.settings import ServiceSettings
 
 _REMINDER_S = 60.0
-_CARD = re.compile(r"(?<![\d.])\d{11,19}(?!\d)")
+_CARD = re.compile(r"(?<!\d)(?<!\d\.)\d{11,19}(?!\d)")  # a decimal's are no card
 
 
 def configure(service: str, settings: ServiceSettings) -> None:

@@ -6,7 +6,7 @@ import logging
 import pytest
 import structlog
 
-from shared.logs import configure, passes_luhn
+from shared.logs import configure, passes_luhn, without_cards
 from shared.settings import ServiceSettings
 
 CARD = "4497913965512794052"
@@ -27,6 +27,19 @@ def test_no_line_holds_a_full_card_number(
     assert len(lines) == 2
     assert all(str(luhn) not in line and f"**** {luhn % 10000:04d}" in line for line in lines)
     assert "1730134684025" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("4539578763621486", "**** 1486"),
+        ("card_4539578763621486_", "card_**** 1486_"),
+        ("cc_num.4539578763621486", "cc_num.**** 1486"),
+        ("0.4539578763621486", "0.4539578763621486"),
+    ],
+)
+def test_a_card_is_known_wherever_it_stands_and_a_decimal_is_none(text: str, said: str) -> None:
+    assert without_cards(text) == said
 
 
 def test_json_lines_say_who_and_how_bad(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
