@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from threading import Event
 from typing import NoReturn, TypeVar
@@ -10,7 +12,7 @@ from typing import NoReturn, TypeVar
 import structlog
 
 from shared import health, logs
-from shared.errors import SettingsError
+from shared.errors import SettingsError, without_digits
 from shared.settings import ServiceSettings, load, unknown_variables
 
 S = TypeVar("S", bound=ServiceSettings)
@@ -20,7 +22,8 @@ log = structlog.get_logger()
 def run(name: str, settings: type[S], serve: Callable[[S, Event], None]) -> NoReturn:
     """Run `serve(settings, shutdown)` until it returns, which it does soon after `shutdown` is set.
 
-    Exits with 0 after SIGTERM or SIGINT, with 2 and one line on stderr for a missing or wrong setting.
+    Exits with 0 after SIGTERM or SIGINT, with 2 and one line on stderr for a missing or wrong setting, with 1 for an
+    error that nobody foresaw.
     """
     shutdown = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -28,6 +31,7 @@ def run(name: str, settings: type[S], serve: Callable[[S, Event], None]) -> NoRe
     try:
         loaded = load(settings)
         logs.configure(name, loaded)
+        threading.excepthook = lambda unforeseen: _tell(unforeseen.exc_value)
         health.serve(name, loaded)
         log.info("started")
         for unknown, meant in unknown_variables().items():
@@ -36,8 +40,19 @@ def run(name: str, settings: type[S], serve: Callable[[S, Event], None]) -> NoRe
     except SettingsError as error:
         print(f"{name}: {error}", file=sys.stderr)  # noqa: T201 - logs may not be set up yet
         _end(2)
+    except Exception as error:
+        _tell(error)
+        _end(1)
     log.info("stopped")
     _end(0)
+
+
+def _tell(error: BaseException | None) -> None:
+    """Where it was raised, and why, without the values that it may quote."""
+    if error:
+        where = "".join(traceback.format_tb(error.__traceback__))
+        reason = f"{type(error).__name__}: {without_digits(str(error))}"
+        log.critical("crashed", reason=reason, where=f"Traceback (most recent call last):\n{where}")
 
 
 def _end(code: int) -> NoReturn:
