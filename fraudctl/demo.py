@@ -128,6 +128,8 @@ def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Le
             pump.drain()
         console.print()
         for name, each in services.items():
+            if each.running:  # started anew, perhaps, and not yet ready to be told anything
+                each.wait_ready()
             if code := each.stop():
                 raise StandInError(f"{name} did not stop as it should, but with exit code {code}: {each.last_line()}")
         status = parts.api.status()

@@ -28,9 +28,11 @@ def port() -> int:
 
 @pytest.fixture
 def loop() -> Iterator[str]:
-    """The name of a loop that nobody watches any more afterwards."""
-    yield "a loop"
-    health.ended("a loop")
+    """The name of a loop that nobody watches any more afterwards, nor tells of in another test."""
+    with capture_logs() as lines:
+        yield "a loop"
+        health.ended("a loop")
+        until(lambda: (said := [line["event"] for line in lines]).count("stalled") == said.count("stalled_over"))
 
 
 def ask(port: int, path: str) -> requests.Response:
