@@ -10,10 +10,14 @@ log = structlog.get_logger()
 
 
 class Flow:
-    """Adds counts up and logs them as one `event`, with the rate and the running total of the first, and `levels`."""
+    """Adds counts up and logs them as one `event`, with the rate and the running total of the first, and `levels`.
 
-    def __init__(self, event: str, *, levels: Callable[[], Mapping[str, int]] = dict) -> None:
+    `names` stand on each line.
+    """
+
+    def __init__(self, event: str, *, levels: Callable[[], Mapping[str, int]] = dict, **names: str) -> None:
         self._event = event
+        self._names = names
         self._levels = levels
         self._since = time.monotonic()
         self._counts: Counter[str] = Counter()
@@ -38,7 +42,8 @@ class Flow:
         if any(self._counts.values()):
             per_s = round(next(iter(self._counts.values())) / max(now - self._since, 0.001))
             ages = {"p99_ms": round(_p99(self._ages_ms))} if self._ages_ms else {}
-            log.info(self._event, **self._counts, per_s=per_s, **self._levels(), **ages, total=self._total)
+            levels = {**self._levels(), **ages, "total": self._total}
+            log.info(self._event, **self._counts, per_s=per_s, **levels, **self._names)
             self._counts.clear()
             self._ages_ms.clear()
         self._since = now

@@ -26,7 +26,7 @@ from shared.errors import Outage
 from shared.flow import Flow
 from shared.kafka import DENIED, OnError, Record, coordinates
 from shared.lag import Lag
-from shared.retry import Spell, until_over
+from shared.retry import Spell, delay_s, until_over
 from shared.settings import StreamSettings
 
 log = structlog.get_logger()
@@ -111,7 +111,9 @@ class Stream:
         self._make_consumer: Callable[[], Consumer] = lambda: make_consumer(self._hear)
         self._consumer = self._make_consumer()
         self._lost: str | None = None  # why this consumer is beyond repair
+        self._short_lived = 0  # consumers lost one after the other
         self._group = group
+        self._log = log.bind(group=group)  # a process may have several
         self._topic = topic
         self._delivery = delivery
         self._settings = settings
@@ -128,7 +130,7 @@ class Stream:
         self._in_doubt = False  # a delivery failed, and perhaps only its answer was lost
         self._lag = Lag(group, topic)
         self._measured = 0.0  # monotonic
-        self._flow = Flow("processed", levels=lambda: {"lag": self._lag.records})
+        self._flow = Flow("processed", levels=lambda: {"lag": self._lag.records}, group=group)
         self._place = f"partitions of {topic}, for {group}"
         self._spell = Spell(f"what {group} needs", waiting=lambda: self._lag.records, group=group)
         self._broker_away = Spell(f"Kafka, for {group}", group=group)
@@ -151,7 +153,7 @@ class Stream:
             while not self._shutdown.is_set():
                 self._consume(handle)
         except Outage as outage:
-            log.warning("stopped_in_outage", reason=str(outage), left_for_later=len(self._waiting))
+            self._log.warning("stopped_in_outage", reason=str(outage), left_for_later=len(self._waiting))
         finally:
             self._handling.shutdown()
             self._delivering.shutdown()
@@ -167,7 +169,12 @@ class Stream:
             _let_go(self._consumer)
 
     def _consume(self, handle: Handler) -> None:
-        """Hold a place in the group until the shutdown, or until the consumer is lost; then have a new one."""
+        """Hold a place in the group until the shutdown, or until the consumer is lost; then have a new one.
+
+        Two replicas of one name take the place from each other: each waits longer every time, so that the other gets
+        something done.
+        """
+        began = time.monotonic()
         self._consumer.subscribe(
             [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
@@ -182,11 +189,13 @@ class Stream:
             with suppress(Outage) if self._lost else nullcontext():
                 self._collect(down_to=0)
         if self._lost:
-            log.warning("consumer_lost", reason=self._lost, hint="is REPLICA unique among the replicas?")
+            self._log.warning("consumer_lost", reason=self._lost, hint="is REPLICA unique among the replicas?")
             health.waits_for(self._place, self._lost)
             self._consumer.close()  # to its end: left behind, it would fight with the next one for their common name
             self._waiting.clear()
-            self._shutdown.wait(self._settings.backoff_initial_seconds)
+            initial_s, max_s = self._settings.backoff_initial_seconds, self._settings.backoff_max_seconds
+            self._short_lived = 0 if time.monotonic() - began > max_s else self._short_lived + 1
+            self._shutdown.wait(delay_s(self._short_lived, initial_s=initial_s, max_s=max_s))
             self._consumer, self._lost, self._paused = self._make_consumer(), None, False
 
     def _fill(self) -> None:
@@ -215,7 +224,7 @@ class Stream:
         self._until_over(lambda: self._attempt(handle), wait=self._wait_out)
         if self._paused and not self._lost:
             self._resume()
-            log.info("resumed")
+            self._log.info("resumed")
 
     def _until_over(self, step: Callable[[], None], *, wait: Callable[[float], None] | None = None) -> None:
         until_over(
@@ -301,7 +310,7 @@ class Stream:
                 self._in_doubt = True
                 raise
         if dead:
-            log.warning("dead_letters", records=len(dead), first_reason=reason_of(dead[0]))
+            self._log.warning("dead_letters", records=len(dead), first_reason=reason_of(dead[0]))
         took_s = time.monotonic() - began
         if finished:
             metrics.BATCH.observe(len(finished))
@@ -351,7 +360,7 @@ class Stream:
         self._turn()
         if not self._paused:
             self._paused = True
-            log.info("paused", waiting=len(self._waiting))
+            self._log.info("paused", waiting=len(self._waiting))
         self._consumer.pause(self._consumer.assignment())  # each time: a rebalance may have brought more
         self._poll(timeout_s)
 
@@ -417,10 +426,10 @@ class Stream:
             self._unreadable = unreadable
             self._away_because = f"{self._topic}: {error.str()}" if self._unreadable else error.str()
         elif error.code() not in _CONNECTION:
-            log.warning("consumer_error", reason=error.str())
+            self._log.warning("consumer_error", reason=error.str())
 
     def _on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        log.info("assigned", partitions=[partition.partition for partition in partitions])
+        self._log.info("assigned", partitions=[partition.partition for partition in partitions])
         health.has(self._place)
         self._assigned = True
 
@@ -431,7 +440,7 @@ class Stream:
             for each in takewhile(lambda each: each.final.done() and not each.final.exception(), self._in_flight):
                 self._commit(each)
         except Outage as outage:
-            log.warning("comes_again", reason=str(outage))
+            self._log.warning("comes_again", reason=str(outage))
         self._forget(partitions)
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -440,7 +449,7 @@ class Stream:
         self._forget(partitions)
 
     def _forget(self, partitions: list[TopicPartition]) -> None:
-        log.info("revoked", partitions=[partition.partition for partition in partitions])
+        self._log.info("revoked", partitions=[partition.partition for partition in partitions])
         self._lag.forget(partition.partition for partition in partitions)
         gone = {(partition.topic, partition.partition) for partition in partitions}
         for each in self._in_flight:

@@ -17,6 +17,7 @@ from services.alerter.webhook import Webhook
 from shared import metrics
 from shared.dead_letters import Limit, dead_letter, isolate
 from shared.errors import Outage, Poison
+from shared.flow import Flow
 from shared.kafka import Record
 from shared.records import mask_card
 from shared.stream import Outcome
@@ -145,9 +146,11 @@ class ByWebhook:
         self._webhook = webhook
         self._limit = limit
         self._posted = Remembered(_REMEMBERED)
+        self._flow = Flow("alarms_posted")
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
         """Post the first alarms of the batch; what comes after them is left for the next round."""
+        self._flow.report_if_due()
         found = find(messages, self._posted, group=self.group, most=_LARGEST_POST)
         metrics.ALARMS_WAITING.labels(self.name).set(len(found.alarms))
         if not found.alarms:
@@ -160,13 +163,14 @@ class ByWebhook:
 
     def close(self) -> None:
         """Hang up."""
+        self._flow.report()
         self._webhook.close()
 
     def _post(self, alarms: Sequence[Alarm]) -> Sequence[None]:
         self._webhook.post(alarms)
         for alarm in alarms:
             self._posted.add(alarm.identity)
-        log.info("alarms_posted", alarms=len(alarms))
+        self._flow.add(alarms=len(alarms))
         return [None] * len(alarms)
 
 

@@ -597,6 +597,7 @@ def test_a_webhook_is_sent_every_fraud_signed_and_tried_again(rig: Rig, hook: tu
 
     assert process.stop() == 0
     assert posted(server) == sorted(each.identity for each in frauds)
+    assert sum(map(int, re.findall(r"event='alarms_posted' alarms=(\d+)", rig.log("alerter")))) == 1200
     for headers, body in server.accepted:
         at = datetime.fromtimestamp(int(headers["webhook-timestamp"]), UTC)
         wanted = signed(body, identity=headers["webhook-id"], now=at, key=key_of(SECRET))
