@@ -108,6 +108,11 @@ def test_what_a_container_waits_for_can_come_true(name: str) -> None:
             assert CONTAINERS[other].get("restart") not in ("always", "unless-stopped")
 
 
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_stop_is_heard_before_there_is_a_handler_for_it(name: str) -> None:
+    assert CONTAINERS[name].get("init", False) == ("build" in CONTAINERS[name])
+
+
 @pytest.mark.parametrize(("name", "service"), READERS)
 @pytest.mark.parametrize("containers", [CONTAINERS, CLOUD["services"]], ids=["local", "cloud"])
 def test_services_and_fraudctl_take_the_variables_that_compose_sets(

@@ -300,6 +300,12 @@ def test_no_pod_has_rights(objects: list[Object]) -> None:
     for name, pod in pods(objects):
         spec, main = pod["spec"], pod["spec"]["containers"][0]
         assert spec["automountServiceAccountToken"] is spec["enableServiceLinks"] is False
+def test_a_stop_is_heard_before_there_is_a_handler_for_it(objects: list[Object]) -> None:
+    for _, pod in pods(objects):
+        ours = "fraud-alarm/" in pod["spec"]["containers"][0]["image"]
+        assert pod["spec"].get("shareProcessNamespace", False) == ours
+
+
         assert spec["securityContext"]["runAsNonRoot"]
         assert spec["securityContext"]["runAsUser"] > 0
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
