@@ -69,8 +69,9 @@ def rendered(folder: Path) -> list[Object]:
         objects.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data})
     for rule in rules.get("patches", []):
         patch = yaml.safe_load((folder / rule["path"]).read_text())
+        target = rule["target"]
         for number, each in enumerate(objects):
-            if re.fullmatch(rule["target"]["kind"], each["kind"]):
+            if re.fullmatch(target["kind"], each["kind"]) and target.get("name") in (None, each["metadata"]["name"]):
                 kept = {"kind": each["kind"], "apiVersion": each["apiVersion"], "metadata": each["metadata"]}
                 objects[number] = operated_on(each, patch) if isinstance(patch, list) else laid_over(each, patch) | kept
     for image in rules.get("images", []):
@@ -326,13 +327,18 @@ def test_a_service_scales_by_its_own_groups_lag_up_to_its_partitions(overlay: st
         assert each["spec"]["scaleTargetRef"] == {"kind": "StatefulSet", "name": name}
         assert "replicas" not in of_kind(objects, "StatefulSet")[name]["spec"]  # an apply would undo the scaling
         assert str(each["spec"]["maxReplicaCount"]) == topics[topics.index("--partitions") + 1]
-        (trigger,) = each["spec"]["triggers"]
-        assert trigger["metadata"]["bootstrapServers"] == bootstrap
-        assert trigger["metadata"]["consumerGroup"] == FIELDS[f"{compose_name(name).upper()}_GROUP"].default
-        assert trigger["metadata"]["topic"] == ("topic_1" if name == "predictor" else "topic_2")
-        if overlay == "cloud":
-            login = of_kind(objects, "TriggerAuthentication")[trigger["authenticationRef"]["name"]]
-            assert {each["key"] for each in login["spec"]["secretTargetRef"]} == {"sasl_username", "sasl_password"}
+        groups = [f"{compose_name(name).upper()}_GROUP", *(["WEBHOOK_GROUP"] if name == "alerter" else [])]
+        triggers = each["spec"]["triggers"]
+        assert [trigger["metadata"]["consumerGroup"] for trigger in triggers] == [FIELDS[key].default for key in groups]
+        for trigger in triggers:
+            assert trigger["metadata"]["bootstrapServers"] == bootstrap
+            assert trigger["metadata"]["topic"] == ("topic_1" if name == "predictor" else "topic_2")
+            # Mails or posts alone: a group that never commits is none that lags by all that was ever written.
+            assert trigger["metadata"]["offsetResetPolicy"] == ("latest" if name == "alerter" else "earliest")
+            if overlay == "cloud":
+                assert (trigger["metadata"]["sasl"], trigger["metadata"]["tls"]) == ("plaintext", "enable")
+                login = of_kind(objects, "TriggerAuthentication")[trigger["authenticationRef"]["name"]]
+                assert {each["key"] for each in login["spec"]["secretTargetRef"]} == {"sasl_username", "sasl_password"}
 
 
 def test_nothing_goes_in_or_out_but_what_a_policy_names(overlay: str, objects: list[Object]) -> None:
