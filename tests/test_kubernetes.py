@@ -157,10 +157,11 @@ def test_images_and_commands_are_those_of_compose(overlay: str, objects: list[Ob
             assert container["image"] == f"registry.example.com/{wanted['image']}:0.1.0"
         else:
             assert container["image"] == wanted["image"]
-        assert container.get("command") == wanted.get("command")
+        if name != "fraudctl":  # which waits until somebody needs it; in compose, it is run then
+            assert container.get("command") == wanted.get("command")
     containers = IN_THE_CLOUD if overlay == "cloud" else CONTAINERS
     expected = {name: each for name, each in containers.items() if "profiles" not in each}
-    assert {compose_name(name) for name, _ in pods(objects)} - {"migrate"} == expected.keys()
+    assert {compose_name(name) for name, _ in pods(objects)} - {"migrate", "fraudctl"} == expected.keys()
 
 
 def test_the_local_stack_is_set_up_as_in_compose() -> None:
@@ -169,7 +170,7 @@ def test_the_local_stack_is_set_up_as_in_compose() -> None:
     for name, value in of_kind(local, "ConfigMap")["settings"]["data"].items():
         assert value == EXAMPLE[name] if name in EXAMPLE else EXAMPLE[name.removesuffix("_FILE")]
     for name, pod in pods(local):
-        if name in CONTAINERS.keys() - SETTINGS - {"topics", "train"}:
+        if name in CONTAINERS.keys() - SETTINGS - {"topics", "train", "fraudctl"}:
             environment = {each["name"]: each.get("value") for each in pod["spec"]["containers"][0].get("env", [])}
             secrets = {key for key, value in environment.items() if value is None}
             assert environment == {
@@ -216,13 +217,15 @@ def test_services_and_jobs_are_given_the_secrets_they_read_and_no_others(
 ) -> None:
     named = {key.removesuffix("_FILE").lower(): path for key, path in settings.items() if key.endswith("_FILE")}
     configured = {name: pod for name, pod in pods(objects) if "envFrom" in pod["spec"]["containers"][0]}
-    assert configured.keys() - OF_JOBS.keys() == {name.replace("_", "-") for name in SETTINGS}
+    assert configured.keys() - OF_JOBS.keys() == {name.replace("_", "-") for name in SETTINGS} | {"fraudctl"}
+    read_by = {name: each.model_fields.keys() for name, each in (SETTINGS | OF_JOBS).items()}
+    read_by["fraudctl"] = {name.lower() for name in FIELDS}
     for name, pod in configured.items():
-        fields = (SETTINGS | OF_JOBS)[compose_name(name)].model_fields
+        fields = read_by[compose_name(name)]
         given = {item["path"] for item in secrets(pod)["items"]}
         read = {Path(path) for field, path in named.items() if field in fields}
         assert {path.parent for path in read} <= {Path("/run/secrets")}
-        assert {path.name for path in read} <= given <= CLOUD["secrets"].keys() & fields.keys()
+        assert {path.name for path in read} <= given <= CLOUD["secrets"].keys() & fields
         owner = "fraud-alarm-owner" if name == "migrate" else "fraud-alarm"
         assert secrets(pod).get("secretName", owner) == owner
 
@@ -297,16 +300,16 @@ def test_a_service_is_probed_limited_spread_and_not_disrupted_all_at_once(name: 
     assert name in of_kind(objects, "PodDisruptionBudget")
 
 
-def test_no_pod_has_rights(objects: list[Object]) -> None:
-    for name, pod in pods(objects):
-        spec, main = pod["spec"], pod["spec"]["containers"][0]
-        assert spec["automountServiceAccountToken"] is spec["enableServiceLinks"] is False
 def test_a_stop_is_heard_before_there_is_a_handler_for_it(objects: list[Object]) -> None:
     for _, pod in pods(objects):
         ours = "fraud-alarm/" in pod["spec"]["containers"][0]["image"]
         assert pod["spec"].get("shareProcessNamespace", False) == ours
 
 
+def test_no_pod_has_rights(objects: list[Object]) -> None:
+    for name, pod in pods(objects):
+        spec, main = pod["spec"], pod["spec"]["containers"][0]
+        assert spec["automountServiceAccountToken"] is spec["enableServiceLinks"] is False
         assert spec["securityContext"]["runAsNonRoot"]
         assert spec["securityContext"]["runAsUser"] > 0
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -360,7 +363,21 @@ def test_nothing_goes_in_or_out_but_what_a_policy_names(overlay: str, objects: l
     }
     kafka = {(name, 9092) for name in ("producer", "predictor", "alerter", "db-sink", "topics")}
     database = {("db-sink", 5432), ("migrate", 5432)}
-    web = {("producer", 443), ("predictor", 443), ("alerter", 443), ("alerter", 587)}
+    mail = {("alerter", 587), ("alerter", 465)}
+    web = {("producer", 443), ("predictor", 443), ("alerter", 443)}
     servers = {("kafka", 9092), ("producer", 8080), ("predictor", 5000), ("train", 5000), ("alerter", 1025)}
-    assert let_through == kafka | database | (web if overlay == "cloud" else servers)
+    services = kafka | database | (web | mail if overlay == "cloud" else servers)
+    assert let_through == services | {("fraudctl", port) for _, port in services}  # which asks all that they ask
     assert {client for client, _ in let_through} <= everybody
+
+
+def test_fraudctl_is_there_on_demand_in_a_folder_that_it_may_write_to(objects: list[Object]) -> None:
+    deployment = of_kind(objects, "Deployment")["fraudctl"]["spec"]
+    main = deployment["template"]["spec"]["containers"][0]
+    volumes = {each["name"]: each for each in deployment["template"]["spec"]["volumes"]}
+    (folder,) = (each for each in main["volumeMounts"] if each["mountPath"] == main["workingDir"])
+
+    assert deployment["replicas"] == 0
+    assert main["workingDir"] == CONTAINERS["fraudctl"]["working_dir"]
+    assert "emptyDir" in volumes[folder["name"]]
+    assert not folder.get("readOnly")
