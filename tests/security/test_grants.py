@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import sqlalchemy as sa
 from conftest import make_transactions
 
 from fraudctl import export, labels
+from sandbox.postgres import _binaries
 from services.db_sink.table import Row, connect, copy_text, migrate, upsert, versions
 from shared.errors import Outage
 from shared.provenance import Provenance
@@ -36,6 +38,18 @@ class Granted:
     def url(self, role: str) -> str:
         return self.owner.url.set(username=role, password=_SECRET).render_as_string(hide_password=False)
 
+    def holds(self, condition: str) -> bool:
+        with self.owner.connect() as connection:
+            return bool(connection.execute(sa.text(f"SELECT {condition}")).scalar_one())
+
+    def psql(self, role: str) -> subprocess.CompletedProcess[str]:
+        """Run the file as its head says."""
+        program, url = shutil.which("psql", path=f"{_binaries()}:{os.defpath}"), self.owner.url
+        if program is None:
+            pytest.skip("no psql")
+        server = ["-X", "-h", str(url.host), "-p", str(url.port), "-U", role, "-d", str(url.database)]
+        return subprocess.run([program, *server, "-f", GRANTS], capture_output=True, text=True, check=False)
+
     def fraudctl(self, role: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "DATABASE_URL": self.url(role)}
         return subprocess.run(
@@ -44,22 +58,77 @@ class Granted:
 
 
 def statements() -> list[str]:
-    lines = [line for line in GRANTS.read_text().splitlines() if not line.startswith("--")]
-    return [statement.strip() for statement in "\n".join(lines).split(";") if statement.strip()]
+    """What the file has between BEGIN and COMMIT."""
+    lines = [line for line in GRANTS.read_text().splitlines() if not line.startswith(("--", "\\"))]
+    first, *found, last = re.findall(r"\s*((?:\$\$.*?\$\$|[^;$])+);", "\n".join(lines), re.DOTALL)
+    assert (first, last) == ("BEGIN", "COMMIT")
+    return found
 
 
 @pytest.fixture
-def granted(engine: sa.Engine) -> Iterator[Granted]:
+def ungranted(engine: sa.Engine) -> Iterator[Granted]:
+    """The tables and the roles, which have no rights yet."""
     made = Granted(engine)
     migrate(engine)
     for role in ROLES:
         made.run(f"CREATE ROLE {role} LOGIN")
-    for statement in statements():
-        made.run(statement)
     yield made
     for role in ROLES:
-        made.run(f"DROP OWNED BY {role}")
-        made.run(f"DROP ROLE {role}")
+        if made.holds(f"to_regrole('{role}') IS NOT NULL"):
+            made.run(f"DROP OWNED BY {role}")
+            made.run(f"DROP ROLE {role}")
+
+
+@pytest.fixture
+def granted(ungranted: Granted) -> Granted:
+    for statement in statements():
+        ungranted.run(statement)
+    return ungranted
+
+
+_CLOSED = "NOT has_database_privilege('public', current_database(), 'CONNECT, TEMPORARY')"
+_STORES = "has_table_privilege('db_sink', 'transactions', 'INSERT')"
+
+
+def test_psql_runs_the_file(ungranted: Granted) -> None:
+    done = ungranted.psql(str(ungranted.owner.url.username))
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ungranted.holds(_CLOSED)
+    assert ungranted.holds(_STORES)
+
+
+def test_without_a_role_psql_fails_and_nothing_is_granted(ungranted: Granted) -> None:
+    ungranted.run("DROP ROLE exporter")
+
+    done = ungranted.psql(str(ungranted.owner.url.username))
+
+    assert done.returncode != 0
+    assert 'role "exporter" does not exist' in done.stderr
+    assert not ungranted.holds(_CLOSED)
+    assert not ungranted.holds(_STORES)
+
+
+@pytest.mark.parametrize("closed_before", [False, True])
+def test_who_owns_the_tables_and_not_the_database_is_told_so(ungranted: Granted, closed_before: bool) -> None:
+    ungranted.run("CREATE ROLE tables LOGIN")
+    try:
+        ungranted.run('GRANT CONNECT ON DATABASE :"DBNAME" TO tables')
+        ungranted.run("GRANT USAGE ON SCHEMA public TO tables")
+        for table in ("alembic_version", "transactions", "label_changes"):
+            ungranted.run(f"ALTER TABLE {table} OWNER TO tables")
+        if closed_before:
+            ungranted.run('REVOKE ALL ON DATABASE :"DBNAME" FROM PUBLIC')
+            ungranted.run("REVOKE ALL ON SCHEMA public FROM PUBLIC")
+
+        done = ungranted.psql("tables")
+
+        assert done.returncode != 0
+        assert "run this as its owner" in done.stderr
+        assert not ungranted.holds(_STORES)
+    finally:
+        ungranted.run("DROP OWNED BY tables")
+        ungranted.run("DROP ROLE tables")
 
 
 def row(transaction: Transaction) -> Row:
