@@ -54,10 +54,17 @@ def filled_in(value: Any, given: Mapping[str, str]) -> Any:
 
 
 def merged(file: Any, override: Any) -> Any:
-    """As compose merges files: maps key by key, lists one behind the other, of all else the later."""
+    """As compose merges files: maps key by key, secrets by their places in the container, of all else the later."""
     if isinstance(file, dict) and isinstance(override, dict):
         return file | {key: merged(file.get(key), each) for key, each in override.items()}
-    return [*file, *override] if isinstance(file, list) and isinstance(override, list) else override
+    if isinstance(file, list) and isinstance(override, list):
+        return list({place(each): each for each in [*file, *override]}.values())
+    return override
+
+
+def place(secret: Any) -> str:
+    """Where compose takes a secret to be mounted: a target that is no full path is to it none in /run/secrets."""
+    return str(secret["target"] if isinstance(secret, dict) else f"/run/secrets/{secret}")
 
 
 def in_the_cloud(given: Mapping[str, str]) -> Any:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -32,6 +33,8 @@ from compose import (
     SETTINGS,
     WITH_SECRETS,
     in_the_cloud,
+    merged,
+    place,
     variables,
 )
 from conftest import until
@@ -41,9 +44,11 @@ from sandbox.mailbox import Mailbox, messages
 from sandbox.postgres import Postgres
 from sandbox.processes import Process, free_port
 from sandbox.registry import Registry
+from services.db_sink.__main__ import DatabaseSettings
 from services.db_sink.table import connect
 from shared.settings import load, parse_properties
 
+SCALING = (ROOT / "docs" / "scaling.md").read_text()
 CLIENT_PROPERTIES = ROOT / LOCAL["configs"]["client_properties"]["file"]
 ONE_SHOTS = {"topics": "all topics are there", "train": "is champion already"}
 # Who is started with which settings: fraudctl, by its commands, with those of all services.
@@ -55,6 +60,12 @@ STOP_GRACE_S = 10  # of `docker compose stop`
 def started(container: dict[str, Any], *arguments: str) -> list[str]:
     """What runs in a container. Arguments take the place of its command, as those of `docker compose run` do."""
     return [*container.get("entrypoint", []), *(arguments or container["command"])]
+
+
+def typed(command: str) -> list[str]:
+    """The commands of the block in docs/scaling.md that has this one."""
+    (block,) = (each for each in re.findall(r"```console\n(.*?)```", SCALING, re.DOTALL) if command in each)
+    return re.findall(r"^\$ (.+)$", block, re.MULTILINE)
 
 
 def validate(*files: Path) -> subprocess.CompletedProcess[str]:
@@ -98,6 +109,11 @@ def test_whoever_gets_into_a_container_finds_little(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
+def test_a_stop_is_heard_before_there_is_a_handler_for_it(name: str) -> None:
+    assert CONTAINERS[name].get("init", False) == ("build" in CONTAINERS[name])
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
 def test_what_a_container_waits_for_can_come_true(name: str) -> None:
     for other, wait in CONTAINERS[name].get("depends_on", {}).items():
         assert not wait.get("required", True) or name not in IN_THE_CLOUD or other in IN_THE_CLOUD
@@ -106,11 +122,6 @@ def test_what_a_container_waits_for_can_come_true(name: str) -> None:
         else:
             assert wait["condition"] == "service_completed_successfully"
             assert CONTAINERS[other].get("restart") not in ("always", "unless-stopped")
-
-
-@pytest.mark.parametrize("name", CONTAINERS)
-def test_a_stop_is_heard_before_there_is_a_handler_for_it(name: str) -> None:
-    assert CONTAINERS[name].get("init", False) == ("build" in CONTAINERS[name])
 
 
 @pytest.mark.parametrize(("name", "service"), READERS)
@@ -138,10 +149,77 @@ def test_in_the_cloud_there_are_the_services_and_what_makes_their_topics() -> No
     assert not any("ports" in container for container in IN_THE_CLOUD.values())
 
 
-@pytest.mark.parametrize("left_out", ["MLFLOW_TRACKING_URI", "SMTP_HOST", "ALERT_FROM", "ALERT_TO"])
+@pytest.mark.parametrize("left_out", ["API_URL", "MLFLOW_TRACKING_URI", "SMTP_HOST", "ALERT_FROM", "ALERT_TO"])
 def test_the_override_asks_for_what_only_its_user_knows(left_out: str) -> None:
     with pytest.raises(KeyError, match=left_out):
         in_the_cloud({name: GIVEN[name] for name in GIVEN.keys() - {left_out}})
+
+
+def test_it_is_documented_what_the_override_does_not_take_from_secrets_env() -> None:
+    services = yaml.safe_load(OVERRIDE.read_text())["services"]
+    asked_for = set(re.findall(r"\$\{(\w+)", yaml.safe_dump(services)))
+    (paragraph,) = (each for each in SCALING.split("\n\n") if "In `.env` beside" in each)
+
+    assert {name for name in FIELDS if f"`{name}`" in paragraph} == asked_for
+
+
+def test_the_folder_of_secrets_is_made_where_there_is_one_and_nothing_else_is_touched(tmp_path: Path) -> None:
+    folder, other = tmp_path / "secrets", tmp_path / "client.properties"
+    folder.mkdir()
+    other.touch(mode=0o600)
+    (folder / "sasl_password").write_text("of the trial")
+    (folder / "sasl_password").chmod(0o600)
+
+    for _ in "once", "again":
+        done = subprocess.run(
+            ["sh", "-c", "\n".join(typed("mkdir"))], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+
+    assert {path: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {folder: 0o700, other: 0o600}
+    files = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert files == dict.fromkeys(CLOUD["secrets"], 0o644)
+    assert (folder / "sasl_password").read_text() == "of the trial"
+
+
+def test_the_documented_override_gives_a_service_its_own_key_in_place_of_the_common_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(services:.+?)```", SCALING, re.DOTALL)
+    own = tmp_path / "own.yml"
+    own.write_text(text)
+    both = merged(CLOUD, yaml.safe_load(text))
+
+    assert validate(own).returncode == 0
+    mounted = {
+        place(each): both["secrets"][each["source"] if isinstance(each, dict) else each]["file"]
+        for each in both["services"]["alerter"]["secrets"]
+    }
+    assert mounted == {
+        "/run/secrets/sasl_username": "./secrets/alerter_sasl_username",
+        "/run/secrets/sasl_password": "./secrets/alerter_sasl_password",
+        "/run/secrets/smtp_password": "./secrets/smtp_password",
+        "/run/secrets/webhook_secret": "./secrets/webhook_secret",
+    }
+
+
+def test_fraudctl_takes_the_url_of_another_role_from_the_folder_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no secrets.env is read
+    project, work = tmp_path / "project", tmp_path / "work"
+    project.mkdir()
+    work.mkdir()
+    (project / "secrets.env").write_text("DATABASE_URL=postgresql://of-the-trial/fraud\n")
+    written, used = typed("owner_url")
+    subprocess.run(["sh", "-c", written], input="postgresql://owner@db/fraud\n", text=True, check=True)
+    words = shlex.split(used)
+    name, _, path = words[words.index("-e") + 1].partition("=")
+
+    given = variables(CLOUD["services"]["fraudctl"], own=project) | {name: path.replace("/work", str(work))}
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
+
+    assert load(DatabaseSettings).database_url.get_secret_value() == "postgresql://owner@db/fraud"
+    assert (work / "owner_url").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("name", [*IN_THE_CLOUD, "fraudctl"])
