@@ -1,5 +1,7 @@
 """docs/configuration.md and shared/variables.py, from the settings classes: `python -m fraudctl.configuration`."""
 
+import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +30,23 @@ class Variable(NamedTuple):
     meaning: str
 
 
+_BY_LIBRARIES = "By libraries, in the environment alone"
+_BY_COMPOSE = "By `docker compose`, in the shell or in `.env`"
 _AROUND = {
-    "By libraries, in the environment alone": (
+    _BY_LIBRARIES: (
         Variable("OMP_NUM_THREADS", "whole number", "`1`", "predictor: threads of scikit-learn and numpy"),
-        Variable("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "whole number", "`0`, fraudctl `2`", "Of a call to the registry"),
-        Variable("MLFLOW_HTTP_REQUEST_TIMEOUT", "seconds", "`5`, fraudctl `120`", "Of a call to the registry"),
+        Variable(
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
+            "whole number",
+            "`0`; `fraudctl train`, `promote`, `rollback`: `2`",
+            "Of a call to the registry",
+        ),
+        Variable(
+            "MLFLOW_HTTP_REQUEST_TIMEOUT",
+            "seconds",
+            "`5`; `fraudctl train`, `promote`, `rollback`: `120`",
+            "Of a call to the registry",
+        ),
         Variable("MLFLOW_DISABLE_TELEMETRY", "true or false", "`true`", "Whether MLflow keeps its use to itself"),
         Variable("ORT_DISABLE_TELEMETRY", "true or false", "`true`", "Whether ONNX Runtime keeps its use to itself"),
         Variable(
@@ -43,11 +57,20 @@ _AROUND = {
         ),
         Variable("AWS_ACCESS_KEY_ID", "text", "", "S3: `fraudctl export`, `fraudctl train`, and models that lie there"),
         Variable("AWS_SECRET_ACCESS_KEY", "secret", "", "Its secret"),
+        Variable("AWS_SESSION_TOKEN", "secret", "", "The third, of credentials that end"),
+        Variable("AWS_DEFAULT_REGION", "text", "", "Its region"),
         Variable("AWS_ENDPOINT_URL", "URL", "", "S3 of another provider"),
         Variable("MLFLOW_S3_ENDPOINT_URL", "URL", "", "The same, for MLflow"),
+        Variable("REQUESTS_CA_BUNDLE", "path", "", "Whom to trust for `https://`: the API, the webhook and MLflow"),
+        Variable("SSL_CERT_FILE", "path", "the system's", "Whom the alerter trusts for its mail server"),
     ),
-    "By `docker compose`, in the shell or in `.env`": (
-        Variable("CLIENT_PROPERTIES", "path", "`./client.properties.example`", "On the host: what compose mounts"),
+    _BY_COMPOSE: (
+        Variable(
+            "CLIENT_PROPERTIES",
+            "path",
+            "`./client.properties.example`, of docker-compose.cloud.yml `./client.properties`",
+            "On the host: what compose mounts",
+        ),
         Variable("EXTRA_PACKAGES", "text", "", "What models of your own need on top, such as `lightgbm==4.6.0`"),
         Variable("EXTRA_DEBIAN_PACKAGES", "text", "", "The libraries that those need, such as `libgomp1`"),
     ),
@@ -72,10 +95,10 @@ that holds the value, less the end of its last line. So `DATABASE_URL_FILE=/run/
 out of the environment, where whoever may inspect the container reads it. Of the two, only one may be set: an empty
 `DATABASE_URL=` takes back the one of `secrets.example.env`. A file is read once, at the start.
 
-**Unknown names.** What `secrets.env` sets and no service reads is ignored, with a warning at the start that names it,
-and the setting that was meant if one is much like it; never its value. A variable that another service reads is known.
-In the environment, a misspelt setting cannot be told from what belongs to somebody else, and there compose puts the
-file's: `fraudctl doctor`, run beside the file, warns as well.
+**Unknown names.** What `secrets.env` sets and nobody reads is ignored, with a warning at the start that names it, and
+the setting that was meant if one is much like it; never its value. What another service or a library reads is known. In
+the environment, where compose puts the file's, most belongs to somebody else: of that, a warning names what has more
+than ten letters and is a setting's name but for one or so. `fraudctl doctor`, run beside the file, finds the others.
 
 `fraudctl` reads the same settings, each command those of the service whose part it deals with: `train`, `promote` and
 `rollback` the registry's of the predictor, which its options override, `labels`, `export` and `migrate` the database's
@@ -92,15 +115,31 @@ def document() -> str:
     for readers, variables in _by_readers().items():
         of_all = len(readers) == len(READERS)
         parts.append(f"## Read by {'every service' if of_all else _listed(readers)}\n\n{_table(variables)}")
-    parts += [f"## {title}\n\n{_table(variables)}" for title, variables in _AROUND.items()]
+    for title, around in _AROUND.items():
+        parts.append(f"## {title}\n\n{_table(around)}")
+        if title == _BY_COMPOSE:
+            parts.append(_with_cloud(around))
     return "\n".join(parts)
 
 
 def names() -> str:
     """shared/variables.py."""
-    found = sorted({field.upper() for settings in READERS.values() for field in settings.model_fields})
-    listed = "".join(f'    "{name}",\n' for name in found)
-    return f'"""The names of all settings, written by `python -m fraudctl.configuration`."""\n\nNAMES = (\n{listed})\n'
+    settings = {field.upper() for settings in READERS.values() for field in settings.model_fields}
+    of_libraries = {variable.name for variable in _AROUND[_BY_LIBRARIES]}
+    listed = [
+        f"{name} = (\n" + "".join(f'    "{each}",\n' for each in sorted(found)) + ")\n"
+        for name, found in (("NAMES", settings), ("OF_LIBRARIES", of_libraries))
+    ]
+    made = '"""What is read from the environment, written by `python -m fraudctl.configuration`."""\n\n'
+    return made + "\n".join(listed)
+
+
+def _with_cloud(others: tuple[Variable, ...]) -> str:
+    text = (ROOT / "docker-compose.cloud.yml").read_text()
+    taken = dict.fromkeys(re.findall(r"(?<!\$)\$\{(\w+)", text))  # in its order
+    listed = _listed([f"`{name}`" for name in taken if name not in {each.name for each in others}])
+    lead = "With `docker-compose.cloud.yml` these come from there as well, whatever `secrets.env` says of them"
+    return "\n".join(textwrap.wrap(f"{lead}: {listed}.", 120, break_on_hyphens=False)) + "\n"
 
 
 def _by_readers() -> Mapping[tuple[str, ...], list[Variable]]:

@@ -19,7 +19,7 @@ from pydantic_settings import (
 )
 
 from shared.errors import SettingsError
-from shared.variables import NAMES
+from shared.variables import NAMES, OF_LIBRARIES
 
 SECRETS_FILE = "secrets.env"
 
@@ -144,15 +144,24 @@ def load(settings: type[S], **given: Any) -> S:
 
 
 def unknown_variables() -> dict[str, str | None]:
-    """What `secrets.env` sets and no service reads, each with the known name that is most like it, if one is."""
-    lines = dotenv_values(SECRETS_FILE, encoding="utf-8")
+    """What `secrets.env` sets and nobody reads, each with the known name that is most like it, if one is.
+
+    In the environment most is somebody else's: of that, long names that differ from a setting's in a letter or so.
+    Raises SettingsError.
+    """
+    try:
+        lines = dotenv_values(SECRETS_FILE, encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{SECRETS_FILE}: {error}") from None
     written = (name.upper() for name, value in lines.items() if value is not None and _NAME(name))
     known = (*NAMES, *(f"{name}_FILE" for name in NAMES))
-    return {
-        name: next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
-        for name in written
-        if name not in known
-    }
+
+    def like(name: str, cutoff: float) -> str | None:
+        return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
+
+    unknown = {name: like(name, 0.8) for name in written if name not in (*known, *OF_LIBRARIES)}
+    around = {name: like(name, 0.94) for name in os.environ if name.isupper() and len(name) > 10 and name not in known}
+    return {name: meant for name, meant in around.items() if meant} | unknown
 
 
 def kafka_properties(settings: ServiceSettings) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The names of all settings, written by `python -m fraudctl.configuration`."""
+"""What is read from the environment, written by `python -m fraudctl.configuration`."""
 
 NAMES = (
     "ALERTER_GROUP",
@@ -55,4 +55,21 @@ NAMES = (
     "WEBHOOK_SECRET",
     "WEBHOOK_TIMEOUT_SECONDS",
     "WEBHOOK_URL",
+)
+
+OF_LIBRARIES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "MLFLOW_DISABLE_TELEMETRY",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT",
+    "MLFLOW_S3_ENDPOINT_URL",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT",
+    "OMP_NUM_THREADS",
+    "ORT_DISABLE_TELEMETRY",
+    "REQUESTS_CA_BUNDLE",
+    "SSL_CERT_FILE",
 )

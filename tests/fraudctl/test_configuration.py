@@ -58,6 +58,13 @@ def test_what_the_code_reads_is_documented() -> None:
     assert read - OF_THE_SYSTEM <= DOCUMENTED
 
 
+def test_what_the_document_on_security_names_is_documented() -> None:
+    named = set(re.findall(r"`([A-Z][A-Z0-9]*_[A-Z0-9_]+)[=`]", (ROOT / "docs" / "security.md").read_text()))
+
+    assert {"SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"} <= named
+    assert named <= DOCUMENTED
+
+
 def test_every_setting_is_documented() -> None:
     ours = [each for each in subclasses(Settings) if each.__module__.startswith(("services.", "shared.", "fraudctl."))]
 
@@ -66,12 +73,13 @@ def test_every_setting_is_documented() -> None:
     assert {"METRICS_PORT", "MODEL_ALIAS", "WEBHOOK_SECRET", "DATABASE_URL"} <= fields <= DOCUMENTED
 
 
-def test_what_compose_takes_from_the_shell_is_documented() -> None:
+def test_what_compose_takes_from_the_shell_is_documented_as_such() -> None:
+    (section,) = re.findall(r"^## By `docker compose`.*?(?=^## )", configuration.document(), re.MULTILINE | re.DOTALL)
     files = list(ROOT.glob("docker-compose*.yml"))
     taken = {name for file in files for name in re.findall(r"(?<!\$)\$\{(\w+)", file.read_text())}
 
-    assert "CLIENT_PROPERTIES" in taken
-    assert taken <= DOCUMENTED
+    assert {"CLIENT_PROPERTIES", "MLFLOW_TRACKING_URI"} <= taken
+    assert taken <= set(re.findall(r"`([A-Z0-9_]+)`", section))
 
 
 def test_document_and_names_are_up_to_date() -> None:

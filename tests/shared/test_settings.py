@@ -194,7 +194,7 @@ def test_the_same_setting_in_secrets_env_and_as_a_file_is_refused(
 def test_what_nobody_reads_is_told_with_what_was_meant(tmp_path: Path) -> None:
     (tmp_path / "secrets.env").write_text(
         "SASL_PASWORD=hush\nsasl_username=a\nSMTP_HOST=of the alerter\nDATABASE_URL_FILE=b\nSMTP_PASSWORDFILE=c\n"
-        "COLOUR=blue\n"
+        "COLOUR=blue\nAWS_SECRET_ACCESS_KEY=of a library\n"
         "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7==\nhunter2\n"  # of a secret that was torn
     )
 
@@ -203,6 +203,43 @@ def test_what_nobody_reads_is_told_with_what_was_meant(tmp_path: Path) -> None:
         "SMTP_PASSWORDFILE": "SMTP_PASSWORD_FILE",
         "COLOUR": None,
     }
+
+
+OF_OTHERS = """
+HOSTNAME LOGNAME LANGUAGE HISTFILESIZE SSH_AUTH_SOCK XDG_RUNTIME_DIR PYTHONUNBUFFERED VIRTUAL_ENV
+REPLICAS LOGLEVEL LOG_LEVELS TOPIC TOPIC_3 DATABASE_URI DATABASE_USER POSTGRES_PASSWORD SMTPS_PORT SMTP_USER API_TIMEOUT
+MODEL_PATH MLFLOW_TRACKING_TOKEN MLFLOW_REGISTRY_URI METRICS_PATH METRICS_PORTS2 SASL_MECHANISM WEBHOOK_PORT KAFKA_HOME
+"""
+
+
+def test_in_the_environment_what_is_all_but_a_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    misspelt = {
+        "SMTP_PASWORD": "SMTP_PASSWORD",
+        "DATABASE_URLFILE": "DATABASE_URL_FILE",
+        "MLFLOW_TRACKING_URL": "MLFLOW_TRACKING_URI",
+    }
+    for name in misspelt:
+        monkeypatch.setenv(name, "hush")
+
+    assert unknown_variables() == misspelt
+
+
+def test_what_is_somebody_elses_in_the_environment_is_not_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    services = ("ALERTER", "PRODUCER", "PREDICTOR", "DB_SINK", "KAFKA", "MLFLOW", "POSTGRES", "MAILPIT", "SMTP", "API")
+    ends = ("PORT", "SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_9092_TCP", "PORT_9092_TCP_ADDR")
+    of_kubernetes = [f"{service}_{end}" for service in (*services, "METRICS_2", "MLFLOW_TRACKING") for end in ends]
+    for name in {*of_kubernetes, *OF_OTHERS.split()} - {"SMTP_PORT"}:
+        monkeypatch.setenv(name, "theirs")
+    monkeypatch.setenv("smtp_pasword", "not in capitals")
+
+    assert unknown_variables() == {}
+
+
+def test_secrets_env_that_is_not_utf_8_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "secrets.env").write_bytes("SMTP_PASSWORD=café\n".encode("latin-1"))
+
+    with pytest.raises(SettingsError, match=r"^secrets\.env: .*utf-8.*$"):
+        unknown_variables()
 
 
 def test_without_secrets_env_nothing_is_unknown() -> None:
