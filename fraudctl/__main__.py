@@ -323,12 +323,10 @@ def tail_command(
 
 
 def _be_brief_with_mlflow() -> None:
-    """Have MLflow try once and for a short while: somebody is waiting."""
-    os.environ |= {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    }
+    """Have MLflow try once and for a short while, unless it is told otherwise: somebody is waiting."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
 
 
 @app.command("migrate")

@@ -1,6 +1,7 @@
 """Everything that the services need, tried once: a line each, and the remedy where it fails."""
 
 import email.utils
+import os
 import smtplib
 import ssl
 import time
@@ -15,6 +16,7 @@ import sqlalchemy as sa
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AclOperation, AdminClient  # type: ignore[attr-defined]
 from confluent_kafka.cimpl import NewTopic
+from dotenv import dotenv_values
 from pydantic_settings import BaseSettings
 
 from fraudctl import status, topics
@@ -30,6 +32,7 @@ from shared.errors import Outage, Poison, SettingsError, without_credentials
 from shared.kafka import DENIED, admin, consumer, producer
 from shared.records import read_split
 from shared.settings import SECRETS_FILE, ServiceSettings, kafka_properties, load, unknown_variables
+from shared.variables import OF_LIBRARIES
 from training import aliases
 
 _TIMEOUT_S = 8.0
@@ -90,11 +93,21 @@ def examine() -> list[Finding]:
         "settings",
         f"{'; '.join(problems)}: in secrets.env or in the environment" if problems else "those of all four services",
     )
-    strange = [
-        Finding("failed", "settings", f"{SECRETS_FILE}: nobody reads {name}{f': is it {meant}?' if meant else ''}")
-        for name, meant in unknown_variables().items()
-    ]
-    return [first, *strange, *(finding for findings in explored for finding in findings), _clock(clocks)]
+    return [first, *_names(), *(finding for findings in explored for finding in findings), _clock(clocks)]
+
+
+def _names() -> Iterator[Finding]:
+    """Those of `secrets.env` and of the environment, as far as they are no settings."""
+    try:
+        unknown = unknown_variables()
+    except SettingsError:  # which is among the settings' problems
+        return
+    for name, meant in unknown.items():
+        hint = f": is it {meant}?" if meant else ""
+        yield Finding("failed", "settings", f"nobody reads {name}, in {SECRETS_FILE} or in the environment{hint}")
+    if strays := sorted({*OF_LIBRARIES} & {*dotenv_values(SECRETS_FILE)} - {*os.environ}):
+        where = "read by libraries, from the environment alone: compose puts it there, a checkout does not"
+        yield Finding("ok", "settings", f"{SECRETS_FILE}: {', '.join(strays)}: {where}")
 
 
 def _kafka(settings: ServiceSettings, loaded: Mapping[type[BaseSettings], Any]) -> Iterator[Finding]:
@@ -267,6 +280,8 @@ def _database(settings: SinkSettings, clocks: Clocks) -> Iterator[Finding]:
         yield Finding("failed", "database", f"{str(outage).removeprefix('database: ')}: {remedy}")
         yield from _moot(("migrations", "privileges"), "database comes first")
         return
+    role = engine.url.username
+    whose = f"is {role} the db_sink's role? deploy/grants.sql has what that may do"
     yield Finding("ok", "database", f"{engine.url.host}:{engine.url.port or 5432}/{engine.url.database}")
     try:
         present, newest = versions(engine)
@@ -279,13 +294,12 @@ def _database(settings: SinkSettings, clocks: Clocks) -> Iterator[Finding]:
         with transaction(engine) as connection:
             row = connection.execute(sa.text(_PRIVILEGES), {"table": TABLE}).one()
         lacking = [name for name, granted in row._mapping.items() if not granted]
-        role = engine.url.username
         if lacking:
-            yield Finding("failed", "privileges", f"{role} lacks {', '.join(lacking)}: GRANT ... TO {role}")
+            yield Finding("failed", "privileges", f"{role} lacks {', '.join(lacking)}: {whose}")
         else:
             yield Finding("ok", "privileges", f"{role} may read, write and use temporary tables")
     except Outage as outage:
-        yield Finding("failed", "privileges", f"{outage}: GRANT what is missing")
+        yield Finding("failed", "privileges", f"{outage}: {whose}")
     finally:
         engine.dispose()
 

@@ -1,6 +1,7 @@
 """fraudctl doctor: each thing that is set up wrongly makes the line about it fail, and no other."""
 
 import email.utils
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,8 +82,8 @@ def stack(apache_rig: Rig, registry: Registry, engine: sa.Engine, mail: Mailbox,
 def doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Doctor:
     """Exit code, and the lines by what they are about; of several, the last."""
     monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "5")  # so that what the command makes of it ends with the test
+    for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}.items():
+        monkeypatch.setenv(name, value)  # whatever other tests have left there
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
     def call(environment: Environment) -> tuple[int, dict[str, str]]:
@@ -175,6 +176,11 @@ def wrong_mail_port(_stack: Rig, _engine: sa.Engine) -> Environment:
     return {"SMTP_PORT": "9"}
 
 
+def torn_secrets(stack: Rig, _engine: sa.Engine) -> Environment:
+    (stack.directory / "secrets.env").write_bytes("MODEL_NAME=café\n".encode("latin-1"))
+    return {}
+
+
 def missing_setting(_stack: Rig, _engine: sa.Engine) -> Environment:
     return {"ALERT_TO": ""}
 
@@ -190,11 +196,16 @@ def missing_setting(_stack: Rig, _engine: sa.Engine) -> Environment:
         (wrong_registry, "MLflow", "are MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD its own?"),
         (no_champion, "champion", "no version of nobody is champion: fraudctl train or promote"),
         (no_schema, "migrations", "the schema is 0002, not 0003: the db_sink migrates it"),
-        (no_privileges, "privileges", "reader lacks INSERT, UPDATE: GRANT ... TO reader"),
+        (
+            no_privileges,
+            "privileges",
+            "reader lacks INSERT, UPDATE: is reader the db_sink's role? deploy/grants.sql has",
+        ),
         (wrong_mail_password, "SMTP", "refuses the login (535): SMTP_USERNAME, SMTP_PASSWORD"),
         (no_starttls, "SMTP", "STARTTLS extension not supported by server.: SMTP_TLS"),
         (wrong_mail_port, "SMTP", "is it running, SMTP_HOST, SMTP_PORT"),
         (missing_setting, "settings", "ALERT_TO: missing: in secrets.env or in the environment"),
+        (torn_secrets, "settings", "secrets.env: 'utf-8' codec can't decode byte 0xe9"),
     ],
 )
 def test_a_misconfiguration_is_named_with_its_remedy(
@@ -315,4 +326,30 @@ def test_a_setting_that_nobody_reads_is_named(stack: Rig, doctor: Doctor, tmp_pa
     code, lines = doctor(stack.environment)
 
     assert code == 1
-    assert lines["settings"] == "failed   settings: secrets.env: nobody reads SMTP_PASWORD: is it SMTP_PASSWORD?"
+    assert lines["settings"] == (
+        "failed   settings: nobody reads SMTP_PASWORD, in secrets.env or in the environment: is it SMTP_PASSWORD?"
+    )
+
+
+def test_what_libraries_read_is_no_stranger_and_where_they_do_not_find_it_is_told(
+    stack: Rig, doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    (tmp_path / "secrets.env").write_text("AWS_SECRET_ACCESS_KEY=hunter2\nOMP_NUM_THREADS=1\n")
+
+    code, lines = doctor(stack.environment | {"OMP_NUM_THREADS": "2"})
+
+    assert code == 0
+    assert lines["settings"] == (
+        "ok       settings: secrets.env: AWS_SECRET_ACCESS_KEY: read by libraries, from the environment alone:"
+        " compose puts it there, a checkout does not"
+    )
+
+
+def test_how_long_the_registry_is_waited_for_is_the_operators_choice(stack: Rig, doctor: Doctor) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        _, lines = doctor(stack.environment | {"MLFLOW_TRACKING_URI": uri, "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"})
+
+    assert failed(lines) == ["MLflow"]
+    assert "timeout=1" in lines["MLflow"]

@@ -45,8 +45,8 @@ def stack(apache_rig: Rig, registry: Registry, engine: sa.Engine, mailbox: Mailb
 def runbook(stack: Rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runbook:
     """What all the commands of a section print, fraudctl's, in their order."""
     monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "5")  # so that what the command makes of it ends with the test
+    for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}.items():
+        monkeypatch.setenv(name, value)  # whatever other tests have left there
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
     def run(symptom: str) -> str:
