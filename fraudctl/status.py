@@ -5,11 +5,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import sqlalchemy as sa
 from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, Message, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, TopicMetadata  # type: ignore[attr-defined]
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -23,12 +24,13 @@ from services.db_sink.table import connect, versions
 from services.predictor.__main__ import PredictorSettings
 from shared.dead_letters import SUFFIX
 from shared.errors import Outage, SettingsError
-from shared.kafka import admin, consumer, coordinates, ends, newest_ms, says_nothing
+from shared.kafka import DENIED, admin, consumer, coordinates, ends, newest_ms, says_nothing
 from shared.records import format_time
 from shared.settings import kafka_properties, load
 from training import aliases
 
 _TIMEOUT_S = 10.0
+_ASKED_AT_ONCE = 10
 _GROUP = "fraudctl"
 _MOST_LETTERS_READ = 10_000
 # Of a group that one may ask about, while its coordinator is made, loads or moves.
@@ -97,6 +99,8 @@ class Topic:
 
     name: str
     partitions: int
+    leaderless: Sequence[int] = ()  # of these partitions, nothing is known
+    records: int = 0  # offsets, of which some may be marks of transactions
     newest_seconds: float | None = None  # since its newest record was written, if there is any
     dead_letters: int | None = None
     counted: bool = True  # and not merely bounded, since they are too many
@@ -169,27 +173,38 @@ def look(settings: Settings) -> Status:
             return None
 
     now_ms = time.time() * 1000
-    with ThreadPoolExecutor(3) as pool:
+    topic_1, topic_2 = settings.predictor.topic_1, settings.predictor.topic_2
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
         asked_models = pool.submit(answer, lambda: _models(settings.predictor))
         asked_database = pool.submit(answer, lambda: _database(engine))
-        names = (settings.predictor.topic_1, settings.predictor.topic_2)
-        topics = answer(lambda: _topics(properties, names, now_ms=now_ms))
-        readers = None
-        if topics is not None:
-            readers = answer(lambda: _readers(properties, settings.readers, now_ms=now_ms))
+        topics = readers = None
+        names = [name + suffix for name in (topic_1, topic_2) for suffix in ("", SUFFIX)]
+        known = answer(lambda: _known(properties, names))
+        if known is not None:
+            asked_topics = [
+                pool.submit(answer, partial(_topic, properties, name, found, now_ms=now_ms))
+                for name, found in known.items()
+            ]
+            asked_readers = [
+                pool.submit(answer, partial(_reader, properties, service, group, topic, known[topic], now_ms=now_ms))
+                for service, group, topic in settings.readers
+            ]
+            topics = [topic for asked in asked_topics if (topic := asked.result())]
+            readers = [reader for asked in asked_readers if (reader := asked.result())]
         models, database = asked_models.result(), asked_database.result()
     alert = None
     if readers and database and database.schema:
         alert = answer(lambda: _last_alert(engine, readers, now_ms=now_ms))
     engine.dispose()
     status = Status(topics, readers, models, database, alert, problems)
-    return replace(status, problems=[*problems, *_problems(status, stall_seconds=settings.predictor.stall_seconds)])
+    found = _problems(status, source=topic_1, stall_seconds=settings.predictor.stall_seconds)
+    return replace(status, problems=[*sorted(problems), *found])
 
 
 def show(status: Status) -> RenderableType:
-    """For people."""
-    parts: list[RenderableType] = []
-    if status.readers is not None:
+    """For people; what is not healthy first, since a terminal may be too low for all."""
+    parts: list[RenderableType] = [Text(f"unhealthy: {problem}") for problem in status.problems] or [Text("healthy")]
+    if status.readers:
         table = Table("group", "topic", "partition", "lag", "oldest", "held by")
         for reader in status.readers:
             for each in reader.partitions:
@@ -216,20 +231,24 @@ def show(status: Status) -> RenderableType:
         parts.append(Text(f"database: {rows} rows, {database.confirmed:,} with a confirmed label"))
     if alert := status.last_alert:
         parts.append(Text(f"last alert: {alert.trans_num}, predicted {alert.predicted_at} UTC"))
-    parts += [Text(f"unhealthy: {problem}") for problem in status.problems] or [Text("healthy")]
     return Group(*parts)
 
 
-def _problems(status: Status, *, stall_seconds: float) -> Iterator[str]:
+def _problems(status: Status, *, source: str, stall_seconds: float) -> Iterator[str]:
     for topic in status.topics or ():
         if not topic.partitions:
             yield f"{topic.name}: missing: fraudctl topics create"
-    if status.topics and (quiet_s := status.topics[0].newest_seconds or 0.0) > _QUIET_S:
-        yield f"producer: nothing new on {status.topics[0].name} for {quiet_s / 60:,.0f} min: is it running?"
+        elif topic.leaderless:
+            yield f"{topic.name}: no leader of partitions {', '.join(map(str, topic.leaderless))}: is a broker away?"
+        elif topic.name == source and not topic.records:
+            yield f"producer: nothing on {topic.name}: is it running?"
+        if topic.name == source and (quiet_s := topic.newest_seconds or 0.0) > _QUIET_S:
+            yield f"producer: nothing new on {topic.name} for {quiet_s / 60:,.0f} min: is it running?"
     for reader in status.readers or ():
         name = f"{reader.service} (group {reader.group} on {reader.topic})"
         if not reader.members:
-            yield f"{name}: {reader.lag:,} behind, and nobody reads: is it running?"
+            behind = f"{reader.lag:,} behind, and " if reader.partitions else ""
+            yield f"{name}: {behind}nobody reads: is it running?"
         late = [each for each in reader.partitions if each.oldest_seconds > stall_seconds]
         if late:
             where = ", ".join(str(each.partition) for each in late)
@@ -243,44 +262,57 @@ def _problems(status: Status, *, stall_seconds: float) -> Iterator[str]:
         )
 
 
-def _readers(properties: Mapping[str, str], readers: Sequence[tuple[str, str, str]], *, now_ms: float) -> list[Reader]:
-    client = admin(properties)
-    deadline = time.monotonic() + _TIMEOUT_S
-    while True:
-        try:
-            return [_reader(client, properties, *each, now_ms=now_ms) for each in readers]
-        except KafkaException as error:
-            if error.args[0].code() not in PASSING or time.monotonic() > deadline:
-                raise away(properties, error) from None
-            time.sleep(0.2)
+def _known(properties: Mapping[str, str], names: Sequence[str]) -> dict[str, TopicMetadata]:
+    """What the brokers say of each topic by its name: whether it is hidden, they say of no other. Raises Outage."""
+    client = consumer(properties, group=_GROUP)  # which creates none
+    try:
+        return {name: client.list_topics(name, timeout=_TIMEOUT_S).topics[name] for name in names}
+    except KafkaException as error:
+        raise away(properties, error) from None
+    finally:
+        client.close()
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Have what is in the way name the topic or the group. Raises Outage."""
+    try:
+        yield
+    except KafkaException as error:
+        raise Outage(f"Kafka: {name}: {error.args[0].str()}") from None
+    except Outage as outage:
+        raise outage if name in str(outage) else Outage(f"{name}: {outage}") from None
+
+
+def _led(name: str, found: TopicMetadata) -> list[TopicPartition]:
+    """The partitions that can be asked about."""
+    return [TopicPartition(name, each) for each in sorted(found.partitions) if found.partitions[each].leader >= 0]
 
 
 def _reader(
-    client: AdminClient, properties: Mapping[str, str], service: str, group: str, topic: str, *, now_ms: float
+    properties: Mapping[str, str], service: str, group: str, topic: str, found: TopicMetadata, *, now_ms: float
 ) -> Reader:
-    """Raises KafkaException, Outage."""
-    try:
-        described = client.describe_consumer_groups([group], request_timeout=_TIMEOUT_S)[group].result()
-    except KafkaException as error:
-        if error.args[0].code() != KafkaError.GROUP_AUTHORIZATION_FAILED:
-            raise
-        raise Outage(f"Kafka: {group}: {error.args[0].str()}") from None
+    """Raises Outage."""
+    client = admin(properties)
+    places = _led(topic, found)
+    with _naming(group):
+        described = _patiently(
+            lambda: client.describe_consumer_groups([group], request_timeout=_TIMEOUT_S)[group].result()
+        )
+        following = _patiently(lambda: _committed(client, group, places)) if places else {}
+        ended = ends(properties, places, committed=True) if places else {}
+        behind = [
+            TopicPartition(topic, partition, offset)
+            for partition, offset in following.items()
+            if offset < ended[topic, partition]
+        ]
+        firsts = _firsts(properties, behind) if behind else {}
     held = {
         place.partition: _name(member)
         for member in described.members
         for place in member.assignment.topic_partitions
         if place.topic == topic
     }
-    known = client.list_topics(timeout=_TIMEOUT_S).topics
-    places = [TopicPartition(topic, each) for each in sorted(known[topic].partitions)] if topic in known else []
-    following = _committed(client, group, places) if places else {}
-    ended = ends(properties, places, committed=True) if places else {}
-    behind = [
-        TopicPartition(topic, partition, offset)
-        for partition, offset in following.items()
-        if offset < ended[topic, partition]
-    ]
-    firsts = _firsts(properties, behind) if behind else {}
     partitions = []
     for partition in following:
         first = firsts.get(partition)
@@ -288,6 +320,18 @@ def _reader(
         oldest_s = max(0.0, now_ms - first.timestamp()[1]) / 1000 if first else 0.0
         partitions.append(Partition(partition, lag, round(oldest_s, 1), held.get(partition)))
     return Reader(service, group, topic, [_name(member) for member in described.members], partitions)
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """Once more, while the group's coordinator is not there yet. Raises KafkaException."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while True:
+        try:
+            return ask()
+        except KafkaException as error:
+            if error.args[0].code() not in PASSING or time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _committed(client: AdminClient, group: str, places: list[TopicPartition]) -> dict[int, int]:
@@ -332,40 +376,41 @@ def _firsts(properties: Mapping[str, str], places: Collection[TopicPartition]) -
     return firsts
 
 
-def _topics(properties: Mapping[str, str], names: Sequence[str], *, now_ms: float) -> list[Topic]:
-    """Each with its dead letters', the first of `names` first."""
-    client = consumer(properties, group=_GROUP)
-    try:
-        known = client.list_topics(timeout=_TIMEOUT_S).topics
-        records: dict[str, list[int]] = {}
-        for name in (name + suffix for name in names for suffix in ("", SUFFIX)):
-            places = [TopicPartition(name, partition) for partition in known[name].partitions] if name in known else []
-            marks = [client.get_watermark_offsets(place, timeout=_TIMEOUT_S) for place in places]
-            records[name] = [end - begin for begin, end in marks]
-    except KafkaException as error:
-        raise away(properties, error) from None
-    finally:
-        client.close()
-    return [_topic(properties, name, each, now_ms=now_ms) for name, each in records.items()]
-
-
-def _topic(properties: Mapping[str, str], name: str, records: Sequence[int], *, now_ms: float) -> Topic:
+def _topic(properties: Mapping[str, str], name: str, found: TopicMetadata, *, now_ms: float) -> Topic:
     """Of dead letters, with those that were not put back yet; of too many to be read, with how many there are at most.
 
     Raises Outage.
     """
-    if not records:
-        return Topic(name, 0)
-    newest = None
-    with suppress(Outage):  # of a topic that was just made, it may not be known yet; who is away is told of by others
-        newest = newest_ms(properties, [TopicPartition(name, partition) for partition in range(len(records))])
-    topic = Topic(name, len(records), None if newest is None else round(max(0.0, now_ms - newest) / 1000, 1))
-    if not name.endswith(SUFFIX):
+    if found.error and found.error.code() in DENIED:
+        raise Outage(f"Kafka: {name}: {found.error.str()}")
+    places = _led(name, found)
+    leaderless = sorted(set(found.partitions) - {place.partition for place in places})
+    topic = Topic(name, len(found.partitions), leaderless)
+    if not places:
         return topic
-    if sum(records) > _MOST_LETTERS_READ:
-        return replace(topic, dead_letters=sum(records), counted=False)
-    found = letters.read(properties, letters.Selection([name.removesuffix(SUFFIX)]))
-    return replace(topic, dead_letters=sum(letter.replayed_at_ms is None for letter in found))
+    with _naming(name):
+        topic = replace(topic, records=_records(properties, places))
+        newest = None
+        with suppress(Outage):  # of a topic that was just made, it may not be known yet
+            newest = newest_ms(properties, places)
+        if newest is not None:
+            topic = replace(topic, newest_seconds=round(max(0.0, now_ms - newest) / 1000, 1))
+        if not name.endswith(SUFFIX):
+            return topic
+        if leaderless or topic.records > _MOST_LETTERS_READ:
+            return replace(topic, dead_letters=topic.records, counted=False)
+        read = letters.read(properties, letters.Selection([name.removesuffix(SUFFIX)]))
+    return replace(topic, dead_letters=sum(letter.replayed_at_ms is None for letter in read))
+
+
+def _records(properties: Mapping[str, str], places: Sequence[TopicPartition]) -> int:
+    """Raises KafkaException."""
+    client = consumer(properties, group=_GROUP)
+    try:
+        marks = [client.get_watermark_offsets(place, timeout=_TIMEOUT_S) for place in places]
+    finally:
+        client.close()
+    return sum(end - begin for begin, end in marks)
 
 
 def _models(settings: PredictorSettings) -> Models:

@@ -1,8 +1,10 @@
 """fraudctl status: what an operator is told of a system that is well, and of one that is not."""
 
+import ctypes
 import json
 import time
 from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +14,10 @@ import pandas as pd
 import pytest
 import sqlalchemy as sa
 from click.testing import Result
-from confluent_kafka import Producer
+from confluent_kafka import Producer, cimpl
 from conftest import Rig, dead_letter_topic, make_transactions, until
 from mlflow.models import infer_signature
+from rich.console import Console
 from sklearn.base import BaseEstimator, ClassifierMixin
 from typer.testing import CliRunner
 
@@ -47,8 +50,8 @@ def stack(apache_rig: Rig, registry: Registry, engine: sa.Engine, mailbox: Mailb
 @pytest.fixture
 def status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Status]:
     monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "5")  # so that what the command makes of it ends with the test
+    for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}.items():
+        monkeypatch.setenv(name, value)  # whatever other tests have left there
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
     def call(rig: Rig, *arguments: str, **environment: str) -> Result:
@@ -67,8 +70,10 @@ def test_services_that_are_down_are_missed_on_a_quiet_night_as_well(stack: Rig, 
     found = status(stack)
 
     assert found.exit_code == 1
-    assert [line.split()[1] for line in unhealthy(found)] == ["predictor", "alerter", "db_sink"]
-    assert all("0 behind, and nobody reads" in line for line in unhealthy(found))
+    producer, *others = unhealthy(found)
+    assert producer == f"unhealthy: producer: nothing on {stack.topic_1}: is it running?"
+    assert [line.split()[1] for line in others] == ["predictor", "alerter", "db_sink"]
+    assert all("0 behind, and nobody reads" in line for line in others)
 
 
 def test_a_system_that_is_well(stack: Rig, status: Status) -> None:
@@ -88,7 +93,7 @@ def test_a_system_that_is_well(stack: Rig, status: Status) -> None:
     report = json.loads(status(stack, "--json").stdout)
 
     assert found.exit_code == 0
-    assert found.stdout.endswith("\nhealthy\n")
+    assert found.stdout.startswith("healthy\n")
     assert "first at" in found.stdout
     assert report["healthy"] is True
     assert report["problems"] == []
@@ -141,6 +146,51 @@ def test_what_nobody_reads_and_what_is_away_is_named_and_hides_nothing(apache_ri
     assert f"{apache_rig.topic_2}: 6 partitions" in lines
 
 
+@pytest.fixture
+def mock(environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[Callable[[str, int], None], Rig]]:
+    """librdkafka's mock cluster, with a call that takes the leader of a partition away."""
+    library = ctypes.CDLL(cimpl.__file__)
+    library.rd_kafka_new.restype = library.rd_kafka_mock_cluster_new.restype = ctypes.c_void_p
+    library.rd_kafka_mock_cluster_bootstraps.restype = ctypes.c_char_p
+    client = ctypes.c_void_p(library.rd_kafka_new(0, None, None, 0))
+    cluster = ctypes.c_void_p(library.rd_kafka_mock_cluster_new(client, 1))
+    properties = {"bootstrap.servers": library.rd_kafka_mock_cluster_bootstraps(cluster).decode()}
+    Path(environment["CLIENT_PROPERTIES"]).write_text(f"bootstrap.servers={properties['bootstrap.servers']}\n")
+    for topic in ("topic_1", "topic_2"):
+        for name in (topic, dead_letter_topic(topic)):
+            library.rd_kafka_mock_topic_create(cluster, name.encode(), 3, 1)
+
+    def behead(topic: str, partition: int) -> None:
+        library.rd_kafka_mock_partition_set_leader(cluster, topic.encode(), partition, -1)
+
+    yield behead, Rig(tmp_path, properties, environment, "topic_1", "topic_2")
+    library.rd_kafka_mock_cluster_destroy(cluster)
+    library.rd_kafka_destroy(client)
+
+
+def test_a_partition_without_a_leader_hides_nothing_of_the_others(
+    mock: tuple[Callable[[str, int], None], Rig], status: Status
+) -> None:
+    behead, rig = mock
+    behead("topic_1", 1)
+
+    lines = status(rig).stdout.splitlines()
+
+    assert "unhealthy: topic_1: no leader of partitions 1: is a broker away?" in lines, lines
+    for topic in ("topic_1", "topic_1.dlq", "topic_2", "topic_2.dlq"):
+        assert any(line.startswith(f"{topic}: 3 partitions") for line in lines), lines
+    for group in ("predictor", "alerter", "db_sink"):  # such a broker cannot tell of groups
+        assert f"unhealthy: Kafka: {group}: Local: Required feature not supported by broker" in lines
+
+
+def test_a_broker_that_does_not_answer_is_named_once(rig: Rig, status: Status) -> None:
+    Path(rig.environment["CLIENT_PROPERTIES"]).write_text("bootstrap.servers=127.0.0.1:9\n")
+
+    (line,) = [line for line in unhealthy(status(rig)) if "Kafka" in line]
+
+    assert line.startswith("unhealthy: Kafka at 127.0.0.1:9: ")
+
+
 def test_a_producer_that_brings_nothing_new_is_missed(stack: Rig, status: Status) -> None:
     producer = Producer(dict(stack.properties))
     now_ms = int(time.time() * 1000)
@@ -178,6 +228,7 @@ def test_dead_letters_are_counted_until_they_are_put_back_and_no_illness(stack: 
         producer.produce(letters, b"x", headers=refusal(stack.topic_1, "not JSON", by="predictor"), partition=0)
     producer.produce(letters, None, headers=[("dlq-replayed", b"0:1")], partition=0)
     producer.flush(20)
+    stack.put_transactions(make_transactions(1))
 
     found = status(stack)
 
@@ -225,19 +276,23 @@ def test_a_lock_on_the_table_is_not_waited_for_without_end(
 
 
 def test_it_is_watched_until_ctrl_c(stack: Rig, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses = []
+    pauses, screens = [], []
+    terminal = Console(file=StringIO(), force_terminal=True, width=120, height=24)  # lower than all that there is
 
     def pause(seconds: float) -> None:
         pauses.append(seconds)
+        screens.append(terminal.file.getvalue())  # type: ignore[attr-defined]
         if len(pauses) == 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr("fraudctl.__main__.time", SimpleNamespace(sleep=pause))
+    monkeypatch.setattr("fraudctl.__main__.console", terminal)
 
     watched = status(stack, "--watch")
 
     assert watched.exit_code == 1
-    assert len(unhealthy(watched)) >= 3  # nobody reads
+    assert screens[0].count("and nobody reads") == 3
+    assert f"{stack.topic_2}: 6 partitions" not in screens[0]  # for which there is no room
     assert pauses == [2.0, 2.0, 2.0]
     assert status(stack, "--watch", "--json").exit_code == 2
 
