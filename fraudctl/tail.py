@@ -7,14 +7,15 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
 from fraudctl.call import CallError
 from fraudctl.readable import readable_header, readable_key, readable_value
-from fraudctl.topics import ends
+from fraudctl.topics import away, ends
 from shared.errors import Outage
-from shared.kafka import begins, consumer, coordinates, headers, read_to_end, says_nothing
+from shared.kafka import DENIED, begins, consumer, coordinates, headers, read_to_end, says_nothing
 from shared.provenance import HEADER, Provenance, from_headers
 from shared.records import format_time
 
 _GROUP = "fraudctl"
 _POLL_S = 0.1
+_TIMEOUT_S = 10.0
 # Whoever follows needs no group, which a consumer looks for nevertheless.
 _NOTHING_MISSED = frozenset({KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._PARTITION_EOF})
 
@@ -104,6 +105,15 @@ def _words(provenance: Provenance) -> str:
 
 
 def _ends(properties: Mapping[str, str], topic: str) -> list[TopicPartition]:
-    if not (found := ends(properties, [topic])):
-        raise CallError(f"there is no topic {topic}")
-    return found
+    if found := ends(properties, [topic]):
+        return found
+    reader = consumer(properties, group=_GROUP)
+    try:
+        error = reader.list_topics(topic, timeout=_TIMEOUT_S).topics[topic].error
+    except KafkaException as exception:
+        raise away(properties, exception) from None
+    finally:
+        reader.close()
+    if error and error.code() in DENIED:
+        raise Outage(f"Kafka: {topic}: {error.str()}")
+    raise CallError(f"there is no topic {topic}")

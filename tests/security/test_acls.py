@@ -1,5 +1,6 @@
 """The pipeline on a real Apache Kafka that lets each user do what docs/security.md lists, and nothing else."""
 
+import json
 import re
 import subprocess
 import sys
@@ -286,12 +287,45 @@ def test_the_sink_cannot_read_topic_1_and_no_service_reads_anothers_group(guarde
     assert sink.stop(10) == 0
 
 
+def operate(guarded: Guarded, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What fraudctl says to an operator."""
+    environment = guarded.rig.environment | guarded.environment("operator") | environment
+    command = [sys.executable, "-m", "fraudctl", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_group_that_is_hidden_hides_no_other(guarded: Guarded) -> None:
+    (describe,) = [acl for acl in rows("operator") if str(acl) == "operator: Describe Group alerter"]
+    guarded.forbid(describe)
+
+    report = json.loads(operate(guarded, "status", "--json").stdout)
+
+    (line,) = [line for line in report["problems"] if "uthorization failed" in line]
+    assert line.startswith("Kafka: alerter: ")
+    assert [reader["group"] for reader in report["readers"]] == ["predictor", "alerter-webhook", "db_sink"]
+    assert len(report["topics"]) == 4
+
+
+def test_topics_that_are_hidden_are_not_called_missing(guarded: Guarded) -> None:
+    for acl in rows("operator"):
+        if acl.resource == "Topic":
+            guarded.forbid(acl)
+
+    report = json.loads(operate(guarded, "status", "--json").stdout)
+    tail = operate(guarded, "tail", "topic_1")
+
+    for name in ("topic_1", "topic_1.dlq", "topic_2", "topic_2.dlq"):
+        (line,) = [line for line in report["problems"] if f" {name}: " in line]
+        assert re.fullmatch(rf"Kafka: {name}: .*Topic authorization failed", line)
+    assert len(report["readers"]) == 4
+    assert tail.returncode == 2
+    assert re.fullmatch(r"fraudctl: Kafka: topic_1: .*Topic authorization failed\n", tail.stderr)
+
+
 def test_an_operator_is_told_what_is_missing(guarded: Guarded) -> None:
     def fraudctl(*arguments: str, topic_1: str = "topic_1") -> str:
         """All that it says if something is wrong."""
-        environment = guarded.rig.environment | guarded.environment("operator") | {"TOPIC_1": topic_1}
-        command = [sys.executable, "-m", "fraudctl", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = operate(guarded, *arguments, TOPIC_1=topic_1)
         return done.stdout + done.stderr if done.returncode else ""
 
     guarded.rig.put("topic_1.dlq", [b"a letter"])
@@ -316,8 +350,8 @@ def test_doctor_asks_for_the_operators_rights_and_no_more(
     guarded: Guarded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "5")  # so that what the command makes of it ends with the test
+    for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}.items():
+        monkeypatch.setenv(name, value)  # whatever other tests have left there
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name, value in (guarded.rig.environment | guarded.environment("operator")).items():
         monkeypatch.setenv(name, value)
