@@ -1,7 +1,6 @@
 """fraudctl doctor: each thing that is set up wrongly makes the line about it fail, and no other."""
 
 import email.utils
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -344,12 +343,3 @@ def test_what_libraries_read_is_no_stranger_and_where_they_do_not_find_it_is_tol
         "ok       settings: secrets.env: AWS_SECRET_ACCESS_KEY: read by libraries, from the environment alone:"
         " compose puts it there, a checkout does not"
     )
-
-
-def test_how_long_the_registry_is_waited_for_is_the_operators_choice(stack: Rig, doctor: Doctor) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        _, lines = doctor(stack.environment | {"MLFLOW_TRACKING_URI": uri, "MLFLOW_HTTP_REQUEST_TIMEOUT": "1"})
-
-    assert failed(lines) == ["MLflow"]
-    assert "timeout=1" in lines["MLflow"]

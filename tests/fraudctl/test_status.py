@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from io import StringIO
@@ -183,6 +184,16 @@ def test_a_partition_without_a_leader_hides_nothing_of_the_others(
         assert f"unhealthy: Kafka: {group}: Local: Required feature not supported by broker" in lines
 
 
+def test_how_long_the_registry_is_waited_for_is_the_operators_choice(
+    mock: tuple[Callable[[str, int], None], Rig], status: Status
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        found = status(mock[1], MLFLOW_TRACKING_URI=uri, MLFLOW_HTTP_REQUEST_TIMEOUT="1")
+
+    assert "read timeout=1)" in found.stdout
+
+
 def test_a_broker_that_does_not_answer_is_named_once(rig: Rig, status: Status) -> None:
     Path(rig.environment["CLIENT_PROPERTIES"]).write_text("bootstrap.servers=127.0.0.1:9\n")
 
@@ -277,7 +288,7 @@ def test_a_lock_on_the_table_is_not_waited_for_without_end(
 
 def test_it_is_watched_until_ctrl_c(stack: Rig, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses, screens = [], []
-    terminal = Console(file=StringIO(), force_terminal=True, width=120, height=24)  # lower than all that there is
+    terminal = Console(file=StringIO(), force_terminal=True, width=200, height=24)  # lower than all that there is
 
     def pause(seconds: float) -> None:
         pauses.append(seconds)
