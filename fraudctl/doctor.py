@@ -203,9 +203,9 @@ def _lacking(
     for name, done in created.items():
         if _expected(done.result, KafkaError.TOPIC_ALREADY_EXISTS, *DENIED) in DENIED:
             yield "Create", name
-    asked = client.describe_consumer_groups(groups, request_timeout=_FIRST_S) if groups else {}
+    asked = client.describe_consumer_groups(groups) if groups else {}
     for group, answer in asked.items():
-        if _expected(answer.result, *status.PASSING, *DENIED) in DENIED:
+        if _expected(partial(status.answered, answer, _FIRST_S), *status.PASSING, *DENIED) in DENIED:
             yield "Describe", f"group {group}"
     client_of_its_own = producer(properties, transactional_id=_TRANSACTIONAL_ID)
     if _expected(lambda: client_of_its_own.init_transactions(_FIRST_S), *DENIED):

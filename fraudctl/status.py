@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -296,9 +296,7 @@ def _reader(
     client = admin(properties)
     places = _led(topic, found)
     with _naming(group):
-        described = _patiently(
-            lambda: client.describe_consumer_groups([group], request_timeout=_TIMEOUT_S)[group].result()
-        )
+        described = _patiently(lambda: answered(client.describe_consumer_groups([group])[group], _TIMEOUT_S))
         following = _patiently(lambda: _committed(client, group, places)) if places else {}
         ended = ends(properties, places, committed=True) if places else {}
         behind = [
@@ -334,18 +332,27 @@ def _patiently(ask: Callable[[], T]) -> T:
             time.sleep(0.2)
 
 
+def answered(future: Future[T], timeout_s: float) -> T:
+    """What is answered about a group, waited for here. Raises KafkaException.
+
+    librdkafka, where its own `request_timeout` ends while it looks for the group's coordinator, ends the process.
+    """
+    try:
+        return future.result(timeout_s)
+    except TimeoutError:
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT)) from None
+
+
 def _committed(client: AdminClient, group: str, places: list[TopicPartition]) -> dict[int, int]:
     """Where a group goes on in each partition: at the beginning if it has not committed yet. Raises KafkaException."""
-    asked = client.list_consumer_group_offsets(
-        [ConsumerGroupTopicPartitions(group, places)], request_timeout=_TIMEOUT_S
-    )
+    asked = client.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group, places)])
     try:
-        answered = {place.partition: place.offset for place in asked[group].result().topic_partitions}
+        found = {place.partition: place.offset for place in answered(asked[group], _TIMEOUT_S).topic_partitions}
     except KafkaException as error:
         if error.args[0].code() != KafkaError.GROUP_ID_NOT_FOUND:
             raise
-        answered = {}
-    return {place.partition: max(0, answered.get(place.partition, 0)) for place in places}
+        found = {}
+    return {place.partition: max(0, found.get(place.partition, 0)) for place in places}
 
 
 def _firsts(properties: Mapping[str, str], places: Collection[TopicPartition]) -> dict[int, Message]:
