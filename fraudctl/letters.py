@@ -364,11 +364,11 @@ def _wait_for_open_transactions(properties: Mapping[str, str], names: Sequence[s
 
 
 def _ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicPartition]:
-    """The end of what is committed in every partition. Raises CallError if a topic is missing, Outage."""
+    """The end of what is committed in every partition. Raises CallError if a topic is missing or hidden, Outage."""
     found = ends(properties, names)
     for name in names:
         if not any(end.topic == name for end in found):
-            raise CallError(f"there is no topic {name}: fraudctl topics create makes it")
+            raise CallError(f"there is no topic {name}, or this login may not see it: fraudctl topics check")
     return found
 
 
