@@ -378,6 +378,7 @@ def test_an_id_that_is_none_and_a_missing_topic_are_one_line(apache_rig: Rig) ->
         assert done.stdout == ""
         assert done.stderr.count("\n") == 1, done.stderr
     assert all(f"fraudctl: there is no dead letter {dlq}:" in done.stderr for done in unknown)
-    line = f"fraudctl: there is no topic {dead_letter_topic(apache_rig.topic_2)}: fraudctl topics create makes it\n"
+    hint = "or this login may not see it: fraudctl topics check"
+    line = f"fraudctl: there is no topic {dead_letter_topic(apache_rig.topic_2)}, {hint}\n"
     assert [done.stderr for done in missing] == [line, line]
     assert apache_rig.read(apache_rig.topic_1, 0) == []
