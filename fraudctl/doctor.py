@@ -36,7 +36,6 @@ from shared.variables import OF_LIBRARIES
 from training import aliases
 
 _TIMEOUT_S = 8.0
-_FIRST_S = 20.0  # a new broker makes its topics of groups and transactions when it is first asked for any
 _MOST_SKEW_S = 5.0  # clocks that follow NTP differ by milliseconds; ages and limits are told in seconds
 
 _SERVICES = (ProducerSettings, PredictorSettings, AlerterSettings, SinkSettings)
@@ -205,10 +204,10 @@ def _lacking(
             yield "Create", name
     asked = client.describe_consumer_groups(groups) if groups else {}
     for group, answer in asked.items():
-        if _expected(partial(status.answered, answer, _FIRST_S), *status.PASSING, *DENIED) in DENIED:
+        if _expected(partial(status.answered, answer), *status.PASSING, *DENIED) in DENIED:
             yield "Describe", f"group {group}"
     client_of_its_own = producer(properties, transactional_id=_TRANSACTIONAL_ID)
-    if _expected(lambda: client_of_its_own.init_transactions(_FIRST_S), *DENIED):
+    if _expected(lambda: client_of_its_own.init_transactions(status.FIRST_S), *DENIED):
         yield "Write", f"transactional id {_TRANSACTIONAL_ID}"
 
 

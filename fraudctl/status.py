@@ -30,6 +30,7 @@ from shared.settings import kafka_properties, load
 from training import aliases
 
 _TIMEOUT_S = 10.0
+FIRST_S = 20.0  # a new broker makes its topics of groups and transactions when it is first asked for any
 _ASKED_AT_ONCE = 10
 _GROUP = "fraudctl"
 _MOST_LETTERS_READ = 10_000
@@ -296,7 +297,7 @@ def _reader(
     client = admin(properties)
     places = _led(topic, found)
     with _naming(group):
-        described = _patiently(lambda: answered(client.describe_consumer_groups([group])[group], _TIMEOUT_S))
+        described = _patiently(lambda: answered(client.describe_consumer_groups([group])[group]))
         following = _patiently(lambda: _committed(client, group, places)) if places else {}
         ended = ends(properties, places, committed=True) if places else {}
         behind = [
@@ -322,7 +323,7 @@ def _reader(
 
 def _patiently(ask: Callable[[], T]) -> T:
     """Once more, while the group's coordinator is not there yet. Raises KafkaException."""
-    deadline = time.monotonic() + _TIMEOUT_S
+    deadline = time.monotonic() + FIRST_S
     while True:
         try:
             return ask()
@@ -332,13 +333,13 @@ def _patiently(ask: Callable[[], T]) -> T:
             time.sleep(0.2)
 
 
-def answered(future: Future[T], timeout_s: float) -> T:
+def answered(future: Future[T]) -> T:
     """What is answered about a group, waited for here. Raises KafkaException.
 
     librdkafka, where its own `request_timeout` ends while it looks for the group's coordinator, ends the process.
     """
     try:
-        return future.result(timeout_s)
+        return future.result(FIRST_S)
     except TimeoutError:
         raise KafkaException(KafkaError(KafkaError._TIMED_OUT)) from None
 
@@ -347,7 +348,7 @@ def _committed(client: AdminClient, group: str, places: list[TopicPartition]) ->
     """Where a group goes on in each partition: at the beginning if it has not committed yet. Raises KafkaException."""
     asked = client.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group, places)])
     try:
-        found = {place.partition: place.offset for place in answered(asked[group], _TIMEOUT_S).topic_partitions}
+        found = {place.partition: place.offset for place in answered(asked[group]).topic_partitions}
     except KafkaException as error:
         if error.args[0].code() != KafkaError.GROUP_ID_NOT_FOUND:
             raise

@@ -237,7 +237,7 @@ def test_a_wrong_database_password_is_named(stack: Rig, engine: sa.Engine, docto
 def test_rights_that_cannot_be_asked_about_in_time_are_not_called_lacking(
     stack: Rig, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fraudctl.doctor._FIRST_S", 0.001)
+    monkeypatch.setattr("fraudctl.status.FIRST_S", 0.001)
 
     code, lines = doctor(stack.environment)
 
