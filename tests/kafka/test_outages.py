@@ -84,7 +84,12 @@ def test_told_to_stop_while_the_broker_is_away_they_do_and_what_they_leave_comes
             running.let_in(everything)
             until(lambda: "event='processed'" in running.logs()["db_sink"], what="work under way")
             os.kill(broker.pid, signal.SIGSTOP) if silent else broker.kill()
-            until(lambda: all("event='outage'" in log for log in running.logs().values()), what="four outages")
+            # The client waits a minute for an answer, and then ten seconds for the next connection's.
+            until(
+                lambda: all("event='outage'" in log for log in running.logs().values()),
+                timeout_s=100,
+                what="four outages",
+            )
 
             exits = running.stop(10)
 
