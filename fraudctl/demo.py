@@ -128,8 +128,6 @@ def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Le
             pump.drain()
         console.print()
         for name, each in services.items():
-            if each.running:  # started anew, perhaps, and not yet ready to be told anything
-                each.wait_ready()
             if code := each.stop():
                 raise StandInError(f"{name} did not stop as it should, but with exit code {code}: {each.last_line()}")
         status = parts.api.status()
@@ -248,6 +246,9 @@ class _Pump:
             if (interrupted.is_set() or self._status["exhausted"]) and acted is over:
                 break
             interrupted.wait(_TICK_S)
+        for each in self._services.values():
+            each.wait_ready()  # one just started anew asks again for what its predecessor left unconfirmed
+        self._tick()
         self._api.limit(self._status["served"])
 
     def drain(self) -> None:
