@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Protocol
@@ -237,8 +238,10 @@ class ExactlyOnce:
         deadline = time.monotonic() + _TRANSACTION_WAIT_S
         while True:
             try:
-                producer.init_transactions(_WAIT_S)
+                self._bounded(partial(producer.init_transactions, _WAIT_S))
                 break
+            except _Stuck:
+                raise Outage(f"no transactions of {self._id}: no return in {_STUCK_S:.0f} s") from None
             except KafkaException as exception:
                 error = exception.args[0]
                 self._hear(producer)

@@ -227,7 +227,10 @@ def _listed(
             isolation_level=level,
             request_timeout=_READ_TIMEOUT_S,
         )
-        return {(asked.topic, asked.partition): answer.result() for asked, answer in answers.items()}
+        longest_s = 2 * _READ_TIMEOUT_S  # whatever becomes of the client's own limit
+        return {(asked.topic, asked.partition): answer.result(longest_s) for asked, answer in answers.items()}
+    except TimeoutError:
+        raise Outage(f"Kafka: no answer in {longest_s:.0f} s") from None
     except KafkaException as error:
         raise Outage(f"Kafka: {error.args[0].str()}") from None
 

@@ -5,11 +5,13 @@ import signal
 from pathlib import Path
 from threading import Event, Thread
 
+import pytest
 from conftest import until
 from structlog.testing import capture_logs
 
 from sandbox.embedded import EmbeddedBroker
-from shared.delivery import AtLeastOnce
+from shared.delivery import AtLeastOnce, ExactlyOnce
+from shared.errors import Outage
 from shared.kafka import Record
 
 
@@ -30,3 +32,25 @@ def test_a_broker_that_stays_connected_and_acknowledges_nothing_is_an_outage(tmp
         deliver.close()
     assert [line["event"] for line in lines] == ["outage", "outage_over"]
     assert lines[0]["reason"] == "not written yet: the broker acknowledges nothing"
+
+
+def test_a_client_that_does_not_return_is_an_outage_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    over, made = Event(), []
+
+    class Hangs:  # as librdkafka may, now and then, whatever limit it is given
+        def __init__(self) -> None:
+            made.append(self)
+
+        def init_transactions(self, timeout: float) -> None:
+            over.wait()
+
+    monkeypatch.setattr("shared.delivery._STUCK_S", 0.1)
+    monkeypatch.setattr("shared.delivery.make_producer", lambda *_, **__: Hangs())
+    deliver = ExactlyOnce(properties={}, transactional_id="producer-1", shutdown=Event())
+
+    for _ in range(2):
+        with pytest.raises(Outage, match="no transactions of producer-1: no return"):
+            deliver.open()
+
+    over.set()
+    assert len(made) == 2
