@@ -41,7 +41,7 @@ def test_a_client_that_does_not_return_is_an_outage_and_is_replaced(monkeypatch:
         def __init__(self) -> None:
             made.append(self)
 
-        def init_transactions(self, timeout: float) -> None:
+        def init_transactions(self, *_: float) -> None:
             over.wait()
 
     monkeypatch.setattr("shared.delivery._STUCK_S", 0.1)
