@@ -214,7 +214,7 @@ def test_fraudctl_takes_the_url_of_another_role_from_the_folder_work(
     words = shlex.split(used)
     name, _, path = words[words.index("-e") + 1].partition("=")
 
-    given = variables(CLOUD["services"]["fraudctl"], own=project) | {name: path.replace("/work", str(work))}
+    given = variables(CLOUD["services"]["fraudctl"], own=project) | {name: str(work / path)}
     for key, value in given.items():
         monkeypatch.setenv(key, value)
 
