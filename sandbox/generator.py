@@ -22,7 +22,8 @@ _DAY_S = 86_400
 
 # Weights of the hours: legitimate payments by half-day, frauds by late evening, night and the rest.
 _LEGITIMATE_HOURS = np.repeat([176.0, 242.0], 12)
-_FRAUD_HOURS = np.array([0.34 / 4] * 4 + [0.15 / 18] * 18 + [0.51 / 2] * 2)
+FRAUD_HOURS = np.array([0.34 / 4] * 4 + [0.15 / 18] * 18 + [0.51 / 2] * 2)
+ROUND_THE_CLOCK = _LEGITIMATE_HOURS  # for frauds whose share is the same in each hour
 _LEVELS = np.array([0.0, 0.01, 0.10, 0.25, 0.50, 0.75, 0.90, 0.99, 1.0])
 
 
@@ -94,10 +95,14 @@ def transactions(
     seed: int,
     start: datetime,
     fraud_rate: float = FRAUD_RATE,
+    fraud_hours: np.ndarray = FRAUD_HOURS,
     cards: int = 1000,
     mean_gap_s: float = MEAN_GAP_S,
 ) -> Iterator[list[Any]]:
-    """Rows in RAW_COLUMNS' order, by time, without end; on average `mean_gap_s` seconds apart."""
+    """Rows in RAW_COLUMNS' order, by time, without end; on average `mean_gap_s` seconds apart.
+
+    `fraud_hours` (24,) weighs the hours of the day, UTC, in which frauds happen.
+    """
     world = np.random.default_rng(seed)
     customers = [_customer(world) for _ in range(cards)]
     merchants = [[_merchant(world) for _ in range(_MERCHANTS_A_CATEGORY)] for _ in _CATEGORIES]
@@ -109,19 +114,24 @@ def transactions(
         new = _hits(world, cards, payments_a_day * fraud_rate)
         frauds = np.concatenate([stolen[stolen[:, 1] == 1], new[new[:, 1] == 0]])
         stolen = new
-        for row in _day(
-            world, customers, merchants, frauds, day, int(world.poisson(payments_a_day * (1 - fraud_rate)))
-        ):
+        legitimate = int(world.poisson(payments_a_day * (1 - fraud_rate)))
+        for row in _day(world, customers, merchants, frauds, fraud_hours, day, legitimate):
             if row[-1] >= start_ms:
                 yield row
         day += timedelta(days=1)
 
 
-def training_frame(*, rows: int, seed: int, start: datetime, fraud_rate: float = FRAUD_RATE) -> pd.DataFrame:
+def training_frame(
+    *,
+    rows: int,
+    seed: int,
+    start: datetime,
+    fraud_rate: float = FRAUD_RATE,
+    fraud_hours: np.ndarray = FRAUD_HOURS,
+) -> pd.DataFrame:
     """`rows` transactions in the training file's columns, their frauds labelled."""
-    frame = pd.DataFrame(
-        islice(transactions(seed=seed, start=start, fraud_rate=fraud_rate), rows), columns=list(RAW_COLUMNS)
-    )
+    made = transactions(seed=seed, start=start, fraud_rate=fraud_rate, fraud_hours=fraud_hours)
+    frame = pd.DataFrame(islice(made, rows), columns=list(RAW_COLUMNS))
     frame["unix_time"] = frame.pop("current_time") // 1000
     frame["trans_date_trans_time"] = frame["unix_time"].map(format_time)
     return frame[list(FEATURES)]
@@ -132,13 +142,14 @@ def _day(
     customers: Sequence[Sequence[Any]],
     merchants: Sequence[Sequence[str]],
     frauds: np.ndarray,
+    fraud_hours: np.ndarray,
     day: datetime,
     legitimate: int,
 ) -> Iterator[list[Any]]:
     """One day's payments in order. `frauds` (n, 2) holds the card and the day of each hit."""
     count = legitimate + len(frauds)
     is_fraud = np.arange(count) >= legitimate
-    hour = np.concatenate([_draw(world, _LEGITIMATE_HOURS, legitimate), _draw(world, _FRAUD_HOURS, len(frauds))])
+    hour = np.concatenate([_draw(world, _LEGITIMATE_HOURS, legitimate), _draw(world, fraud_hours, len(frauds))])
     times_ms = hour * 3_600_000 + world.integers(0, 3_600_000, count)
     card = np.concatenate([world.integers(0, len(customers), legitimate), frauds[:, 0]]).astype(int)
     category = np.empty(count, dtype=int)

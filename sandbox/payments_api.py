@@ -4,7 +4,7 @@ GET /current-transactions answers JSON whose value is a JSON string in pandas' s
 served once, in order; like the real one it has no acknowledgement, so a row counts as served when its answer was
 written. With --confirmed it counts only when its client came back on the same connection, so what counts is what the
 client has; rows of a connection that ends before that come again. Without a rate, each call draws one fresh transaction
-that happens now.
+that happens now, and frauds are as frequent at noon as at night.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, Protocol, get_args
 import msgspec
 import requests
 
-from sandbox.generator import FRAUD_RATE, transactions
+from sandbox.generator import FRAUD_HOURS, FRAUD_RATE, ROUND_THE_CLOCK, transactions
 from sandbox.processes import Process, StandInError, free_port, port_open, python
 from shared.records import FEATURES, RAW_COLUMNS, TIME_FORMAT
 
@@ -374,8 +374,14 @@ def _rows(options: _Options) -> Iterator[Row]:
         rows = read_csv(options.source)
     else:
         seed = random.randrange(2**32) if options.seed is None else options.seed
-        rows = transactions(seed=seed, start=options.start or _DEFAULT_START, fraud_rate=options.fraud_rate)
-        if options.rate is None:  # they happen now, and people, and thieves, buy other things at night than at noon
+        now = options.rate is None
+        rows = transactions(
+            seed=seed,
+            start=options.start or _DEFAULT_START,
+            fraud_rate=options.fraud_rate,
+            fraud_hours=ROUND_THE_CLOCK if now else FRAUD_HOURS,  # who looks on at noon wants to see a fraud, too
+        )
+        if now:  # people, and thieves, buy other things at night than at noon
             rows = (row for row in rows if _hour(row[-1]) == _hour(time.time_ns() // 1_000_000))
     return islice(rows, options.transactions)
 

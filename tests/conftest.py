@@ -192,7 +192,7 @@ def engine(postgres: Postgres) -> Iterator[sa.Engine]:
 def registry(session_directory: Path) -> Iterator[Registry]:
     """An MLflow registry whose model `fraud` has a champion."""
     with Registry(session_directory / "registry") as server:
-        trained = train.fit(train.generate(seed=1).head(8000), seed=1)
+        trained = train.fit(train.generate(seed=1), seed=1)
         with pytest.MonkeyPatch.context() as patience:  # importing the predictor takes it away
             patience.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
             patience.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")

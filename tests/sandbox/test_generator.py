@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sandbox.generator import training_frame, transactions
+from sandbox.generator import ROUND_THE_CLOCK, training_frame, transactions
 from shared.records import FEATURES, RAW_COLUMNS, format_time, read_split
 
 START = datetime(2024, 5, 17, 20, 0, tzinfo=UTC)
@@ -76,6 +76,13 @@ def test_frauds_come_late_in_the_evening_and_at_night(many_frauds: pd.DataFrame)
 
     assert (hours >= 22).mean() == pytest.approx(0.51, abs=0.04)
     assert (hours < 4).mean() == pytest.approx(0.34, abs=0.04)
+
+
+def test_round_the_clock_frauds_have_the_same_share_in_each_hour() -> None:
+    made = frame(60_000, fraud_rate=0.2, fraud_hours=ROUND_THE_CLOCK)
+
+    shares = made.groupby(made["current_time"] // 3_600_000 % 24)["is_fraud"].mean()
+    assert shares.to_numpy() == pytest.approx(np.full(24, 0.2), abs=0.05)
 
 
 def test_legitimate_payments_come_more_often_after_noon(many_frauds: pd.DataFrame) -> None:

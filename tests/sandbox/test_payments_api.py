@@ -19,7 +19,7 @@ import pytest
 import requests
 from conftest import SAMPLE, until
 
-from sandbox.generator import training_frame, transactions
+from sandbox.generator import ROUND_THE_CLOCK, training_frame, transactions
 from sandbox.payments_api import FAULTS, PATH, PaymentsApi
 from sandbox.processes import Process, StandInError, python
 from shared.records import RAW_COLUMNS
@@ -104,7 +104,7 @@ def test_what_happens_now_is_what_happens_at_this_hour(api: Start) -> None:
     source = api("--seed", "1", "--fraud-rate", "0.5")
     hour = datetime.now(UTC).hour
     served = [row for _ in range(300) for row in rows(source.url)]
-    generated = transactions(seed=1, start=START, fraud_rate=0.5)
+    generated = transactions(seed=1, start=START, fraud_rate=0.5, fraud_hours=ROUND_THE_CLOCK)
     there = {row[TRANS_NUM]: row[AT] // 3_600_000 % 24 for row in islice(generated, 30_000)}
 
     assert {there[row[TRANS_NUM]] for row in served} <= {hour, datetime.now(UTC).hour}

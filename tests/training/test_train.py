@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 
 import mlflow
@@ -16,6 +17,7 @@ import sklearn
 from conftest import SAMPLE
 from sklearn.metrics import average_precision_score, precision_score
 
+from sandbox.generator import ROUND_THE_CLOCK, training_frame
 from sandbox.registry import Registry
 from shared.profile import Profile
 from shared.records import FEATURES
@@ -171,6 +173,18 @@ def test_an_unknown_category_is_scored_all_the_same(
     (probability,) = trained.pipeline.predict_proba(one)[:, 1]
 
     assert 0 <= probability <= 1
+
+
+def test_the_local_stacks_champion_raises_an_alarm_within_two_minutes_at_any_hour() -> None:
+    trained = train.fit(train.generate(seed=1), seed=1)  # as `fraudctl train` does
+    start = datetime(2024, 5, 17, tzinfo=UTC)
+    stream = training_frame(rows=60_000, seed=2, start=start, fraud_rate=0.05, fraud_hours=ROUND_THE_CLOCK)
+
+    alarms = trained.pipeline.predict_proba(stream)[:, 1] >= trained.threshold
+
+    seconds_between = 1 / pd.Series(alarms).groupby(stream["unix_time"] // 3600 % 24).mean()  # at one a second
+    assert len(seconds_between) == 24
+    assert seconds_between.max() < 120
 
 
 @needs_sample
