@@ -191,7 +191,10 @@ class Stream:
         if self._lost:
             self._log.warning("consumer_lost", reason=self._lost, hint="is REPLICA unique among the replicas?")
             health.waits_for(self._place, self._lost)
-            self._consumer.close()  # to its end: left behind, it would fight with the next one for their common name
+            closing = _closing(self._consumer)  # to its end: it would fight with the next one for their common name
+            while closing.is_alive() and not self._shutdown.is_set():
+                health.turned(f"{self._group} loop")
+                closing.join(_IDLE_POLL_S)
             self._waiting.clear()
             initial_s, max_s = self._settings.backoff_initial_seconds, self._settings.backoff_max_seconds
             self._short_lived = 0 if time.monotonic() - began > max_s else self._short_lived + 1
@@ -457,8 +460,8 @@ class Stream:
         self._waiting = [m for m in self._waiting if (m.topic(), m.partition()) not in gone]
 
 
-def _let_go(consumer: Consumer) -> None:
-    """Leave the group. A client with commits under way waits for the broker to be back: that one is left behind."""
+def _closing(consumer: Consumer) -> Thread:
+    """Leave the group. A client with commits under way waits for the broker to be back, perhaps for ever."""
 
     def close() -> None:
         with suppress(KafkaException):
@@ -466,6 +469,12 @@ def _let_go(consumer: Consumer) -> None:
 
     closing = Thread(target=close, daemon=True, name="close")
     closing.start()
+    return closing
+
+
+def _let_go(consumer: Consumer) -> None:
+    """Leave the group, if the broker lets us; if not, this client is left behind."""
+    closing = _closing(consumer)
     closing.join(_CLOSE_S)
     if closing.is_alive():
         log.warning("client_left_behind", reason="it waits for the broker to answer")

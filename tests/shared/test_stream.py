@@ -542,7 +542,8 @@ class Fenced:
     def __init__(self, client: Consumer) -> None:
         self._client = client
         self.given = 0
-        self.closed = False
+        self.broker_there, self.closing, self.closed = Event(), Event(), Event()
+        self.broker_there.set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -552,8 +553,10 @@ class Fenced:
         return self._client.poll(timeout) if self.given == 1 else FatalMessage()
 
     def close(self) -> None:
-        self.closed = True
+        self.closing.set()
+        self.broker_there.wait(60)
         self._client.close()
+        self.closed.set()
 
 
 class FatalMessage:
@@ -573,12 +576,30 @@ def test_a_lost_consumer_is_replaced_and_the_stream_goes_on(rig: Rig, committed:
         target=make_stream(rig, shutdown, make_consumer=make_consumer).run, args=[lambda batch: Outcome(len(batch))]
     )
     thread.start()
-    until(lambda: first.closed, what="the end of the first consumer")
+    until(first.closed.is_set, what="the end of the first consumer")
     rig.put(rig.topic_1, numbers(30), key=b"one card")
     until(lambda: committed() == 30, what="all of it committed")
     shutdown.set()
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_a_lost_consumer_that_cannot_close_holds_no_shutdown_up(rig: Rig) -> None:
+    lost = Fenced(consumer(rig.properties, group=rig.topic_1))
+    lost.broker_there.clear()
+    consumers: list[Any] = [consumer(rig.properties, group=rig.topic_1), lost]
+    shutdown = Event()
+    stream = make_stream(rig, shutdown, make_consumer=lambda _: consumers.pop())
+    thread = threading.Thread(target=stream.run, args=[lambda batch: Outcome(len(batch))])
+    thread.start()
+    try:
+        assert lost.closing.wait(20)
+        shutdown.set()
+        thread.join(10)
+        assert not thread.is_alive()
+    finally:
+        lost.broker_there.set()
+        assert lost.closed.wait(20)
 
 
 class NotAtFirst(Through):
