@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from confluent_kafka import KafkaException, TopicPartition
 from rich.console import Console, Group
@@ -229,7 +230,7 @@ class _Pump:
     ) -> None:
         self._api, self._reader, self._groups, self._services = api, reader, groups, services
         self._mail, self._live, self._hold = mail, live, hold
-        self._status = api.status() if api.running else {"served": 0, "exhausted": False}
+        self._status: dict[str, Any] = {"served": 0, "in_flight": 0, "put_back": 0, "exhausted": False}
         self._rows = {name: _Row() for name in SERVICES}
         self._at = time.monotonic()
         self._newest: Path | None = None
@@ -247,7 +248,7 @@ class _Pump:
                 break
             interrupted.wait(_TICK_S)
         for each in self._services.values():
-            each.wait_ready()  # one just started anew asks again for what its predecessor left unconfirmed
+            each.wait_ready()  # one just started anew could not yet be told to stop
         self._tick()
         self._api.limit(self._status["served"])
 
@@ -261,9 +262,10 @@ class _Pump:
             produced = len(seen.produced_ms) + seen.refused_rows
             predicted = len(seen.visible_ms.keys() | seen.dead) + seen.refused_rows
             lags = [row.lag for row in self._rows.values()]
-            if served <= produced <= predicted and not any(lags):
+            unsure = self._status["in_flight"] + self._status["put_back"]  # a producer asks for them, by and by
+            if not unsure and served <= produced <= predicted and not any(lags):
                 return
-            if (now := (served, produced, predicted, lags)) != before:
+            if (now := (unsure, served, produced, predicted, lags)) != before:
                 before, moved = now, time.monotonic()
             time.sleep(_TICK_S)
 

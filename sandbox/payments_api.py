@@ -72,24 +72,28 @@ class Queue:
     lock: Lock = field(default_factory=Lock)
 
     def take(self, most: int) -> list[Numbered]:
-        """The rows that are due, at most so many. They must be given to `done` or `put_back`."""
+        """The rows that are due, at most so many. They must be given to `done` or `put_back`.
+
+        Those put back come first, and no limit holds them: they went out once, and somebody may have them.
+        """
         with self.lock:
             now = time.monotonic()
             if self.limit > 0:  # the clock stands while all is held back: no burst when it is let go
                 self.began = self.began or now
+            if self.rate is None:
+                most = min(most, 1)
+            again = [heappop(self.returned) for _ in range(min(most, len(self.returned)))]
+            self.in_flight += len(again)
             given = self.served + self.in_flight
             due = self.limit - given
-            if self.rate is None:
-                due = min(due, 1)
-            elif self.rate > 0:
+            if self.rate:
                 due = min(due, 1 + (now - (self.began or now)) * self.rate - given)
-            wanted = int(max(0, min(most, due)))
-            again = [heappop(self.returned) for _ in range(min(wanted, len(self.returned)))]
-            fresh = list(islice(self.rows, wanted - len(again)))
-            self.ended = self.ended or len(again) + len(fresh) < wanted
+            wanted = int(max(0, min(most - len(again), due)))
+            fresh = list(islice(self.rows, wanted))
+            self.ended = self.ended or len(fresh) < wanted
             if self.rate is None:
                 fresh = [[*row[:-1], time.time_ns() // 1_000_000] for row in fresh]
-            self.in_flight += len(again) + len(fresh)
+            self.in_flight += len(fresh)
             return [*again, *zip(self.numbers, fresh, strict=False)]
 
     def done(self, rows: Sequence[Numbered], repeats: int) -> None:
@@ -127,7 +131,7 @@ class Queue:
     def status(self) -> dict[str, int | bool | None]:
         """The account: distinct rows `served`, rows `sent` with the `repeats` among them, and what is still to come.
 
-        Rows `in_flight` are those of answers that do not count yet.
+        Rows `in_flight` are those of answers that do not count yet, those `put_back` of answers that never will.
         """
         with self.lock:
             return {
@@ -135,6 +139,7 @@ class Queue:
                 "sent": self.sent,
                 "repeats": self.sent - self.served,
                 "in_flight": self.in_flight,
+                "put_back": len(self.returned),
                 "exhausted": self.ended and not self.in_flight and not self.returned,
                 "limit": None if self.limit == float("inf") else int(self.limit),
             }
@@ -339,7 +344,7 @@ class PaymentsApi(Process):
         return f"http://127.0.0.1:{self._port}{PATH}"
 
     def status(self) -> dict[str, Any]:
-        """What `Queue.status` tells: `served`, `sent`, `repeats`, `in_flight`, `exhausted` and `limit` (None: none)."""
+        """What `Queue.status` tells: whether it is `exhausted`, its `limit` or None, and how many rows are what."""
         answer: dict[str, Any] = requests.get(f"http://127.0.0.1:{self._port}/status", timeout=10).json()
         return answer
 

@@ -68,6 +68,7 @@ def account(**changes: object) -> dict[str, object]:
         "sent": changes.get("served", 0),
         "repeats": 0,
         "in_flight": 0,
+        "put_back": 0,
         "exhausted": False,
         "limit": None,
         **changes,
@@ -345,12 +346,25 @@ def test_unconfirmed_rows_come_again_first_and_in_order(api: Start, reset: bool)
         if reset:
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
-        until(lambda taken=taken: source.status() == account(served=0, in_flight=taken))
+        until(lambda taken=taken: source.status() == account(served=0, in_flight=taken, put_back=30 - taken))
 
     with requests.Session() as client:
         assert [row for _ in range(5) for row in rows(source.url, client)] == generated(45)
         assert rows(source.url, client) == []
     assert source.status() == account(served=45, exhausted=True)
+
+
+def test_a_limit_does_not_hold_back_what_went_out_before(api: Start) -> None:
+    source = api(*ALL_AT_ONCE, "--confirmed", "--max-rows", "10")
+    with requests.Session() as first:
+        assert len(rows(source.url, first)) == 10
+    until(lambda: source.status() == account(served=0, put_back=10), what="the rows put back")
+    source.limit(0)
+
+    with requests.Session() as second:
+        assert rows(source.url, second) == generated(10)
+        assert rows(source.url, second) == []
+    assert source.status() == account(served=10, limit=0)
 
 
 def test_it_is_exhausted_only_when_the_last_row_is_confirmed(api: Start) -> None:
@@ -359,7 +373,7 @@ def test_it_is_exhausted_only_when_the_last_row_is_confirmed(api: Start) -> None
         assert len(rows(source.url, first)) == 5
         assert rows(source.url) == []
         assert not source.status()["exhausted"]
-    until(lambda: source.status() == account(served=0), what="the rows put back")
+    until(lambda: source.status() == account(served=0, put_back=5), what="the rows put back")
 
     with requests.Session() as second:
         assert rows(source.url, second) == generated(5)
@@ -389,7 +403,7 @@ def test_repeats_are_counted_when_they_are_confirmed(api: Start) -> None:
         first = rows(source.url, client)
         source.misbehave("repeats", share=1)
         assert rows(source.url, client) == first[:5] + generated(20)[10:]
-    until(lambda: source.status() == account(served=10), what="the rows put back")
+    until(lambda: source.status() == account(served=10, put_back=10), what="the rows put back")
     source.misbehave()
 
     with requests.Session() as client:
