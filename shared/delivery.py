@@ -56,6 +56,13 @@ class Delivery(Protocol):
         it told the client so (seen with Apache Kafka 4.3.1). The mark of our next transaction there ends both.
         """
 
+    def undo(self, place: TopicPartition, generation: object) -> None:
+        """Have the broker drop the offsets of ours, in the group of `generation`, whose transaction it forgot.
+
+        Nobody can read on meanwhile; `place` is any of the group's. Raises Outage. It is as with `release`, but how the
+        broker had decided is not to be known, and a batch is better done twice than never.
+        """
+
     def close(self) -> None:
         """Let go of the broker."""
 
@@ -117,6 +124,9 @@ class AtLeastOnce:
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
         """There are none."""
+
+    def undo(self, place: TopicPartition, generation: object) -> None:
+        """It has no transactions."""
 
     def close(self) -> None:
         with suppress(KafkaException):
@@ -180,6 +190,7 @@ class ExactlyOnce:
                 producer.commit_transaction(_TRANSACTION_WAIT_S)
 
             self._bounded(finish)
+        _COMMITTED.inc()
 
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
         """They are."""
@@ -191,7 +202,18 @@ class ExactlyOnce:
             for topic, partition in places:
                 producer.produce(topic, partition=partition, headers=NOTHING)
             self._bounded(lambda: producer.commit_transaction(_TRANSACTION_WAIT_S))
+        _COMMITTED.inc()
         log.warning("forgotten_transactions_ended", partitions=[f"{topic} {partition}" for topic, partition in places])
+
+    def undo(self, place: TopicPartition, generation: object) -> None:
+        with self._transaction() as producer:
+
+            def drop() -> None:
+                producer.send_offsets_to_transaction([place], generation, _TRANSACTION_WAIT_S)
+                producer.abort_transaction(_TRANSACTION_WAIT_S)
+
+            self._bounded(drop)
+        _ABORTED.inc()
 
     @contextmanager
     def _transaction(self) -> Iterator[Producer]:
@@ -200,7 +222,6 @@ class ExactlyOnce:
         try:
             producer.begin_transaction()
             yield producer
-            _COMMITTED.inc()
         except Outage:
             self._give_up()
             raise

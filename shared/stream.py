@@ -39,6 +39,7 @@ _COMMITTED_WAIT_S = 5.0
 _PROBE_S = 1.0
 _CLOSE_S = 3.0
 _MEASURE_S = 1.0
+_FORGOTTEN_S = 30.0  # the broker ends transactions older than ten, and looks for them every ten
 _AGES = 32  # records of a batch whose age is looked at
 _HANDLE, _DELIVER, _COMMIT = (metrics.STAGE.labels(stage) for stage in ("handle", "deliver", "commit"))
 # A static member is fenced by another process of its name, or by itself, when the broker forgets that it has let it in.
@@ -128,6 +129,9 @@ class Stream:
         self._paused = False
         self._assigned = False  # just now: what was paused when it was taken away comes back paused
         self._in_doubt = False  # a delivery failed, and perhaps only its answer was lost
+        self._offsets_since: float | None = (
+            None  # monotonic; since when the committed ones are not known to be readable
+        )
         self._lag = Lag(group, topic)
         self._measured = 0.0  # monotonic
         self._flow = Flow("processed", levels=lambda: {"lag": self._lag.records}, group=group)
@@ -340,6 +344,7 @@ class Stream:
         try:
             committed = self._consumer.committed(partitions, timeout=_COMMITTED_WAIT_S) if partitions else []
         except KafkaException as exception:
+            self._offsets_since = self._offsets_since or time.monotonic()
             raise Outage(f"committed offsets: {exception.args[0].str()}") from None
         if failed := next((each.error for each in committed if each.error), None):
             raise Outage(f"committed offsets: {failed.str()}")
@@ -379,12 +384,33 @@ class Stream:
         self._measured = now
         pending = [*(m for each in self._in_flight for m in each.batch), *self._waiting]
         self._lag.measure(self._consumer, pending, paused=self._paused)
+        if self._offsets_since and now - self._offsets_since > _FORGOTTEN_S and not self._in_flight:
+            self._look_for_offsets()
         if self._broker_away.under_way or (self._away_because and not self._spell.under_way):  # which tells of it
             if problem := self._problem():
                 self._broker_away.lasts(problem)
             else:
                 self._away_because = ""
                 self._broker_away.over()
+
+    def _look_for_offsets(self) -> None:
+        """Have the broker drop what holds the committed offsets back: a consumer would wait for them without a word."""
+        self._offsets_since = time.monotonic()
+        places = self._consumer.assignment()
+        try:
+            known = not places or not any(each.error for each in self._consumer.committed(places, timeout=_PROBE_S))
+        except KafkaException:
+            known = False
+        if known:
+            self._offsets_since = None
+            return
+        place = TopicPartition(places[0].topic, places[0].partition, 0)  # some offset: it is dropped as well
+        undone = self._delivering.submit(self._delivery.undo, place, self._consumer.consumer_group_metadata())
+        self._until_done(undone)
+        if not undone.exception():  # else the broker is away, and that is told
+            self._log.warning(
+                "offsets_held_back", reason="a transaction has no end; if it was ours, its batch comes again"
+            )
 
     def _problem(self) -> str | None:
         """Why the group cannot read its topic, if it cannot."""
@@ -435,6 +461,7 @@ class Stream:
         self._log.info("assigned", partitions=[partition.partition for partition in partitions])
         health.has(self._place)
         self._assigned = True
+        self._offsets_since = time.monotonic()
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Finish what is in flight while these partitions are still ours; forget what else is waiting of them."""

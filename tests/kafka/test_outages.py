@@ -4,20 +4,27 @@ import io
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import sqlalchemy as sa
+from confluent_kafka import Message, Producer, TopicPartition
 from conftest import Rig, until
 from pipeline import pipeline
 from rich.console import Console
+from structlog.testing import capture_logs
 
 from fraudctl import demo, topics
 from fraudctl.demo import Scene
 from sandbox.apache import ApacheKafka
 from sandbox.mailbox import Mailbox
 from sandbox.registry import Registry
+from shared.delivery import ExactlyOnce
+from shared.kafka import consumer
+from shared.settings import StreamSettings
+from shared.stream import Outcome, Stream
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400)]
 
@@ -98,3 +105,58 @@ def test_told_to_stop_while_the_broker_is_away_they_do_and_what_they_leave_comes
             running.start_again()
             running.wait_through(timeout_s=120)
             assert running.stop(10) == exits
+
+
+class Ending(ExactlyOnce):
+    """A delivery whose `undo` ends what somebody else holds back, as it would what the broker forgot to end of ours."""
+
+    other: Producer
+
+    def undo(self, place: TopicPartition, generation: object) -> None:
+        super().undo(place, generation)
+        self.other.abort_transaction(10)
+
+
+def test_offsets_that_a_forgotten_transaction_holds_back_are_had_again(
+    apache_rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, group = apache_rig, f"held-{apache_rig.topic_1}"
+    monkeypatch.setattr("shared.stream._FORGOTTEN_S", 1.0)
+    rig.put(rig.topic_1, [b"1", b"2", b"3"], key=b"one card")
+    places = [TopicPartition(rig.topic_1, number, 0) for number in range(6)]
+    reader = consumer(rig.properties, group=group)
+    other = Producer({**rig.properties, "transactional.id": f"other-{group}", "transaction.timeout.ms": 120_000})
+    other.init_transactions(10)
+    other.begin_transaction()
+    other.send_offsets_to_transaction(places, reader.consumer_group_metadata(), 10)
+    shutdown = Event()
+    delivery = Ending(properties=rig.properties, transactional_id=f"own-{group}", shutdown=shutdown)
+    delivery.other = other
+    stream = Stream(
+        make_consumer=lambda _: consumer(rig.properties, group=group),
+        group=group,
+        topic=rig.topic_1,
+        delivery=delivery,
+        settings=StreamSettings(),
+        shutdown=shutdown,
+    )
+    handled: list[bytes | None] = []
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        handled.extend(message.value() for message in batch)
+        return Outcome(len(batch))
+
+    thread = Thread(target=stream.run, args=[handle])
+    with capture_logs() as logs:
+        thread.start()
+        try:
+            until(lambda: len(handled) == 3, what="all of it handled")
+            until(
+                lambda: sum(max(0, each.offset) for each in reader.committed(places, timeout=10)) == 3, what="a commit"
+            )
+        finally:
+            shutdown.set()
+            thread.join(20)
+            reader.close()
+    assert handled == [b"1", b"2", b"3"]
+    assert [line["group"] for line in logs if line["event"] == "offsets_held_back"] == [group]

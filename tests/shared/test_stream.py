@@ -378,6 +378,9 @@ class Through:
     def release(self, places: Sequence[tuple[str, int]]) -> None:
         self._inner.release(places)
 
+    def undo(self, place: TopicPartition, generation: object) -> None:
+        self._inner.undo(place, generation)
+
     def close(self) -> None:
         self._inner.close()
 
