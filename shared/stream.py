@@ -129,9 +129,7 @@ class Stream:
         self._paused = False
         self._assigned = False  # just now: what was paused when it was taken away comes back paused
         self._in_doubt = False  # a delivery failed, and perhaps only its answer was lost
-        self._offsets_since: float | None = (
-            None  # monotonic; since when the committed ones are not known to be readable
-        )
+        self._offsets_since: float | None = None  # monotonic; since then, it is not known whether they can be had
         self._lag = Lag(group, topic)
         self._measured = 0.0  # monotonic
         self._flow = Flow("processed", levels=lambda: {"lag": self._lag.records}, group=group)
