@@ -214,6 +214,8 @@ class ExactlyOnce:
 
             self._bounded(drop)
         _ABORTED.inc()
+        reason = "a transaction has no end; if it was ours, its batch comes again"
+        log.warning("offsets_held_back", place=f"{place.topic} {place.partition}", reason=reason)
 
     @contextmanager
     def _transaction(self) -> Iterator[Producer]:

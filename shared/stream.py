@@ -396,7 +396,8 @@ class Stream:
         self._offsets_since = time.monotonic()
         places = self._consumer.assignment()
         try:
-            known = not places or not any(each.error for each in self._consumer.committed(places, timeout=_PROBE_S))
+            committed = self._consumer.committed(places, timeout=_COMMITTED_WAIT_S) if places else []
+            known = not any(each.error for each in committed)
         except KafkaException:
             known = False
         if known:
@@ -404,11 +405,7 @@ class Stream:
             return
         place = TopicPartition(places[0].topic, places[0].partition, 0)  # some offset: it is dropped as well
         undone = self._delivering.submit(self._delivery.undo, place, self._consumer.consumer_group_metadata())
-        self._until_done(undone)
-        if not undone.exception():  # else the broker is away, and that is told
-            self._log.warning(
-                "offsets_held_back", reason="a transaction has no end; if it was ours, its batch comes again"
-            )
+        self._until_done(undone)  # or not, when the broker is away: that is told, and this is tried again
 
     def _problem(self) -> str | None:
         """Why the group cannot read its topic, if it cannot."""

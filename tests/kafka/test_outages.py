@@ -159,4 +159,4 @@ def test_offsets_that_a_forgotten_transaction_holds_back_are_had_again(
             thread.join(20)
             reader.close()
     assert handled == [b"1", b"2", b"3"]
-    assert [line["group"] for line in logs if line["event"] == "offsets_held_back"] == [group]
+    assert [line["place"].split()[0] for line in logs if line["event"] == "offsets_held_back"] == [rig.topic_1]
