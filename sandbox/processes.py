@@ -133,6 +133,17 @@ class Process:
             os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
 
+    def suspend(self) -> None:
+        """Have the running child stand still with all its threads (SIGSTOP), its connections open."""
+        if self._child:
+            self._child.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, self._child.pid, os.WSTOPPED)  # until then, a thread of it may still answer
+
+    def resume(self) -> None:
+        """Let the child go on after `suspend`."""
+        if self._child:
+            self._child.send_signal(signal.SIGCONT)
+
     def __enter__(self) -> Self:
         return self.start()
 

@@ -1,8 +1,6 @@
 """What the services need goes away: nobody exits, all of it comes through in the end, and who is told to stop does."""
 
 import io
-import os
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -87,10 +85,9 @@ def test_told_to_stop_while_the_broker_is_away_they_do_and_what_they_leave_comes
         (rig.directory / "client.properties").write_text(f"bootstrap.servers={broker.bootstrap}\n")
         topics.create(rig.properties, [rig.topic_1, rig.topic_2])
         with pipeline(rig, engine=engine, registry=registry, mailbox=mailbox, MAX_BATCH_SIZE="100") as running:
-            assert broker.pid
             running.let_in(everything)
             until(lambda: "event='processed'" in running.logs()["db_sink"], what="work under way")
-            os.kill(broker.pid, signal.SIGSTOP) if silent else broker.kill()
+            broker.suspend() if silent else broker.kill()
             # The client waits a minute for an answer, and then ten seconds for the next connection's.
             until(
                 lambda: all("event='outage'" in log for log in running.logs().values()),
@@ -101,7 +98,7 @@ def test_told_to_stop_while_the_broker_is_away_they_do_and_what_they_leave_comes
             exits = running.stop(10)
 
             assert exits == dict.fromkeys(exits, 0)
-            os.kill(broker.pid, signal.SIGCONT) if silent else broker.start()
+            broker.resume() if silent else broker.start()
             running.start_again()
             running.wait_through(timeout_s=120)
             assert running.stop(10) == exits

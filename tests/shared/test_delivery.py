@@ -1,7 +1,5 @@
 """What is said while records cannot be written."""
 
-import os
-import signal
 from pathlib import Path
 from threading import Event, Thread
 
@@ -17,16 +15,15 @@ from shared.kafka import Record
 
 def test_a_broker_that_stays_connected_and_acknowledges_nothing_is_an_outage(tmp_path: Path) -> None:
     with EmbeddedBroker(tmp_path) as broker, capture_logs() as lines:
-        assert broker.pid
         deliver = AtLeastOnce(properties={"bootstrap.servers": broker.bootstrap}, shutdown=Event())
         record = Record("topic_2.dlq", b"kept", None, [])
         deliver.deliver([record])
-        os.kill(broker.pid, signal.SIGSTOP)
+        broker.suspend()
         writing = Thread(target=deliver.deliver, args=[[record]])
         writing.start()
 
         until(lambda: lines, what="a word on it")
-        os.kill(broker.pid, signal.SIGCONT)
+        broker.resume()
 
         writing.join()
         deliver.close()
