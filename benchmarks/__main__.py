@@ -7,8 +7,9 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from benchmarks import flood, growth, idle, latency, loop, predictor, sink, stages, swap
 from benchmarks.load import Bench
-from benchmarks.measure import Bar, Figure, Section
+from benchmarks.measure import Figure, Section
 from sandbox.apache import VERSION as KAFKA_VERSION
 from sandbox.processes import StandInError
 from sandbox.stack import local_stack
@@ -67,6 +68,7 @@ GUARD: dict[str, Suite] = {
 }
 _COMMITTED = Path(__file__).with_name("guard.json")
 _STILL_GOOD = 0.7  # of a committed ratio
+_TRIES = 3
 
 
 def main() -> int:
@@ -81,15 +83,18 @@ def main() -> int:
     if unknown := [name for name in arguments.suites if name not in names]:
         parser.error(f"no {', '.join(unknown)}; there are {', '.join(names)}")
     chosen = arguments.suites or names
-    brokers = {"apache": GUARD} if arguments.guard else {"embedded": EMBEDDED, "apache": APACHE}
     gc.disable()  # what measures must not pause
     sys.setswitchinterval(0.0002)
     console = Console()
     console.print(", ".join(f"{name} {number}" for name, number in versions().items()))
     sections: dict[str, Section] = {}
     try:
-        for broker, suites in brokers.items():
-            if wanted := {name: suite for name, suite in suites.items() if arguments.guard or name in chosen}:
+        if arguments.guard:
+            with ExitStack() as stack:
+                bench = started(stack, "apache")
+                return guarded((partial(suite, bench, arguments.rounds) for suite in GUARD.values()), console)
+        for broker, suites in (("embedded", EMBEDDED), ("apache", APACHE)):
+            if wanted := {name: suite for name, suite in suites.items() if name in chosen}:
                 with ExitStack() as stack:
                     bench = started(stack, broker)
                     for name, measure in wanted.items():
@@ -102,21 +107,32 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130  # as a shell says it; what was measured so far is saved
-    bars = [bar for section in sections.values() for bar in section.bars]
-    return guarded(bars, console) if arguments.guard else int(not all(bar.reached for bar in bars))
+    return int(not all(bar.reached for section in sections.values() for bar in section.bars))
 
 
-def guarded(bars: Sequence[Bar], console: Console) -> int:
-    """0 if every committed ratio was measured and is at least 70 % of what it was, and no limit is passed; else 1."""
-    found = {bar.what: bar.seen.median for bar in bars}
-    fallen = sum(bar.at_most and not bar.reached for bar in bars)
-    for what, committed in json.loads(_COMMITTED.read_text()).items():
-        least = _STILL_GOOD * committed
-        holds = what in found and found[what] >= least
-        fallen += not holds
-        verdict = "[green]holds" if holds else "[red]has fallen"
-        console.print(f"{what}: {found.get(what, float('nan')):.2f}, at least {least:.2f} {verdict}")
-    return int(bool(fallen))
+def guarded(suites: Iterable[Callable[[], Section]], console: Console) -> int:
+    """0 if every committed ratio is at 70 % of what it was, and no limit passed, in one try of three; else 1.
+
+    What has fallen falls again; a minute in which somebody else had the processors does not come three times.
+    """
+    least = {what: _STILL_GOOD * ratio for what, ratio in json.loads(_COMMITTED.read_text()).items()}
+    measured: set[str] = set()
+
+    def holds(suite: Callable[[], Section]) -> bool:
+        section = suite()
+        show(section, console)
+        good = True
+        for bar in section.bars:
+            measured.add(bar.what)
+            if not bar.reached if bar.at_most else bar.seen.median < least.get(bar.what, 0.0):
+                good = False
+                console.print(f"  {bar.what}: at least {least.get(bar.what, bar.bar):.2f} [red]has fallen")
+        return good
+
+    held = [any(holds(suite) for _ in range(_TRIES)) for suite in suites]
+    for what in least.keys() - measured:
+        console.print(f"{what}: [red]not measured")
+    return int(not all(held) or not least.keys() <= measured)
 
 
 def started(stack: ExitStack, broker: str) -> Bench:

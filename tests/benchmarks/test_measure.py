@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import __main__ as main
-from benchmarks.measure import Bar, Figure, percentiles, side_by_side
+from benchmarks.measure import Bar, Figure, Section, percentiles, side_by_side
 
 
 def test_variants_take_turns_and_the_first_round_is_not_counted() -> None:
@@ -35,19 +35,39 @@ def test_percentiles_are_those_of_the_values() -> None:
     assert percentiles([float(number) for number in range(1001)]) == {"p50": 500, "p99": 990, "p99.9": 999}
 
 
-@pytest.mark.parametrize(("seen", "code"), [(0.71, 0), (0.69, 1)])
-def test_the_guard_fails_when_a_ratio_has_fallen_by_a_third(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: float, code: int
+@pytest.mark.parametrize(
+    ("seen", "code"), [([0.71], 0), ([0.69, 0.69, 0.69], 1), ([0.69, 0.71], 0)], ids=["well", "fallen", "busy minute"]
+)
+def test_the_guard_fails_when_a_ratio_has_fallen_by_a_third_and_falls_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[float], code: int
 ) -> None:
     (tmp_path / "guard.json").write_text(json.dumps({"this / that": 1.0}))
     monkeypatch.setattr(main, "_COMMITTED", tmp_path / "guard.json")
-    said = Console(file=io.StringIO())
+    other = Bar("another", Figure((0.0,)), 9)
 
-    assert main.guarded([Bar("this / that", Figure((seen,)), 0.5), Bar("another", Figure((0.0,)), 9)], said) == code
+    def measure() -> Section:
+        return section(Bar("this / that", Figure((seen.pop(0),)), 0.5), other)
+
+    assert main.guarded([measure], Console(file=io.StringIO())) == code
+    assert not seen
+
+
+def test_the_guard_fails_when_a_limit_is_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "guard.json").write_text("{}")
+    monkeypatch.setattr(main, "_COMMITTED", tmp_path / "guard.json")
+    wrong = Bar("labels that differ", Figure((1.0,)), 0, at_most=True)
+
+    assert main.guarded([lambda: section(wrong)], Console(file=io.StringIO())) == 1
 
 
 def test_the_guard_misses_what_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "guard.json").write_text(json.dumps({"this / that": 1.0}))
     monkeypatch.setattr(main, "_COMMITTED", tmp_path / "guard.json")
 
-    assert main.guarded([Bar("renamed / that", Figure((1.0,)), 0.5)], Console(file=io.StringIO())) == 1
+    renamed = Bar("renamed / that", Figure((1.0,)), 0.5)
+
+    assert main.guarded([lambda: section(renamed)], Console(file=io.StringIO())) == 1
+
+
+def section(*bars: Bar) -> Section:
+    return Section("Measured", "somehow", (), {}, bars)
