@@ -25,7 +25,8 @@ def fetch(session: requests.Session, url: str, *, timeout_s: float) -> bytes:
             body = bytearray()
             while piece := response.raw.read1(_PIECE_BYTES, decode_content=True):
                 body += piece
-                if len(body) > _MAX_BODY_BYTES or time.monotonic() > deadline:
+                unfinished = response.raw.length_remaining != 0
+                if len(body) > _MAX_BODY_BYTES or (unfinished and time.monotonic() > deadline):
                     raise Outage("an answer without end")
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise Outage(type(error).__name__) from None

@@ -4,22 +4,24 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
+import requests
 from conftest import Rig, dead_letter_topic, make_transactions, until
 
 from sandbox.payments_api import PATH, PaymentsApi
-from services.producer.api import retry_after_s
+from services.producer.api import fetch, retry_after_s
 from services.producer.journal import Journal, open_journals
 from shared.errors import Outage, SettingsError
 from shared.kafka import Record, headers
 from shared.records import RAW_COLUMNS, encode_transaction, read_split, read_topic_1
 
-QUICK = {"BACKOFF_INITIAL_SECONDS": "0.05", "BACKOFF_MAX_SECONDS": "0.1", "API_TIMEOUT_SECONDS": "1"}
+QUICK = {"BACKOFF_INITIAL_SECONDS": "0.05", "BACKOFF_MAX_SECONDS": "0.1"}
 
 
 @pytest.fixture
@@ -33,6 +35,37 @@ def api(tmp_path: Path) -> Iterator[Callable[..., PaymentsApi]]:
     yield start
     for each in started:
         each.stop()
+
+
+@pytest.fixture
+def slow() -> Iterator[Callable[[bytes, float], str]]:
+    """A server that waits so many seconds before its headers, and again before each piece of eight bytes."""
+    servers: list[HTTPServer] = []
+
+    def start(body: bytes, pause_s: float) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                time.sleep(pause_s)
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                with suppress(OSError):  # who asked may have had enough
+                    for begin in range(0, len(body), 8):
+                        time.sleep(pause_s)
+                        self.wfile.write(body[begin : begin + 8])
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}{PATH}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture
@@ -92,9 +125,9 @@ def test_what_the_api_serves_lies_on_topic_1_once_and_under_its_card(rig: Rig, a
 
 def test_a_misbehaving_api_costs_nothing_but_time(rig: Rig, api: Callable[..., PaymentsApi]) -> None:
     kinds = "5xx,429,timeout,html,broken-json,repeats"
-    options = ("--transactions", "300", "--rate", "0", "--max-rows", "10", "--seed", "3")
+    options = ("--transactions", "300", "--rate", "0", "--max-rows", "10", "--seed", "3", "--confirmed")
     source = api(*options, "--misbehave", kinds, "--misbehave-share", "0.4", "--misbehave-seed", "5")
-    process = rig.start("producer", API_URL=source.url, **QUICK)
+    process = rig.start("producer", API_URL=source.url, API_TIMEOUT_SECONDS="1", **QUICK)
 
     messages = rig.read(rig.topic_1, 300, timeout_s=60)
 
@@ -104,6 +137,16 @@ def test_a_misbehaving_api_costs_nothing_but_time(rig: Rig, api: Callable[..., P
     assert {"HTTP 503", "HTTP 429"} <= set(re.findall(r"HTTP \d+", log))
     assert "not JSON" in log
     assert "Traceback" not in log
+
+
+def test_what_has_arrived_as_a_whole_is_taken_however_late(slow: Callable[[bytes, float], str]) -> None:
+    with requests.Session() as session:
+        assert fetch(session, slow(b"the rows", 1.2), timeout_s=2.0) == b"the rows"
+
+
+def test_an_answer_without_end_is_an_outage(slow: Callable[[bytes, float], str]) -> None:
+    with requests.Session() as session, pytest.raises(Outage, match="an answer without end"):
+        fetch(session, slow(b"the rows" * 8, 0.3), timeout_s=1.0)
 
 
 def test_a_bad_row_is_kept_and_its_neighbours_go_on(
@@ -324,7 +367,7 @@ def test_what_a_full_disk_does_not_take_is_an_outage(tmp_path: Path) -> None:
 def test_repeats_are_known_after_a_kill(rig: Rig, answering: Callable[..., str]) -> None:
     url = answering([answer(row(0), row(1))])
     process = rig.start("producer", API_URL=url, POLL_INTERVAL_SECONDS="0.1")
-    rig.read(rig.topic_1, 2)
+    rig.read(rig.topic_1, 2, extra_s=2)  # its journal, too, knows of them by then
     process.kill()
     process = rig.start("producer", API_URL=url, POLL_INTERVAL_SECONDS="0.1")
     until(lambda: "repeats=" in rig.log("producer").partition("left_by")[2] or process.said("repeats="), what="a poll")
