@@ -311,10 +311,11 @@ def api_troubles(run: Run) -> Iterator[None]:
 def poison(run: Run) -> Iterator[None]:
     """Rubbish of many kinds on topic_1, in between; one that was cut off is mended and put back."""
     rubbish = Rubbish(run)
-    rubbish.write()
+    due = time.monotonic()
     while not run.over:
-        if run.dice.random() < RATE * _POISON_SHARE * _TICK_S:
+        while time.monotonic() >= due:
             rubbish.write()
+            due += run.dice.expovariate(RATE * _POISON_SHARE)
         yield
     rubbish.flush()
     for record in list(rubbish.cut_off)[:1]:
