@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 _POLL_S = 0.02
+_held: list[socket.socket] = []
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -175,10 +176,16 @@ def python(module: str, *arguments: str) -> list[str]:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 that was free a moment ago.
+
+    Linux gives it to nobody else while this process lives, but for servers, which ask for it by its number.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    if sys.platform == "linux":
+        _held.append(held)  # elsewhere, even who asks by number would not get it
+    return int(held.getsockname()[1])
 
 
 def port_open(port: int) -> bool:
