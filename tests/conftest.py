@@ -130,7 +130,10 @@ def _rig(directory: Path, properties: Mapping[str, str], environment: Mapping[st
         "MODEL_CACHE_DIRECTORY": str(directory / "models"),
         **{group: f"{group}-{name}" for group in _GROUPS},
     }
-    (topics.use if embedded else topics.create)(properties, [rig.topic_1, rig.topic_2])
+    if embedded:
+        topics.use(properties, [rig.topic_1, rig.topic_2])
+    else:
+        topics.ends(properties, topics.create(properties, [rig.topic_1, rig.topic_2]))  # their leaders are at work
     return rig
 
 
@@ -141,9 +144,11 @@ def session_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _temporary(session_directory: Path) -> Iterator[None]:
-    """What MLflow fetches to look at, and leaves there, is left among the tests' own files."""
+def _mlflow(session_directory: Path) -> Iterator[None]:
+    """What it fetches to look at, and leaves there, is left among the tests' own files; and it is patient."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")  # which importing the predictor takes away
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
         patch.setattr("tempfile.tempdir", str(session_directory))
         yield
 
@@ -193,10 +198,7 @@ def registry(session_directory: Path) -> Iterator[Registry]:
     """An MLflow registry whose model `fraud` has a champion."""
     with Registry(session_directory / "registry") as server:
         trained = train.fit(train.generate(seed=1), seed=1)
-        with pytest.MonkeyPatch.context() as patience:  # importing the predictor takes it away
-            patience.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
-            patience.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-            train.register(trained, Alias(server.uri, "fraud", "champion"))
+        train.register(trained, Alias(server.uri, "fraud", "champion"))
         yield server
 
 

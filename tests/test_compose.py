@@ -394,7 +394,7 @@ def test_the_commands_and_variables_of_the_file_make_alarms_and_rows(machine: Ma
     machine.start("mlflow")
     registry = f"http://127.0.0.1:{machine.places['5000']}/api/2.0/mlflow/experiments/get?experiment_id=0"
     by_name = {"Host": f"mlflow:{machine.places['5000']}"}  # as the containers call it; MLflow refuses names unheard of
-    assert requests.get(registry, headers=by_name, timeout=10).ok
+    assert requests.get(registry, headers=by_name, timeout=60).ok
     for name, said_again in ONE_SHOTS.items():
         for _ in "up", "up again":
             one_shot = machine.start(name)
@@ -411,6 +411,7 @@ def test_the_commands_and_variables_of_the_file_make_alarms_and_rows(machine: Ma
 
 
 @pytest.mark.kafka
+@pytest.mark.timeout(360)
 def test_in_the_cloud_they_make_alarms_and_rows_as_well(machine: Machine, registry: Registry, mailbox: Mailbox) -> None:
     machine.start("payments-api")
     machine.containers = CLOUD["services"]

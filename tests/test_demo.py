@@ -90,13 +90,14 @@ def test_a_file_goes_through_and_every_digit_arrives(tmp_path: Path, first_colum
     assert children_of(work) == []
 
 
+@pytest.mark.timeout(300)
 def test_without_a_number_it_runs_until_ctrl_c_and_then_drains(tmp_path: Path) -> None:
     work, report = tmp_path / "work", tmp_path / "report.json"
     process = fraudctl(
         *("demo", "--rate", "100", "--broker", "embedded", "--report", str(report), "--work-dir", str(work))
     )
     log = work / "logs" / "producer.log"
-    until(lambda: log.exists() and "event='fetched'" in log.read_text(), timeout_s=90, what="the stream")
+    until(lambda: log.exists() and "event='fetched'" in log.read_text(), timeout_s=150, what="the stream")
     time.sleep(1)  # let it be in the middle of things
 
     process.send_signal(signal.SIGINT)
@@ -141,7 +142,7 @@ def test_without_java_it_takes_the_embedded_broker_and_says_so(tmp_path: Path) -
 )
 def test_a_wrong_call_is_refused_by_name(arguments: list[str], named: str) -> None:
     process = fraudctl("demo", *arguments)
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=170)
 
     assert process.returncode == 2
     assert named in err

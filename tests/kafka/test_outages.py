@@ -42,7 +42,7 @@ def outages(scene: Scene) -> Iterator[None]:
     yield from passing(AWAY_S)
     parts.api.start()
     yield from passing(3)
-    for part in (parts.registry, parts.mailbox, parts.database):
+    for part in (parts.mailbox, parts.database, parts.registry):
         part.stop()
         yield from passing(AWAY_S)
         part.start()
@@ -88,6 +88,7 @@ def test_told_to_stop_while_the_broker_is_away_they_do_and_what_they_leave_comes
             running.let_in(everything)
             until(lambda: "event='processed'" in running.logs()["db_sink"], what="work under way")
             broker.suspend() if silent else broker.kill()
+            running.let_in(100)  # the producer, too, has something to write
             # The client waits a minute for an answer, and then ten seconds for the next connection's.
             until(
                 lambda: all("event='outage'" in log for log in running.logs().values()),
@@ -123,9 +124,9 @@ def test_offsets_that_a_forgotten_transaction_holds_back_are_had_again(
     places = [TopicPartition(rig.topic_1, number, 0) for number in range(6)]
     reader = consumer(rig.properties, group=group)
     other = Producer({**rig.properties, "transactional.id": f"other-{group}", "transaction.timeout.ms": 120_000})
-    other.init_transactions(10)
+    other.init_transactions(30)
     other.begin_transaction()
-    other.send_offsets_to_transaction(places, reader.consumer_group_metadata(), 10)
+    other.send_offsets_to_transaction(places, reader.consumer_group_metadata(), 30)
     shutdown = Event()
     delivery = Ending(properties=rig.properties, transactional_id=f"own-{group}", shutdown=shutdown)
     delivery.other = other

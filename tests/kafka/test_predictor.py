@@ -96,6 +96,7 @@ def test_killed_and_restarted_without_its_registry_it_goes_on_with_the_last_good
     assert process.said("event='last_good_model'")
 
 
+@pytest.mark.alone
 def test_killed_for_good_another_takes_over_before_long(predictor_rig: Rig) -> None:
     batch = make_transactions(6600)
     settings = predictor_rig.environment | {"MAX_BATCH_SIZE": "50"}
@@ -169,6 +170,7 @@ def test_two_share_the_work_and_one_takes_over(predictor_rig: Rig) -> None:
     assert other.running
 
 
+@pytest.mark.alone
 def test_sigterm_in_the_middle_is_clean(predictor_rig: Rig) -> None:
     batch = make_transactions(12_000)
     predictor_rig.put_transactions(batch)

@@ -45,7 +45,7 @@ def stack(apache_rig: Rig, registry: Registry, engine: sa.Engine, mailbox: Mailb
 def runbook(stack: Rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runbook:
     """What all the commands of a section print, fraudctl's, in their order."""
     monkeypatch.chdir(tmp_path)
-    for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}.items():
+    for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}.items():
         monkeypatch.setenv(name, value)  # whatever other tests have left there
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 

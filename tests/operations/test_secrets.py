@@ -278,7 +278,8 @@ def test_a_wrong_database_url_is_not_repeated(url: str, rig: Rig) -> None:
 def test_neither_git_nor_a_wheel_takes_what_lies_in_the_checkout(tmp_path: Path) -> None:
     """Where people keep their secrets."""
     checkout = tmp_path / "checkout"
-    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", ".*_cache"))
+    made = (".git", ".venv", "*.egg-info", "build", ".*_cache", "__pycache__", ".hypothesis")
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*made))
     planted = {name: secret() for name in ("secrets.env", "client.properties", ".env", "secrets/sasl_password")}
     (checkout / "secrets").mkdir(exist_ok=True)
     for name, value in planted.items():

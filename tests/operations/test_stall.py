@@ -12,6 +12,7 @@ import mlflow
 import mlflow.sklearn
 import numpy as np
 import pandas as pd
+import pytest
 import requests
 from conftest import Rig, make_transactions, until
 from mlflow.models import ModelSignature
@@ -38,6 +39,7 @@ class Hanging:
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
+@pytest.mark.alone
 def test_a_model_call_that_hangs_is_seen_by_probes_and_operators(
     apache_rig: Rig, registry: Registry, tmp_path: Path
 ) -> None:
@@ -62,11 +64,14 @@ def test_a_model_call_that_hangs_is_seen_by_probes_and_operators(
         "STALL_SECONDS": str(STALL_S),
     }
     process = apache_rig.start("predictor")
+    apache_rig.put_transactions(make_transactions(100, seed=1))
+    apache_rig.read(apache_rig.topic_2, 100)
+    batch = make_transactions(100, seed=2)
     live = f"http://127.0.0.1:{port}/live"
     assert requests.get(live, timeout=5).json() == {"live": True, "service": "predictor", "stalled": {}}
     hang.touch()
     began = time.monotonic()
-    apache_rig.put_transactions(make_transactions(100))
+    apache_rig.put_transactions(batch)
 
     until(lambda: requests.get(live, timeout=5).status_code == 503, timeout_s=3 * STALL_S, what="/live to fail")
 
@@ -91,4 +96,4 @@ def test_a_model_call_that_hangs_is_seen_by_probes_and_operators(
 
     hang.unlink()
     until(lambda: requests.get(live, timeout=5).status_code == 200, what="/live to pass")
-    assert len(apache_rig.read(apache_rig.topic_2, 100)) == 100
+    assert len(apache_rig.read(apache_rig.topic_2, 200)) == 200

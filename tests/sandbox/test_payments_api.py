@@ -266,6 +266,7 @@ def test_each_fault_happens_instead_of_serving_and_costs_no_row(api: Start) -> N
 def test_repeats_come_on_top_of_the_rows_and_are_counted(api: Start) -> None:
     source = api(*ALL_AT_ONCE, "--transactions", "60", "--max-rows", "10")
     first = rows(source.url)
+    until(lambda: source.status()["sent"] == 10, what="the end of it")
     source.misbehave("repeats", share=1)
 
     second = rows(source.url)

@@ -37,6 +37,8 @@ from training import train
 
 NUMERIC = ["cc_num", "amt", "zip", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long"]
 
+AT_ONCE = {"MAX_BATCH_WAIT_MS": "1000"}  # a challenger passes over what comes while it is busy
+
 
 def frame(batch: list[Transaction]) -> pd.DataFrame:
     return pd.DataFrame([{name: getattr(each, name) for name in FEATURES} for each in batch])
@@ -316,7 +318,7 @@ def test_sigterm_is_heard_while_a_model_is_converted_and_leaves_nothing_behind(
     process = rig.start("predictor", ready=serves, MODEL_REFRESH_SECONDS="0.2", TMPDIR=str(temporary))
     if serves:
         promote(registry, name, forest)
-    until(forest.heart.exists, what="the conversion")
+    until(forest.heart.exists, timeout_s=120, what="the conversion")
 
     assert process.stop(10) == 0
 
@@ -359,7 +361,7 @@ def test_the_challenger_scores_the_same_rows_beside_the_champion(rig: Rig, regis
     champion = promote(registry, name, Fussy(label=0))
     challenger = promote(registry, name, Fussy(label=1), alias="challenger")
     topics.use(rig.properties, [f"{rig.topic_2}.challenger"])
-    process = rig.start("predictor", MODEL_REFRESH_SECONDS="0.2")
+    process = rig.start("predictor", MODEL_REFRESH_SECONDS="0.2", **AT_ONCE)
     until(lambda: process.said("alias='challenger'"), what="the challenger")
     batch = make_transactions(200)
     rig.put_transactions(batch)
@@ -402,7 +404,7 @@ def test_a_challenger_whose_alias_was_taken_away_scores_no_more(rig: Rig, regist
     champion = promote(registry, name, Fussy(label=0))
     challenger = promote(registry, name, Fussy(label=1), alias="challenger")
     topics.use(rig.properties, [f"{rig.topic_2}.challenger"])
-    process = rig.start("predictor", MODEL_REFRESH_SECONDS="0.2")
+    process = rig.start("predictor", MODEL_REFRESH_SECONDS="0.2", **AT_ONCE)
     until(lambda: process.said("alias='challenger'"), what="the challenger")
     rig.put_transactions(make_transactions(20))
     rig.read(f"{rig.topic_2}.challenger", 20)
@@ -540,7 +542,7 @@ def test_a_cache_that_cannot_be_written_is_named(rig: Rig) -> None:
     (rig.directory / "file").write_text("no folder")
     process = rig.start("predictor", ready=False, MODEL_CACHE_DIRECTORY=str(rig.directory / "file"))
 
-    assert process.wait(30) == 2
+    assert process.wait(90) == 2
     assert "MODEL_CACHE_DIRECTORY: " in process.last_line()
 
 
@@ -576,7 +578,7 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(rig: Rig, changes: dict[str
     process: Process = service("predictor", rig.directory, rig.environment | changes)
     process.spawn()
 
-    assert process.wait(30) == 2
+    assert process.wait(90) == 2
     line = rig.log("predictor").splitlines()[-1]
     assert line.startswith("predictor: ")
     assert named in line
@@ -589,6 +591,6 @@ def test_an_unknown_kafka_property_is_named(rig: Rig) -> None:
     process = service("predictor", rig.directory, rig.environment)
     process.spawn()
 
-    assert process.wait(30) == 2
+    assert process.wait(90) == 2
     assert "bootstrap.sevrers" in rig.log("predictor").splitlines()[-1]
     assert "Traceback" not in rig.log("predictor")
