@@ -13,7 +13,8 @@ from shared.errors import without_credentials
 from shared.settings import ServiceSettings
 
 _REMINDER_S = 60.0
-_CARD = re.compile(r"(?<!\d)(?<!\d\.)\d{11,19}(?!\d)")  # a decimal's are no card
+# No card: a decimal's digits, and those in a transaction's number (32 hexadecimal digits, letters among them).
+_CARD = re.compile(r"\b(?=\d*[a-f])[0-9a-f]{32}\b|(?<!\d)(?<!\d\.)(?P<card>\d{11,19})(?!\d)")
 
 
 def configure(service: str, settings: ServiceSettings) -> None:
@@ -79,7 +80,7 @@ def mask_cards(_logger: object, _method: str, event: EventDict) -> EventDict:
 
 def without_cards(text: str) -> str:
     """The text with every run of 11 to 19 digits that passes the Luhn test as `**** 1234`."""
-    return _CARD.sub(lambda run: f"**** {run[0][-4:]}" if passes_luhn(run[0]) else run[0], text)
+    return _CARD.sub(lambda run: f"**** {run[0][-4:]}" if run["card"] and passes_luhn(run["card"]) else run[0], text)
 
 
 def passes_luhn(digits: str) -> bool:

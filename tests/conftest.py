@@ -10,6 +10,7 @@ from fcntl import LOCK_EX, LOCK_SH, LOCK_UN, flock
 from itertools import islice
 from pathlib import Path
 
+import hypothesis
 import msgspec
 import pytest
 import sqlalchemy as sa
@@ -30,6 +31,9 @@ from shared.kafka import consumer
 from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
 from training import train
 from training.aliases import Alias
+
+hypothesis.settings.register_profile("unhurried", hypothesis.settings(deadline=None))
+hypothesis.settings.load_profile("unhurried")
 
 START = datetime(2024, 5, 17, 21, 30, tzinfo=UTC)
 _GROUPS = ("PREDICTOR_GROUP", "ALERTER_GROUP", "WEBHOOK_GROUP", "DB_SINK_GROUP")

@@ -36,9 +36,11 @@ def test_no_line_holds_a_full_card_number(
         ("card_4539578763621486_", "card_**** 1486_"),
         ("cc_num.4539578763621486", "cc_num.**** 1486"),
         ("0.4539578763621486", "0.4539578763621486"),
+        ("4539578763621486abcdef0123456789", "4539578763621486abcdef0123456789"),
+        ("4539578763621486abcdef01234567890", "**** 1486abcdef01234567890"),
     ],
 )
-def test_a_card_is_known_wherever_it_stands_and_a_decimal_is_none(text: str, said: str) -> None:
+def test_a_card_is_known_wherever_it_stands_and_a_decimal_or_a_transaction_is_none(text: str, said: str) -> None:
     assert without_cards(text) == said
 
 
