@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any, Self
 
 _POLL_S = 0.02
-_held: list[socket.socket] = []
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+_held: list[socket.socket] = []
 
 
 class StandInError(Exception):
