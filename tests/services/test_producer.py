@@ -37,13 +37,33 @@ def api(tmp_path: Path) -> Iterator[Callable[..., PaymentsApi]]:
         each.stop()
 
 
+class Quiet(BaseHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture
-def slow() -> Iterator[Callable[[bytes, float], str]]:
-    """A server that waits so many seconds before its headers, and again before each piece of eight bytes."""
+def serving() -> Iterator[Callable[[type[Quiet]], str]]:
+    """Servers with such handlers, by their URLs."""
     servers: list[HTTPServer] = []
 
+    def start(handler: type[Quiet]) -> str:
+        servers.append(HTTPServer(("127.0.0.1", 0), handler))
+        Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}{PATH}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def slow(serving: Callable[[type[Quiet]], str]) -> Callable[[bytes, float], str]:
+    """A server that waits so many seconds before its headers, and again before each piece of eight bytes."""
+
     def start(body: bytes, pause_s: float) -> str:
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def do_GET(self) -> None:
                 time.sleep(pause_s)
                 self.send_response(200)
@@ -54,29 +74,19 @@ def slow() -> Iterator[Callable[[bytes, float], str]]:
                         time.sleep(pause_s)
                         self.wfile.write(body[begin : begin + 8])
 
-            def log_message(self, *_: object) -> None:
-                pass
+        return serving(Handler)
 
-        server = HTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}{PATH}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
 
 
 @pytest.fixture
-def answering() -> Iterator[Callable[[Sequence[tuple[int, dict[str, str], bytes]]], str]]:
+def answering(serving: Callable[[type[Quiet]], str]) -> Callable[[Sequence[tuple[int, dict[str, str], bytes]]], str]:
     """A server that gives these answers (status, headers, body), one a call, the last one for ever."""
-    servers: list[HTTPServer] = []
 
     def start(answers: Sequence[tuple[int, dict[str, str], bytes]]) -> str:
         left = list(answers)
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def do_GET(self) -> None:
                 status, more, body = left.pop(0) if len(left) > 1 else left[0]
                 self.send_response(status)
@@ -85,18 +95,9 @@ def answering() -> Iterator[Callable[[Sequence[tuple[int, dict[str, str], bytes]
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, *_: object) -> None:
-                pass
+        return serving(Handler)
 
-        server = HTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}{PATH}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
 
 
 def row(number: int, **changes: Any) -> list[Any]:
