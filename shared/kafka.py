@@ -285,7 +285,7 @@ _REFUSED_TOPIC = re.compile(r'Failed to add partition "(.+)" \[\d+\] .*(Broker: 
 _TOLD = frozenset({"ADDPARTS", "ADDOFFSETS", "TXNERR"})
 _ONE_RUN_S = 5.0  # a client tries again within two seconds
 _LOOK_S = 2.0
-_ASK_S = 5.0
+_HANDSHAKE_S = 5.0
 
 
 class _Heard:
@@ -343,7 +343,7 @@ def _refused_because(host: str, port: int, properties: Mapping[str, Any]) -> str
         context = ssl.create_default_context(
             cafile=properties.get("ssl.ca.location"), cadata=properties.get("ssl.ca.pem")
         )
-        with socket.create_connection((host, port), _ASK_S) as connection:
+        with socket.create_connection((host, port), _HANDSHAKE_S) as connection:
             context.wrap_socket(connection, server_hostname=host).close()
     except ssl.SSLCertVerificationError as error:
         return str(error.verify_message)

@@ -11,17 +11,18 @@ from threading import Thread
 import msgspec
 import pytest
 import sqlalchemy as sa
+from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 from conftest import Rig, dead_letter_topic, make_transactions, until
 from typer.testing import CliRunner
 
 from fraudctl import topics
 from fraudctl.__main__ import app
-from fraudctl.status import FIRST_S
 from sandbox.mailbox import Mailbox
 from sandbox.payments_api import PaymentsApi
 from sandbox.registry import Registry
 from services.db_sink.table import migrate
+from shared.kafka import consumer, producer
 from shared.records import FEATURES
 
 pytestmark = pytest.mark.kafka
@@ -67,6 +68,11 @@ def stack(apache_rig: Rig, registry: Registry, engine: sa.Engine, mail: Mailbox,
     """All as it should be."""
     migrate(engine)
     topics.create(apache_rig.properties, [f"{apache_rig.topic_2}.challenger"], letters=False)
+    # A new broker makes its topics of groups and transactions when it is first asked for any, and takes its time.
+    producer(apache_rig.properties, transactional_id="first").init_transactions(60)
+    reader = consumer(apache_rig.properties, group="first")
+    reader.committed([TopicPartition(apache_rig.topic_1, 0)], timeout=60)
+    reader.close()
     apache_rig.environment |= {
         "MLFLOW_TRACKING_URI": registry.uri.replace("http://", "http://somebody:registry-password@"),
         "DATABASE_URL": engine.url.render_as_string(hide_password=False),
@@ -91,7 +97,7 @@ def doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Doctor:
             monkeypatch.setenv(name, value)
         began = time.monotonic()
         done = CliRunner().invoke(app, ["doctor"])
-        assert time.monotonic() - began < 25 + 2 * FIRST_S  # which a new broker may take, once each
+        assert time.monotonic() - began < 25
         assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
         assert not any(secret in done.stdout for secret in SECRETS)
         return done.exit_code, {line[9:].partition(": ")[0]: line for line in done.stdout.splitlines()}

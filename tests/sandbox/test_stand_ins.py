@@ -3,10 +3,12 @@
 import os
 import signal
 import smtplib
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from conftest import until
 
 from sandbox.mailbox import FAULTS, Mailbox, messages
 from sandbox.postgres import Postgres
-from sandbox.processes import Process, StandInError, python
+from sandbox.processes import Process, StandInError, free_port, port_open, python
 
 PARENT = """
 import sys, time
@@ -48,6 +50,17 @@ def test_a_child_dies_with_its_parent_however_that_ends(tmp_path: Path, end: sig
     parent.communicate()
 
     until(lambda: not alive(child), timeout_s=5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps a port for who asks by its number")
+def test_a_port_that_was_given_out_is_a_servers_alone() -> None:
+    port = free_port()
+
+    with closing(socket.socket()) as stranger, pytest.raises(OSError, match="in use"):
+        stranger.bind(("127.0.0.1", port))
+
+    with socket.create_server(("127.0.0.1", port)):
+        assert port_open(port)
 
 
 @pytest.mark.parametrize(
