@@ -53,11 +53,11 @@ lock: $(VENV)/.ready
 
 ## Write docs/configuration.md anew, from the settings classes
 configuration: $(VENV)/.ready
-	@$(BIN)/python -m fraudctl.configuration
+	@$(BIN)/python -m scripts.configuration
 
 ## What each image is made of: CycloneDX in build/sbom, and a list of licences
 sbom: $(VENV)/.ready
-	@$(BIN)/python deploy/sbom.py
+	@$(BIN)/python -m scripts.sbom
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -24,9 +24,9 @@ from rich.table import Table
 from benchmarks import flood, growth, idle, latency, loop, predictor, sink, stages, swap
 from benchmarks.load import Bench
 from benchmarks.measure import Figure, Section
+from rehearsal.stack import local_stack
 from sandbox.apache import VERSION as KAFKA_VERSION
 from sandbox.processes import StandInError
-from sandbox.stack import local_stack
 
 _PACKAGES = ("confluent-kafka", "msgspec", "numpy", "pandas", "scikit-learn", "psycopg2-binary", "sqlalchemy")
 

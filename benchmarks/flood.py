@@ -11,7 +11,7 @@ from benchmarks.load import Bench, backlog
 from benchmarks.measure import Bar, Figure, Section, side_by_side
 from sandbox.mailbox import Mailbox, ReceivedMail, messages, repeated_mails
 from sandbox.processes import Process
-from shared.kafka import Record
+from shared.kafka.messages import Record
 from shared.provenance import Provenance, to_headers
 from shared.records import encode_prediction, encode_transaction
 

@@ -6,7 +6,7 @@ import uuid
 from benchmarks.load import Bench, cpu_s, memory_bar, rss_mb
 from benchmarks.measure import Bar, Figure, Section
 from benchmarks.sink import database
-from sandbox.stack import SERVICES
+from rehearsal.stack import SERVICES
 
 _SETTLE_S = 15.0
 

@@ -10,11 +10,11 @@ import sqlalchemy as sa
 from benchmarks.load import Bench, backlog, watch
 from benchmarks.measure import Bar, Figure, Section, percentiles, side_by_side
 from benchmarks.sink import database
-from fraudctl import topics
-from fraudctl.audit import TopicReader, mailed
+from rehearsal.ledger import TopicReader, mailed
+from rehearsal.stack import SENDER
 from sandbox.processes import Process, StandInError
-from sandbox.stack import SENDER
-from shared.kafka import producer
+from shared.kafka import topics
+from shared.kafka.clients import producer
 from shared.records import encode_transaction
 
 _WARM_UP_S = 5.0

@@ -16,14 +16,15 @@ import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from benchmarks.measure import Bar, Figure
-from fraudctl import topics
+from rehearsal.stack import Stack, service
 from sandbox.embedded import EmbeddedBroker
 from sandbox.generator import FRAUD_RATE, transactions
 from sandbox.processes import Process, StandInError
-from sandbox.stack import Stack, service
-from shared.delivery import enqueue
-from shared.kafka import Record, consumer, producer
+from shared.kafka import topics
+from shared.kafka.clients import consumer, producer
+from shared.kafka.messages import Record
 from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
+from shared.stream.delivery import enqueue
 
 PARTITIONS = 6
 _START = datetime(2024, 5, 17, 18, tzinfo=UTC)  # the hours of fraud come soon

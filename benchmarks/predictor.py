@@ -12,13 +12,13 @@ from sklearn.ensemble import RandomForestClassifier
 
 from benchmarks.load import Bench, backlog, memory_bar
 from benchmarks.measure import Bar, Figure, Section, side_by_side
-from fraudctl import topics
 from sandbox.generator import training_frame
 from services.predictor.model import Model, score
 from services.predictor.registry import Registry
 from services.predictor.scoring import predict
 from shared.dead_letters import Limit
-from shared.kafka import consumer
+from shared.kafka import topics
+from shared.kafka.clients import consumer
 from shared.records import Transaction
 from training import train
 from training.aliases import Alias

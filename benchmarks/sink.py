@@ -16,7 +16,7 @@ from benchmarks.load import Bench, backlog, memory_bar
 from benchmarks.measure import Bar, Figure, Section, side_by_side
 from services.db_sink import table
 from services.db_sink.table import FEATURES_2, PROVENANCE, Row, connect, copy_text, migrate
-from shared.kafka import Record
+from shared.kafka.messages import Record
 from shared.provenance import Provenance, to_headers
 from shared.records import decode_prediction, encode_prediction, encode_transaction
 

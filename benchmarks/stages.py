@@ -9,15 +9,16 @@ from threading import Event
 
 from benchmarks.load import Bench, backlog, memory_bar, topic_1_records, watch
 from benchmarks.measure import Section, side_by_side
-from fraudctl import topics
+from rehearsal.stack import RECIPIENT, SENDER
 from sandbox.payments_api import PaymentsApi
-from sandbox.stack import RECIPIENT, SENDER
 from services.alerter.alarm import Alarm
 from services.alerter.mail import Composer
-from shared.delivery import enqueue
-from shared.kafka import Record, consumer, producer
+from shared.kafka import topics
+from shared.kafka.clients import consumer, producer
+from shared.kafka.messages import Record
 from shared.provenance import Provenance, to_headers
 from shared.records import Prediction, decode_prediction, encode_prediction, encode_transaction
+from shared.stream.delivery import enqueue
 
 _WHO = Provenance("fraud", "1", 0.99, 1_730_134_684_025, 0, 12_345)
 

@@ -11,9 +11,10 @@ from benchmarks.latency import stream, wait_until
 from benchmarks.load import Bench
 from benchmarks.measure import Bar, Figure, Section, percentiles, side_by_side
 from benchmarks.predictor import BOOSTING, another_version
-from fraudctl import topics
-from fraudctl.audit import TopicReader
-from shared.kafka import headers, read_to_end
+from rehearsal.ledger import TopicReader
+from shared.kafka import topics
+from shared.kafka.messages import headers
+from shared.kafka.offsets import read_to_end
 from shared.provenance import from_headers
 
 _REFRESH_S = 0.5

@@ -16,9 +16,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fraudctl import topics
 from fraudctl.call import CallError, parse_since
-from shared.errors import Outage, SettingsError, without_credentials
+from shared.errors import Outage, SettingsError
+from shared.kafka import topics
+from shared.privacy import without_credentials
 from shared.settings import RegistrySettings, ServiceSettings, kafka_properties, load
 
 if TYPE_CHECKING:
@@ -58,10 +59,10 @@ def demo(
     fraud_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of frauds among generated ones.")] = 0.0038,
 ) -> None:
     """Run everything on this machine, stream transactions through it, and see whether the ledger balances."""
-    from fraudctl import demo as runner
+    from rehearsal import demo as runner
+    from rehearsal.stack import choose_broker
     from sandbox.payments_api import SourceError, check_source
     from sandbox.processes import StandInError
-    from sandbox.stack import choose_broker
 
     with ExitStack() as stack:
         directory = work_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fraud-alarm-")))
@@ -104,7 +105,7 @@ def chaos(
     work_dir: Annotated[Path | None, typer.Option(help="Where logs and mails are kept.")] = None,
 ) -> None:
     """Kill, stop and break the parts under load on Apache Kafka; exit 1 at the first promise that does not hold."""
-    from fraudctl import chaos as runner
+    from rehearsal import campaign as runner
     from sandbox.processes import StandInError
 
     names = [*(scenario or []), *(more or [])] or list(runner.SCENARIOS)
@@ -522,7 +523,8 @@ def export_command(
 @app.command("alert-test")
 def alert_test() -> None:
     """Send a sample alarm through each channel that is configured; exit 1 if one of them did not take it."""
-    from services.alerter.__main__ import AlerterSettings, channels
+    from services.alerter.__main__ import channels
+    from services.alerter.settings import AlerterSettings
     from shared.errors import Poison
 
     try:
@@ -542,7 +544,7 @@ def alert_test() -> None:
 
 
 def _database() -> "Engine":
-    from services.db_sink.__main__ import DatabaseSettings
+    from services.db_sink.settings import DatabaseSettings
     from services.db_sink.table import connect
 
     try:

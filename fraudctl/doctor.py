@@ -19,17 +19,20 @@ from confluent_kafka.cimpl import NewTopic
 from dotenv import dotenv_values
 from pydantic_settings import BaseSettings
 
-from fraudctl import status, topics
+from fraudctl import status
 from fraudctl.labels import transaction
-from services.alerter.__main__ import AlerterSettings, channels, mailer
-from services.db_sink.__main__ import SinkSettings
+from services.alerter.__main__ import channels, mailer
+from services.alerter.settings import AlerterSettings
+from services.db_sink.settings import SinkSettings
 from services.db_sink.table import TABLE, connect, versions
-from services.predictor.__main__ import PredictorSettings
-from services.producer.__main__ import ProducerSettings
+from services.predictor.settings import PredictorSettings
 from services.producer.api import fetch
+from services.producer.settings import ProducerSettings
 from shared.dead_letters import SUFFIX
-from shared.errors import Outage, Poison, SettingsError, without_credentials
-from shared.kafka import DENIED, admin, consumer, producer
+from shared.errors import Outage, Poison, SettingsError
+from shared.kafka import topics
+from shared.kafka.clients import DENIED, admin, consumer, producer
+from shared.privacy import without_credentials
 from shared.records import read_split
 from shared.settings import SECRETS_FILE, ServiceSettings, kafka_properties, load, unknown_variables
 from shared.variables import OF_LIBRARIES

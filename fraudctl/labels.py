@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from fraudctl.call import CallError
 from services.db_sink.table import reason
 from shared.errors import Outage
-from shared.records import mask_card
+from shared.privacy import mask_card
 
 _YES, _NO = ("1", "yes", "true"), ("0", "no", "false")
 _MOST_TIMES = 5  # of one trans_num

@@ -18,11 +18,13 @@ from rich.text import Text
 
 from fraudctl.call import CallError, parse_since
 from fraudctl.readable import readable_header, readable_key, readable_value
-from fraudctl.topics import ends
-from shared import kafka
 from shared.dead_letters import SUFFIX
 from shared.errors import Outage, Poison
-from shared.kafka import Headers, coordinates, headers, producer, read_to_end
+from shared.kafka import offsets
+from shared.kafka.clients import DENIED, producer
+from shared.kafka.messages import Headers, coordinates, headers
+from shared.kafka.offsets import read_to_end
+from shared.kafka.topics import ends
 from shared.records import format_time, read_topic_1
 from shared.settings import ServiceSettings
 
@@ -341,7 +343,7 @@ def _verdict(exception: KafkaException, used: Sequence[str], *, put_back: int = 
     if error.code() in _FENCED:
         return Fenced(f"another replay has begun and goes on where this one stopped, after {counted(put_back)}")
     reason = f"no answer in {_TIMEOUT_S:.0f} s" if error.code() == KafkaError._TIMED_OUT else error.str()
-    if error.code() in kafka.DENIED:
+    if error.code() in DENIED:
         reason = f"{', '.join(used)}: {reason}"
     return Outage(f"Kafka: {reason} (put back before that: {counted(put_back)})")
 
@@ -352,7 +354,7 @@ def _wait_for_open_transactions(properties: Mapping[str, str], names: Sequence[s
     Raises Outage.
     """
     partitions = [TopicPartition(end.topic, end.partition) for end in ends(properties, names)]
-    written = kafka.ends(properties, partitions, committed=False)
+    written = offsets.ends(properties, partitions, committed=False)
     deadline = time.monotonic() + _OPEN_S
     while any(end.offset < written[end.topic, end.partition] for end in ends(properties, names)):
         if time.monotonic() > deadline:

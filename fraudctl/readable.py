@@ -1,27 +1,20 @@
 """A key, a value or a header as people may see it: no full card number and no birth date, whatever the bytes are.
 
-What a field is called decides. Where that is unknown, in broken JSON or under a name that no transaction has, all that
+The field's name decides. Where it is unknown, in broken JSON or under a name that no transaction has, everything that
 might be a card number or a birth date is hidden.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from shared.logs import without_cards
+from shared.privacy import HIDDEN, hide_personal, mask_digits, without_cards
 from shared.records import FEATURES
 
 _CARD = "cc_num"
 _BIRTH = "dob"
 # The fields where long numbers and dates are neither cards nor births.
 _SHOWN = frozenset(FEATURES) - {_CARD, _BIRTH} | {"current_time", "prediction"}
-_HIDDEN = "****"
-
-_LABELLED = re.compile(rf"({_CARD}|{_BIRTH})(\W{{0,6}}?[:=]\s*)(\\*\"[^\"]*\"?|[^,;}}\]\n]*)", re.IGNORECASE)
-_LONG_NUMBER = re.compile(r"(?<![\d.])\d(?:[ /\-\0]?\d){10,}")
-_SCIENTIFIC = re.compile(r"(?<![\d.])\d+(?:\.\d+)?[eE]\+?\d\d")
-_DATE = re.compile(r"(?<!\d)(?:\d{4}[-/]\d{1,2}(?:[-/]\d{0,2})?|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}|(?:19|20)\d{6})(?!\d)")
 
 
 def readable_value(value: bytes | None, *, indent: int | None = 2) -> str:
@@ -31,9 +24,11 @@ def readable_value(value: bytes | None, *, indent: int | None = 2) -> str:
     text = _decoded(value)
     try:
         parsed = _parsed(text)
-        shown = _hidden_text(text) if parsed is None else json.dumps(_hidden(parsed), indent=indent, ensure_ascii=False)
+        shown = (
+            hide_personal(text) if parsed is None else json.dumps(_hidden(parsed), indent=indent, ensure_ascii=False)
+        )
     except RecursionError:
-        shown = _hidden_text(text)
+        shown = hide_personal(text)
     return _printable(shown)
 
 
@@ -42,7 +37,7 @@ def readable_key(key: bytes | None) -> str:
     if key is None:
         return "none"
     text = _decoded(key)
-    return _card(text) if text.isdigit() else _printable(_hidden_text(text))
+    return mask_digits(text) if text.isdigit() else _printable(hide_personal(text))
 
 
 def readable_header(name: str, value: str | bytes | None) -> str:
@@ -51,7 +46,7 @@ def readable_header(name: str, value: str | bytes | None) -> str:
         return "none"
     text = value if isinstance(value, str) else _decoded(value)
     own = name.startswith("dlq-") or name.endswith("-ms")
-    return _printable(without_cards(text) if own else _hidden_text(text))
+    return _printable(without_cards(text) if own else hide_personal(text))
 
 
 def _hidden(value: Any, field: str = "") -> Any:
@@ -59,9 +54,9 @@ def _hidden(value: Any, field: str = "") -> Any:
     if value is None or isinstance(value, bool):
         return value
     if field.lower() == _CARD:
-        return _card(str(value))
+        return mask_digits(str(value))
     if field.lower() == _BIRTH:
-        return _HIDDEN
+        return HIDDEN
     if isinstance(value, dict):
         return _hidden_object(value)
     if isinstance(value, list):
@@ -69,14 +64,14 @@ def _hidden(value: Any, field: str = "") -> Any:
     if isinstance(value, str) and (inner := _parsed(value)) is not None:
         return json.dumps(_hidden(inner), ensure_ascii=False)
     text = str(value)
-    hidden = without_cards(text) if field in _SHOWN else _hidden_text(text)
+    hidden = without_cards(text) if field in _SHOWN else hide_personal(text)
     return value if hidden == text else hidden
 
 
 def _hidden_object(fields: Mapping[str, Any]) -> dict[str, Any]:
     columns = fields.get("columns")
     return {
-        _hidden_text(name): [_hidden_row(columns, row) for row in value]
+        hide_personal(name): [_hidden_row(columns, row) for row in value]
         if name == "data" and isinstance(columns, list) and isinstance(value, list)
         else _hidden(value, name)
         for name, value in fields.items()
@@ -88,22 +83,6 @@ def _hidden_row(columns: list[Any], row: Any) -> Any:
     if isinstance(row, list) and len(row) == len(columns):
         return [_hidden(cell, str(column)) for column, cell in zip(columns, row, strict=True)]
     return _hidden(row)
-
-
-def _hidden_text(text: str) -> str:
-    text = _LABELLED.sub(lambda found: f"{found[1]}{found[2]}{_labelled(found[1], found[3])}", text)
-    text = _LONG_NUMBER.sub(lambda found: _card(found[0]), text)
-    return _DATE.sub(_HIDDEN, _SCIENTIFIC.sub(_HIDDEN, text))
-
-
-def _labelled(label: str, value: str) -> str:
-    return _card(value) if label.lower() == _CARD else _HIDDEN
-
-
-def _card(text: str) -> str:
-    """`**** 1234`; of what is too short for a card number, nothing."""
-    digits = re.sub(r"\D", "", text)
-    return f"{_HIDDEN} {digits[-4:]}" if len(digits) > 8 else _HIDDEN
 
 
 def _parsed(text: str) -> Any:

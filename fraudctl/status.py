@@ -17,14 +17,16 @@ from rich.text import Text
 
 from fraudctl import letters
 from fraudctl.labels import transaction
-from fraudctl.topics import away
-from services.alerter.__main__ import AlerterSettings
-from services.db_sink.__main__ import SinkSettings
+from services.alerter.settings import AlerterSettings
+from services.db_sink.settings import SinkSettings
 from services.db_sink.table import connect, versions
-from services.predictor.__main__ import PredictorSettings
+from services.predictor.settings import PredictorSettings
 from shared.dead_letters import SUFFIX
 from shared.errors import Outage, SettingsError
-from shared.kafka import DENIED, admin, consumer, coordinates, ends, newest_ms, says_nothing
+from shared.kafka.clients import DENIED, admin, consumer
+from shared.kafka.messages import coordinates, says_nothing
+from shared.kafka.offsets import ends, newest_ms
+from shared.kafka.topics import away
 from shared.records import format_time
 from shared.settings import kafka_properties, load
 from training import aliases

@@ -7,9 +7,11 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
 from fraudctl.call import CallError
 from fraudctl.readable import readable_header, readable_key, readable_value
-from fraudctl.topics import away, ends
 from shared.errors import Outage
-from shared.kafka import DENIED, begins, consumer, coordinates, headers, read_to_end, says_nothing
+from shared.kafka.clients import DENIED, consumer
+from shared.kafka.messages import coordinates, headers, says_nothing
+from shared.kafka.offsets import begins, read_to_end
+from shared.kafka.topics import away, ends
 from shared.provenance import HEADER, Provenance, from_headers
 from shared.records import format_time
 

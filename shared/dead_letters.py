@@ -9,7 +9,7 @@ from typing import TypeVar
 from confluent_kafka import Message
 
 from shared.errors import Outage, Poison
-from shared.kafka import Headers, Record, coordinates, headers
+from shared.kafka.messages import Headers, Record, coordinates, headers
 
 SUFFIX = ".dlq"
 _MAX_REASON = 1000

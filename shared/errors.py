@@ -1,7 +1,5 @@
 """Errors are types with a verdict: this record for ever, everything for now, or the operator's to mend."""
 
-import re
-
 
 class Poison(Exception):
     """This record can never be processed: it goes to the dead letters and its neighbours go on."""
@@ -20,16 +18,3 @@ class Outage(Exception):
 
 class SettingsError(Exception):
     """A setting is missing or wrong: one line that names it, exit code 2."""
-
-
-def without_digits(message: str, *, limit: int = 300) -> str:
-    """An error's text, fit for logs and headers: libraries quote values, card numbers and birth dates among them."""
-    return re.sub(r"\d", "#", " ".join(message.split()))[:limit]
-
-
-def without_credentials(text: str) -> str:
-    """The text with `user:password@` and the query of every URL left out: libraries quote addresses.
-
-    All up to the last @ is left out: a password may have any character in it.
-    """
-    return re.sub(r"(://)(?:\S*@)?([^\s?]*)(?:\?\S*)?", r"\1\2", text)

@@ -11,8 +11,8 @@ import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from shared import metrics
-from shared.errors import SettingsError, without_credentials
-from shared.logs import without_cards
+from shared.errors import SettingsError
+from shared.privacy import without_cards, without_credentials
 from shared.settings import ServiceSettings
 
 log = structlog.get_logger()

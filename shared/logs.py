@@ -9,12 +9,10 @@ from typing import Any
 import structlog
 from structlog.typing import EventDict, Processor
 
-from shared.errors import without_credentials
+from shared.privacy import without_cards, without_credentials
 from shared.settings import ServiceSettings
 
 _REMINDER_S = 60.0
-# No card: a decimal's digits, and those in a transaction's number (32 hexadecimal digits, letters among them).
-_CARD = re.compile(r"\b(?=\d*[a-f])[0-9a-f]{32}\b|(?<!\d)(?<!\d\.)(?P<card>\d{11,19})(?!\d)")
 
 
 def configure(service: str, settings: ServiceSettings) -> None:
@@ -76,20 +74,6 @@ class Sparingly(logging.Filter):
 def mask_cards(_logger: object, _method: str, event: EventDict) -> EventDict:
     """Hide every run of 11 to 19 digits that passes the Luhn test and every login in a URL, whoever logged it."""
     return {key: _masked(value) for key, value in event.items()}
-
-
-def without_cards(text: str) -> str:
-    """The text with every run of 11 to 19 digits that passes the Luhn test as `**** 1234`."""
-    return _CARD.sub(lambda run: f"**** {run[0][-4:]}" if run["card"] and passes_luhn(run["card"]) else run[0], text)
-
-
-def passes_luhn(digits: str) -> bool:
-    """The check-digit test of ISO/IEC 7812-1, annex B."""
-    total = 0
-    for position, digit in enumerate(reversed(digits)):
-        value = int(digit) * (1 + position % 2)
-        total += value - 9 if value > 9 else value
-    return total % 10 == 0
 
 
 def _masked(value: Any) -> Any:

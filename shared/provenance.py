@@ -5,7 +5,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from shared.kafka import Headers
+from shared.kafka.messages import Headers
 
 HEADER = "provenance"
 

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import msgspec
 from msgspec import Meta
 
-from shared.errors import Poison, without_digits
+from shared.errors import Poison
+from shared.privacy import without_digits
 
 Int32 = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Int64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -186,11 +187,6 @@ def to_seconds(epoch: int) -> int:
 def format_time(unix_time: int) -> str:
     """Epoch seconds as `YYYY-MM-DD HH:MM:SS` UTC. Raises ValueError or OverflowError for no such date."""
     return time.strftime(TIME_FORMAT, time.gmtime(unix_time))
-
-
-def mask_card(cc_num: int) -> str:
-    """A card number as people may see it: `**** 1234`."""
-    return f"**** {cc_num % 10000:04d}"
 
 
 def _parse(body: bytes) -> Any:

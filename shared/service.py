@@ -12,7 +12,8 @@ from typing import NoReturn, TypeVar
 import structlog
 
 from shared import health, logs
-from shared.errors import SettingsError, without_digits
+from shared.errors import SettingsError
+from shared.privacy import without_digits
 from shared.settings import ServiceSettings, load, unknown_variables
 
 S = TypeVar("S", bound=ServiceSettings)

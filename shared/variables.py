@@ -1,4 +1,4 @@
-"""What is read from the environment, written by `python -m fraudctl.configuration`."""
+"""What is read from the environment, written by `python -m scripts.configuration`."""
 
 NAMES = (
     "ALERTER_GROUP",

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 from dotenv import dotenv_values
 
-from services.alerter.__main__ import AlerterSettings
-from services.db_sink.__main__ import SinkSettings
-from services.predictor.__main__ import PredictorSettings
-from services.producer.__main__ import ProducerSettings
+from services.alerter.settings import AlerterSettings
+from services.db_sink.settings import SinkSettings
+from services.predictor.settings import PredictorSettings
+from services.producer.settings import ProducerSettings
 from shared.settings import ServiceSettings
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 from confluent_kafka import Message, Producer, TopicPartition
 
-from fraudctl import topics
+from rehearsal.stack import Addresses, service
 from sandbox.apache import ApacheKafka, missing
 from sandbox.embedded import CLIENT_SETTINGS, EmbeddedBroker
 from sandbox.generator import transactions
@@ -24,10 +24,10 @@ from sandbox.mailbox import Mailbox
 from sandbox.postgres import Postgres
 from sandbox.processes import Process
 from sandbox.registry import Registry
-from sandbox.stack import Addresses, service
 from services.db_sink.table import connect
 from shared.dead_letters import SUFFIX
-from shared.kafka import consumer
+from shared.kafka import topics
+from shared.kafka.clients import consumer
 from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
 from training import train
 from training.aliases import Alias

@@ -10,11 +10,11 @@ import sqlalchemy as sa
 from conftest import Rig, until
 from requests import Response
 
+from rehearsal.stack import SERVICES
 from sandbox.mailbox import Mailbox, ReceivedMail, messages
 from sandbox.payments_api import PaymentsApi
 from sandbox.processes import Process, free_port
 from sandbox.registry import Registry
-from sandbox.stack import SERVICES
 
 _OUTCOME = sa.text("SELECT count(*), coalesce(sum(prediction), 0) FROM transactions")
 

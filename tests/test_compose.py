@@ -44,7 +44,7 @@ from sandbox.mailbox import Mailbox, messages
 from sandbox.postgres import Postgres
 from sandbox.processes import Process, free_port
 from sandbox.registry import Registry
-from services.db_sink.__main__ import DatabaseSettings
+from services.db_sink.settings import DatabaseSettings
 from services.db_sink.table import connect
 from shared.settings import load, parse_properties
 

@@ -15,7 +15,7 @@ import yaml
 from compose import CLOUD, CONTAINERS, EXAMPLE, FIELDS, IN_THE_CLOUD, ROOT, SETTINGS, WITH_SECRETS, in_the_cloud
 from dotenv import dotenv_values
 
-from services.db_sink.__main__ import DatabaseSettings
+from services.db_sink.settings import DatabaseSettings
 from services.db_sink.table import TABLE
 from shared.settings import RegistrySettings, ServiceSettings, Settings, parse_properties
 

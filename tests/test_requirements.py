@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.sbom import bill, install, licences
+from scripts.sbom import bill, install, licences
 
 ROOT = Path(__file__).parents[1]
-OURS = ("services", "shared", "training", "fraudctl", "sandbox")
+OURS = ("services", "shared", "training", "fraudctl", "rehearsal", "sandbox", "scripts")
 SERVICES = ("producer", "predictor", "alerter", "db_sink")
 
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from shared.errors import Outage, without_credentials
+from shared.errors import Outage
+from shared.privacy import without_credentials
 
 _MOST_REMEMBERED = 20
 

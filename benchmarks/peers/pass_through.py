@@ -3,8 +3,9 @@
 import argparse
 from threading import Event
 
-from shared.delivery import enqueue
-from shared.kafka import Record, consumer, producer
+from shared.kafka.clients import consumer, producer
+from shared.kafka.messages import Record
+from shared.stream.delivery import enqueue
 
 
 def main() -> None:

@@ -6,11 +6,12 @@ from threading import Event
 
 from confluent_kafka import Message
 
-from shared.delivery import AtLeastOnce
-from shared.kafka import Record, consumer
+from shared.kafka.clients import consumer
+from shared.kafka.messages import Record
 from shared.records import encode_prediction, read_topic_1
 from shared.settings import StreamSettings, load
-from shared.stream import Outcome, Stream
+from shared.stream.delivery import AtLeastOnce
+from shared.stream.loop import Outcome, Stream
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ from confluent_kafka import Message
 from services.alerter.remembered import Remembered
 from shared.dead_letters import dead_letter
 from shared.errors import Poison
-from shared.kafka import Record, headers
+from shared.kafka.messages import Record, headers
+from shared.privacy import mask_card
 from shared.provenance import Provenance, from_headers
-from shared.records import REFERENCE, TIME_FORMAT, Prediction, decode_prediction, mask_card
+from shared.records import REFERENCE, TIME_FORMAT, Prediction, decode_prediction
 
 
 class Alarm(NamedTuple):

@@ -18,9 +18,9 @@ from shared import metrics
 from shared.dead_letters import Limit, dead_letter, isolate
 from shared.errors import Outage, Poison
 from shared.flow import Flow
-from shared.kafka import Record
-from shared.records import mask_card
-from shared.stream import Outcome
+from shared.kafka.messages import Record
+from shared.privacy import mask_card
+from shared.stream.loop import Outcome
 
 log = structlog.get_logger()
 

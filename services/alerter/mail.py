@@ -13,17 +13,17 @@ from email import policy
 from email.message import EmailMessage
 from email.utils import format_datetime
 from pathlib import Path
-from typing import Literal
 
 import jinja2
 import structlog
 
 from services.alerter.alarm import Alarm, Shown, digest_of, dollars, fields, sample, show
-from shared.errors import Outage, Poison, SettingsError, without_digits
+from services.alerter.settings import SmtpTls
+from shared.errors import Outage, Poison, SettingsError
+from shared.privacy import without_digits
 
 log = structlog.get_logger()
 
-SmtpTls = Literal["none", "starttls", "implicit"]
 
 # Long headers stay on one line, as RFC 5322 allows up to 998 characters: folded ones gain a space in some readers.
 _WIDE = policy.SMTP.clone(max_line_length=990)

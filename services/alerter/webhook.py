@@ -11,7 +11,8 @@ import msgspec
 import requests
 
 from services.alerter.alarm import Alarm, digest_of, fields
-from shared.errors import Outage, Poison, without_digits
+from shared.errors import Outage, Poison
+from shared.privacy import without_digits
 
 _PREFIX = "whsec_"
 _CONTENT_REFUSED = (400, 413, 422)

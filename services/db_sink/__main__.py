@@ -6,33 +6,22 @@ from threading import Event
 import sqlalchemy as sa
 import structlog
 from confluent_kafka import Message
-from pydantic import Field, SecretStr
 
+from services.db_sink.settings import SinkSettings
 from services.db_sink.table import Row, connect, copy_text, migrate, upsert
-from shared import kafka, metrics, service
+from shared import metrics, service
 from shared.dead_letters import Limit, dead_letter, isolate
-from shared.delivery import AtLeastOnce
 from shared.errors import Outage, Poison, SettingsError
-from shared.kafka import Record, headers
+from shared.kafka.clients import consumer
+from shared.kafka.messages import Record, headers
 from shared.provenance import from_headers
 from shared.records import decode_prediction
 from shared.retry import Spell, until_over
-from shared.settings import Settings, StreamSettings, kafka_properties
-from shared.stream import Outcome, Stream
+from shared.settings import kafka_properties
+from shared.stream.delivery import AtLeastOnce
+from shared.stream.loop import Outcome, Stream
 
 log = structlog.get_logger()
-
-
-class DatabaseSettings(Settings):
-    """What whoever deals with the table alone reads."""
-
-    database_url: SecretStr = Field(description="postgresql://user:password@host:5432/name")
-
-
-class SinkSettings(StreamSettings, DatabaseSettings):
-    """What the db_sink reads from its environment."""
-
-    db_sink_group: str = Field("db_sink", min_length=1, description="Consumer group on topic_2")
 
 
 def serve(settings: SinkSettings, shutdown: Event) -> None:
@@ -43,7 +32,7 @@ def serve(settings: SinkSettings, shutdown: Event) -> None:
     except ValueError as error:
         raise SettingsError(f"DATABASE_URL: {error}") from None
     stream = Stream(
-        make_consumer=lambda on_error: kafka.consumer(
+        make_consumer=lambda on_error: consumer(
             properties, group=settings.db_sink_group, replica=settings.replica, on_error=on_error
         ),
         group=settings.db_sink_group,

@@ -18,7 +18,8 @@ from alembic.script import ScriptDirectory
 from msgspec.structs import astuple
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared.errors import Outage, Poison, without_digits
+from shared.errors import Outage, Poison
+from shared.privacy import without_digits
 from shared.provenance import Provenance
 from shared.records import Prediction
 

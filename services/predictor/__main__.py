@@ -3,8 +3,9 @@
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from threading import Event
+
+from services.predictor.settings import PredictorSettings
 
 # Before anything imports numpy or scikit-learn: replicas, not threads, use more cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,7 +17,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import structlog
 from confluent_kafka import Message
-from pydantic import Field
 
 from services.predictor.drift import Monitor
 from services.predictor.followed import Followed, keep_up
@@ -24,38 +24,25 @@ from services.predictor.model import Model
 from services.predictor.registry import Registry
 from services.predictor.scoring import predict
 from services.predictor.shadow import Shadow
-from shared import delivery, kafka, service
+from shared import service
 from shared.dead_letters import Limit
 from shared.errors import Outage
+from shared.kafka.clients import consumer
 from shared.retry import Spell, until_over
-from shared.settings import DeliveryGuarantee, RegistrySettings, StreamSettings, kafka_properties
-from shared.stream import Outcome, Stream
+from shared.settings import kafka_properties
+from shared.stream import delivery
+from shared.stream.loop import Outcome, Stream
 
 log = structlog.get_logger()
 
 _FOLLOWING_ENDS_S = 3.0
 
 
-class PredictorSettings(StreamSettings, RegistrySettings):
-    """What the predictor reads from its environment."""
-
-    predictor_group: str = Field("predictor", min_length=1, description="Consumer group on topic_1")
-    delivery: DeliveryGuarantee = Field("exactly_once", description="What is promised of what it writes to Kafka")
-    model_refresh_seconds: float = Field(30.0, gt=0, description="How often the registry is asked for both aliases")
-    challenger_sample: float = Field(1.0, ge=0, le=1, description="Share of the batches that a challenger scores")
-    drift_psi: float = Field(0.25, gt=0, description="Population stability index above which a feature has drifted")
-    drift_rows: int = Field(1500, ge=500, description="Rows that are held against what the model learnt from")
-    compiled_scoring: bool = Field(True, description="Whether trees are compiled where that changes no answer")
-    model_cache_directory: Path = Field(
-        Path("models"), description="Where the last good model is kept; outlives a container"
-    )
-
-
 def serve(settings: PredictorSettings, shutdown: Event) -> None:
     """Wait for a model, then predict until shutdown."""
     properties = kafka_properties(settings)
     stream = Stream(
-        make_consumer=lambda on_error: kafka.consumer(
+        make_consumer=lambda on_error: consumer(
             properties, group=settings.predictor_group, replica=settings.replica, on_error=on_error
         ),
         group=settings.predictor_group,

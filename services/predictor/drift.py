@@ -15,7 +15,7 @@ import structlog
 
 from services.predictor.scoring import Seen
 from shared import metrics
-from shared.errors import without_digits
+from shared.privacy import without_digits
 from shared.profile import QUARTERS, Names, Numbers, Profile, numbers_of, quarters_of
 from shared.records import REFERENCE
 

@@ -24,7 +24,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.tree import DecisionTreeClassifier
 
 from services.predictor.compiled import TOLERANCE, Compiled, NotCompiled
-from shared.errors import Poison, without_digits
+from shared.errors import Poison
+from shared.privacy import without_digits
 from shared.profile import Profile
 from shared.records import FEATURES, REFERENCE, Transaction, read_topic_1
 

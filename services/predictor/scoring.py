@@ -9,10 +9,10 @@ from confluent_kafka import Message
 from services.predictor.model import Model, Score, score
 from shared.dead_letters import Limit, dead_letter, isolate
 from shared.errors import Outage, Poison
-from shared.kafka import Record, coordinates, says_nothing
+from shared.kafka.messages import Record, coordinates, says_nothing
 from shared.provenance import Provenance, to_headers
 from shared.records import REFERENCE, Transaction, encode_prediction, encode_transaction, read_topic_1
-from shared.stream import Outcome
+from shared.stream.loop import Outcome
 
 
 class Seen(NamedTuple):

@@ -15,8 +15,9 @@ from services.predictor.model import Model
 from services.predictor.scoring import predict
 from shared import metrics
 from shared.dead_letters import Limit
-from shared.delivery import AtLeastOnce
-from shared.errors import Outage, without_digits
+from shared.errors import Outage
+from shared.privacy import without_digits
+from shared.stream.delivery import AtLeastOnce
 
 log = structlog.get_logger()
 

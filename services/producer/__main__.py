@@ -5,23 +5,24 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from pathlib import Path
 from threading import Event
 
 import requests
 import structlog
-from pydantic import AnyHttpUrl, Field
 
 from services.producer.api import fetch
 from services.producer.journal import Entry, Journal, open_journals
-from shared import delivery, health, kafka, metrics, service
+from services.producer.settings import ProducerSettings
+from shared import health, metrics, service
 from shared.dead_letters import SUFFIX, refusal
 from shared.errors import Outage, Poison
 from shared.flow import Flow
-from shared.kafka import Record
+from shared.kafka import offsets
+from shared.kafka.messages import Record
 from shared.records import BadRow, NotJson, Transaction, encode_transaction, read_split
 from shared.retry import Spell, delay_s, until_over
-from shared.settings import Backoff, DeliveryGuarantee, ServiceSettings, kafka_properties
+from shared.settings import kafka_properties
+from shared.stream import delivery
 
 log = structlog.get_logger()
 
@@ -34,26 +35,6 @@ _TURN_S = 1.0
 _LARGEST_REFUSED = 512 * 1024  # bytes; a transaction has a few hundred, and no topic takes much more than this
 _CLOCK_SLACK_MS = 600_000
 _FORGOTTEN_S = 30.0  # the broker ends what is older than ten, and looks for it every ten
-
-
-class ProducerSettings(ServiceSettings):
-    """What the producer reads from its environment."""
-
-    api_url: AnyHttpUrl = Field(
-        AnyHttpUrl("https://real-time-payments-api.herokuapp.com/current-transactions"),
-        repr=False,
-        description="Where the transactions are polled from",
-    )
-    api_timeout_seconds: float = Field(30.0, gt=0, description="Longest wait for an answer")
-    poll_interval_seconds: float = Field(15.0, ge=0, description="Time from one poll to the next; 0 is back to back")
-    backoff_initial_seconds: Backoff = Field(1.0, description="First wait after a failed poll; doubled each time")
-    backoff_max_seconds: Backoff = Field(60.0, description="Longest wait between two polls that fail")
-    delivery: DeliveryGuarantee = Field("exactly_once", description="What is promised of what it writes to Kafka")
-    journal_directory: Path = Field(
-        Path("journal"), description="Where it keeps what it fetched; outlives the container"
-    )
-    recent_identities: int = Field(100_000, ge=1, description="How many transactions are remembered, to skip repeats")
-    max_waiting_records: int = Field(100_000, ge=1, description="With so many not on the topic yet, it stops polling")
 
 
 def serve(settings: ProducerSettings, shutdown: Event) -> None:
@@ -274,13 +255,13 @@ def _on_topics(entries: Sequence[Entry], properties: dict[str, str]) -> list[Ent
         return []
     since_ms = entries[0].fetched_ms - _CLOCK_SLACK_MS
     topics = sorted({entry.record.topic for entry in entries})
-    starts = list(chain.from_iterable(kafka.since(properties, topic, since_ms) for topic in topics))
-    written_ends = kafka.ends(properties, starts, committed=False)
-    committed_ends = kafka.ends(properties, starts, committed=True)
+    starts = list(chain.from_iterable(offsets.since(properties, topic, since_ms) for topic in topics))
+    written_ends = offsets.ends(properties, starts, committed=False)
+    committed_ends = offsets.ends(properties, starts, committed=True)
     if hidden := [(*place, end) for place, end in committed_ends.items() if end < written_ends[place]]:
         raise _Hidden(hidden)
     wanted = {(entry.record.topic, entry.record.value) for entry in entries}
-    there = ((message.topic(), message.value()) for message in kafka.read_to_end(properties, starts, group=_GROUP))
+    there = ((message.topic(), message.value()) for message in offsets.read_to_end(properties, starts, group=_GROUP))
     written = wanted.intersection(there)
     return [entry for entry in entries if (entry.record.topic, entry.record.value) in written]
 

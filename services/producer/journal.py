@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from shared.errors import Outage, SettingsError
-from shared.kafka import Record
+from shared.kafka.messages import Record
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS journal (id TEXT NOT NULL);

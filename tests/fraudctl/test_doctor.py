@@ -16,13 +16,13 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 from conftest import Rig, dead_letter_topic, make_transactions, until
 from typer.testing import CliRunner
 
-from fraudctl import topics
 from fraudctl.__main__ import app
 from sandbox.mailbox import Mailbox
 from sandbox.payments_api import PaymentsApi
 from sandbox.registry import Registry
 from services.db_sink.table import migrate
-from shared.kafka import consumer, producer
+from shared.kafka import topics
+from shared.kafka.clients import consumer, producer
 from shared.records import FEATURES
 
 pytestmark = pytest.mark.kafka

@@ -15,7 +15,7 @@ from conftest import make_transactions
 
 from fraudctl.letters import CallError, Letter, LetterId, Selection, batches, parse_id, parse_since, save, totals
 from fraudctl.readable import readable_header, readable_key, readable_value
-from shared.logs import passes_luhn
+from shared.privacy import passes_luhn
 from shared.records import RAW_COLUMNS, encode_transaction
 
 CARD = 4497913965512794052  # fails the Luhn test, as many of the API's do

@@ -29,7 +29,7 @@ from sandbox.mailbox import Mailbox
 from sandbox.registry import Registry
 from services.db_sink.table import migrate
 from shared.dead_letters import refusal
-from shared.kafka import NOTHING
+from shared.kafka.messages import NOTHING
 from training import aliases
 from training.aliases import Alias
 

@@ -15,11 +15,11 @@ from confluent_kafka import Producer
 from conftest import Rig, dead_letter_topic, make_transactions, until
 from typer.testing import CliRunner
 
-from fraudctl import topics
 from fraudctl.__main__ import app
 from sandbox.embedded import EmbeddedBroker
 from shared.dead_letters import refusal
-from shared.kafka import NOTHING
+from shared.kafka import topics
+from shared.kafka.messages import NOTHING
 from shared.provenance import Provenance, to_headers
 from shared.records import encode_prediction, encode_transaction
 

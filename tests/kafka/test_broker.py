@@ -6,8 +6,8 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from conftest import Rig
 
-from fraudctl import topics
 from sandbox.apache import ApacheKafka
+from shared.kafka import topics
 
 pytestmark = pytest.mark.kafka
 

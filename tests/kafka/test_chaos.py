@@ -12,9 +12,9 @@ from typing import Any, cast
 import pytest
 from conftest import Rig
 
-from fraudctl.audit import Ledger
-from fraudctl.chaos import SCENARIOS, Run, broken_promises
-from sandbox.stack import SERVICES
+from rehearsal.campaign import SCENARIOS, Run, broken_promises
+from rehearsal.ledger import Ledger
+from rehearsal.stack import SERVICES
 
 HELD = Ledger(
     served=10, fetched=10, skipped_repeats=0, topic_1=10, topic_2=10, predicted_frauds=2, emails=2, mailed_frauds=2,

@@ -20,7 +20,7 @@ from fraudctl.__main__ import app
 from fraudctl.letters import Replayed, Selection
 from sandbox.registry import Registry
 from shared.dead_letters import SUFFIX, dead_letter, refusal
-from shared.kafka import NOTHING, Headers, Record, coordinates, headers
+from shared.kafka.messages import NOTHING, Headers, Record, coordinates, headers
 from shared.records import decode_prediction, encode_transaction
 
 pytestmark = pytest.mark.kafka

@@ -14,15 +14,16 @@ from pipeline import pipeline
 from rich.console import Console
 from structlog.testing import capture_logs
 
-from fraudctl import demo, topics
-from fraudctl.demo import Scene
+from rehearsal import demo
+from rehearsal.demo import Scene
 from sandbox.apache import ApacheKafka
 from sandbox.mailbox import Mailbox
 from sandbox.registry import Registry
-from shared.delivery import ExactlyOnce
-from shared.kafka import consumer
+from shared.kafka import topics
+from shared.kafka.clients import consumer
 from shared.settings import StreamSettings
-from shared.stream import Outcome, Stream
+from shared.stream.delivery import ExactlyOnce
+from shared.stream.loop import Outcome, Stream
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400)]
 

@@ -8,8 +8,8 @@ import pytest
 from confluent_kafka import Producer
 from conftest import Rig, dead_letter_topic, make_transactions, until
 
+from rehearsal.stack import service
 from sandbox.registry import Registry
-from sandbox.stack import service
 from shared.records import decode_prediction
 
 pytestmark = pytest.mark.kafka

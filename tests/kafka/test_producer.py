@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import Rig, until
 
-from fraudctl import topics
 from sandbox.apache import ApacheKafka
 from sandbox.payments_api import PaymentsApi
-from shared.kafka import says_nothing
+from shared.kafka import topics
+from shared.kafka.messages import says_nothing
 from shared.records import read_topic_1
 
 pytestmark = pytest.mark.kafka

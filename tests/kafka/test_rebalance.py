@@ -10,10 +10,11 @@ from confluent_kafka import Consumer, Message, TopicPartition
 from conftest import Rig, until
 from structlog.testing import capture_logs
 
-from shared.delivery import AtLeastOnce
-from shared.kafka import Record, consumer
+from shared.kafka.clients import consumer
+from shared.kafka.messages import Record
 from shared.settings import StreamSettings
-from shared.stream import Handler, Outcome, Stream
+from shared.stream.delivery import AtLeastOnce
+from shared.stream.loop import Handler, Outcome, Stream
 
 pytestmark = pytest.mark.kafka
 

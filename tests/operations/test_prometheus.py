@@ -17,10 +17,10 @@ from conftest import Rig, until
 from pipeline import pipeline
 from prometheus_client.metrics import MetricWrapperBase
 
+from rehearsal.stack import SERVICES
 from sandbox.mailbox import Mailbox
 from sandbox.processes import Process, free_port
 from sandbox.registry import Registry
-from sandbox.stack import SERVICES
 from shared import metrics
 from shared.settings import ServiceSettings
 

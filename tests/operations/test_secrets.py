@@ -20,10 +20,10 @@ from confluent_kafka import Producer
 from conftest import Rig, make_transactions, until
 
 from sandbox.mailbox import Mailbox
-from services.alerter.__main__ import AlerterSettings
-from services.db_sink.__main__ import SinkSettings
-from services.predictor.__main__ import PredictorSettings
-from services.producer.__main__ import ProducerSettings
+from services.alerter.settings import AlerterSettings
+from services.db_sink.settings import SinkSettings
+from services.predictor.settings import PredictorSettings
+from services.producer.settings import ProducerSettings
 from shared.provenance import Provenance, to_headers
 from shared.records import encode_prediction, encode_transaction
 from shared.settings import load

@@ -27,10 +27,10 @@ from conftest import Rig, make_transactions, until
 from secured import SecuredKafka
 from typer.testing import CliRunner
 
-from fraudctl import topics
 from fraudctl.__main__ import app
 from sandbox.mailbox import Mailbox, messages
 from sandbox.registry import Registry
+from shared.kafka import topics
 from shared.records import RAW_COLUMNS, Transaction, encode_prediction, encode_transaction
 from training import train
 from training.aliases import Alias

@@ -18,12 +18,12 @@ from confluent_kafka.admin import ScramCredentialInfo, ScramMechanism, UserScram
 from conftest import Rig, until
 from secured import OWNER, SecuredKafka, SecuredPostgres, password_of, programs_with_tls
 
-from fraudctl import topics
+from rehearsal.stack import RECIPIENT, SENDER
 from sandbox.processes import free_port
-from sandbox.stack import RECIPIENT, SENDER
 from services.alerter.mail import Mailer
 from services.db_sink.table import connect, migrate
 from shared.errors import Outage
+from shared.kafka import topics
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
 

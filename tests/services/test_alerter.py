@@ -23,9 +23,9 @@ from aiosmtpd.smtp import Envelope
 from confluent_kafka import Producer
 from conftest import Rig, dead_letter_topic, make_transactions, until
 
+from rehearsal.stack import RECIPIENT, SENDER
 from sandbox.mailbox import Mailbox, ReceivedMail, messages, repeated_mails
 from sandbox.processes import free_port
-from sandbox.stack import RECIPIENT, SENDER
 from services.alerter.alarm import Alarm, fields
 from services.alerter.channels import ByMail
 from services.alerter.mail import Composer, Mailer, message_id, table
@@ -34,7 +34,7 @@ from services.alerter.remembered import Remembered
 from services.alerter.webhook import key_of, signed
 from shared.dead_letters import Limit
 from shared.errors import Outage, Poison
-from shared.kafka import Headers
+from shared.kafka.messages import Headers
 from shared.provenance import Provenance, to_headers
 from shared.records import Prediction, Transaction, encode_prediction, encode_transaction
 

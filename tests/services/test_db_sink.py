@@ -7,8 +7,8 @@ import sqlalchemy as sa
 from confluent_kafka import Producer
 from conftest import Rig, dead_letter_topic, make_transactions, until
 
+from rehearsal.stack import service
 from sandbox.postgres import Postgres
-from sandbox.stack import service
 from services.db_sink.table import Row, connect, copy_text, migrate, upsert
 from shared.errors import Outage, Poison
 from shared.provenance import Provenance, from_headers, to_headers

@@ -26,11 +26,11 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fraudctl import topics
+from rehearsal.stack import service
 from sandbox.processes import Process
 from sandbox.registry import Registry
-from sandbox.stack import service
-from shared.kafka import NOTHING, headers
+from shared.kafka import topics
+from shared.kafka.messages import NOTHING, headers
 from shared.provenance import from_headers
 from shared.records import FEATURES, REFERENCE, Transaction, decode_prediction, encode_transaction
 from training import train

@@ -18,7 +18,7 @@ from sandbox.payments_api import PATH, PaymentsApi
 from services.producer.api import fetch, retry_after_s
 from services.producer.journal import Journal, open_journals
 from shared.errors import Outage, SettingsError
-from shared.kafka import Record, headers
+from shared.kafka.messages import Record, headers
 from shared.records import RAW_COLUMNS, encode_transaction, read_split, read_topic_1
 
 QUICK = {"BACKOFF_INITIAL_SECONDS": "0.05", "BACKOFF_MAX_SECONDS": "0.1"}

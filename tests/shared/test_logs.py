@@ -6,7 +6,8 @@ import logging
 import pytest
 import structlog
 
-from shared.logs import configure, passes_luhn, without_cards
+from shared.logs import configure
+from shared.privacy import passes_luhn, without_cards
 from shared.settings import ServiceSettings
 
 CARD = "4497913965512794052"

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import Poison
+from shared.privacy import mask_card
 from shared.records import (
     FEATURES,
     RAW_COLUMNS,
@@ -15,7 +16,6 @@ from shared.records import (
     encode_prediction,
     encode_transaction,
     format_time,
-    mask_card,
     read_split,
     read_topic_1,
     to_seconds,

@@ -21,13 +21,16 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from shared import health, metrics
 from shared.dead_letters import reason_of
-from shared.delivery import Delivery, next_offsets
 from shared.errors import Outage
 from shared.flow import Flow
-from shared.kafka import DENIED, OnError, Record, coordinates
-from shared.lag import Lag
+from shared.kafka.clients import DENIED
+from shared.kafka.connections import OnError
+from shared.kafka.messages import Record, coordinates
+from shared.kafka.offsets import next_offsets
 from shared.retry import Spell, delay_s, until_over
 from shared.settings import StreamSettings
+from shared.stream.delivery import Delivery
+from shared.stream.lag import Lag
 
 log = structlog.get_logger()
 

@@ -111,7 +111,7 @@ def test_without_a_number_it_runs_until_ctrl_c_and_then_drains(tmp_path: Path) -
 
 
 def test_without_java_it_takes_the_embedded_broker_and_says_so(tmp_path: Path) -> None:
-    from sandbox.stack import choose_broker
+    from rehearsal.stack import choose_broker
 
     environment = {"PATH": str(tmp_path)}
     done = subprocess.run(

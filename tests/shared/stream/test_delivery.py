@@ -8,9 +8,9 @@ from conftest import until
 from structlog.testing import capture_logs
 
 from sandbox.embedded import EmbeddedBroker
-from shared.delivery import AtLeastOnce, ExactlyOnce
 from shared.errors import Outage
-from shared.kafka import Record
+from shared.kafka.messages import Record
+from shared.stream.delivery import AtLeastOnce, ExactlyOnce
 
 
 def test_a_broker_that_stays_connected_and_acknowledges_nothing_is_an_outage(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""docs/configuration.md and shared/variables.py, from the settings classes: `python -m fraudctl.configuration`."""
+"""docs/configuration.md and shared/variables.py, from the settings classes: `python -m scripts.configuration`."""
 
 import re
 import textwrap
@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from services.alerter.__main__ import AlerterSettings
-from services.db_sink.__main__ import SinkSettings
-from services.predictor.__main__ import PredictorSettings
-from services.producer.__main__ import ProducerSettings
+from services.alerter.settings import AlerterSettings
+from services.db_sink.settings import SinkSettings
+from services.predictor.settings import PredictorSettings
+from services.producer.settings import ProducerSettings
 from shared.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +84,7 @@ _AROUND = {
 _INTRODUCTION = """\
 # Configuration
 
-Made from the settings classes by `python -m fraudctl.configuration`; a test fails while it is out of date.
+Made from the settings classes by `python -m scripts.configuration`; a test fails while it is out of date.
 
 A service reads its settings from the environment and from a file `secrets.env` in its working directory; the
 environment wins. With Docker, compose passes `secrets.example.env` and then `secrets.env` as the environment. An empty
@@ -130,7 +130,7 @@ def names() -> str:
         f"{name} = (\n" + "".join(f'    "{each}",\n' for each in sorted(found)) + ")\n"
         for name, found in (("NAMES", settings), ("OF_LIBRARIES", of_libraries))
     ]
-    made = '"""What is read from the environment, written by `python -m fraudctl.configuration`."""\n\n'
+    made = '"""What is read from the environment, written by `python -m scripts.configuration`."""\n\n'
     return made + "\n".join(listed)
 
 

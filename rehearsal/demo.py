@@ -16,17 +16,17 @@ from rich.markup import escape
 from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
-from fraudctl import topics
-from fraudctl.audit import Ledger, TopicReader, Topics, draw_up
+from rehearsal.ledger import Ledger, TopicReader, Topics, draw_up
+from rehearsal.stack import SENDER, SERVICES, Stack, local_stack, service
 from sandbox.embedded import KEPT_RECORDS_A_PARTITION, EmbeddedBroker
 from sandbox.mailbox import read_mail
 from sandbox.payments_api import PaymentsApi
 from sandbox.processes import Process, StandInError
-from sandbox.stack import SENDER, SERVICES, Stack, local_stack, service
 from services.db_sink.table import connect, reason
 from shared.dead_letters import SUFFIX
 from shared.errors import Outage, SettingsError
-from shared.kafka import consumer
+from shared.kafka import topics
+from shared.kafka.clients import consumer
 
 TOPICS = ("topic_1", "topic_2")
 READS = {"predictor": "topic_1", "alerter": "topic_2", "db_sink": "topic_2"}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
 from shared import metrics
-from shared.kafka import coordinates
+from shared.kafka.messages import coordinates
 
 _ANSWER_S = 1.0
 

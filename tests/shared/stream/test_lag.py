@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from confluent_kafka import TopicPartition
 
-from shared import lag, metrics
-from shared.lag import Lag
+from shared import metrics
+from shared.stream import lag
+from shared.stream.lag import Lag
 
 PLACE = TopicPartition("orders", 0)
 

@@ -25,16 +25,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fraudctl import demo
-from fraudctl.audit import Ledger, Place
-from fraudctl.demo import Options, Scene
+from rehearsal import demo
+from rehearsal.demo import Options, Scene
+from rehearsal.ledger import Ledger, Place
+from rehearsal.stack import SERVICES
 from sandbox.apache import ApacheKafka
 from sandbox.mailbox import messages
 from sandbox.payments_api import FAULTS
 from sandbox.postgres import Postgres
 from sandbox.processes import Process, python
-from sandbox.stack import SERVICES
-from shared import kafka
+from shared.kafka.messages import coordinates
 from shared.records import REFERENCE
 
 RATE = 250.0  # transactions a second
@@ -381,7 +381,7 @@ class Rubbish:
     def _written(self, kind: str, error: KafkaError | None, message: Message) -> None:
         if error:
             raise KafkaException(error)
-        place = kafka.coordinates(message)
+        place = coordinates(message)
         self._run.rubbish.add(place)
         self._run.faults["rubbish"] += 1
         if kind == _CUT_OFF[0]:

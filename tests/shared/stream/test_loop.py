@@ -13,11 +13,12 @@ from conftest import Rig, until
 from structlog.testing import capture_logs
 
 from shared.dead_letters import dead_letter
-from shared.delivery import AtLeastOnce, Delivery
 from shared.errors import Outage
-from shared.kafka import Record, consumer
+from shared.kafka.clients import consumer
+from shared.kafka.messages import Record
 from shared.settings import StreamSettings
-from shared.stream import Handler, Outcome, Stream
+from shared.stream.delivery import AtLeastOnce, Delivery
+from shared.stream.loop import Handler, Outcome, Stream
 
 SETTINGS = StreamSettings(max_batch_size=10, max_batch_wait_ms=200, backoff_initial_seconds=0.1)
 

@@ -18,7 +18,8 @@ from confluent_kafka import Message, TopicPartition
 from sandbox.mailbox import messages as mails_in
 from services.alerter.mail import message_id
 from shared.dead_letters import SUFFIX
-from shared.kafka import consumer, coordinates, headers, says_nothing
+from shared.kafka.clients import consumer
+from shared.kafka.messages import coordinates, headers, says_nothing
 from shared.provenance import from_headers
 
 Identity = tuple[str, int]

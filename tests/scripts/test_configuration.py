@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fraudctl import configuration
+from scripts import configuration
 from shared.settings import Settings
 
 ROOT = Path(__file__).parents[2]

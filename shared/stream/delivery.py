@@ -14,8 +14,9 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 
 from shared import metrics
 from shared.errors import Outage
-from shared.kafka import DENIED, NOTHING, Record, coordinates
-from shared.kafka import producer as make_producer
+from shared.kafka.clients import DENIED
+from shared.kafka.clients import producer as make_producer
+from shared.kafka.messages import NOTHING, Record
 from shared.retry import Spell
 from shared.settings import DeliveryGuarantee
 
@@ -356,11 +357,3 @@ def enqueue(producer: Producer, records: Iterable[Record], shutdown: Event) -> N
                 if shutdown.is_set():
                     raise Outage("stopping while the producer's queue is full") from None
                 producer.poll(_WAIT_S)
-
-
-def next_offsets(messages: Sequence[Message]) -> list[TopicPartition]:
-    """For each partition among a topic's `messages` (in order within each), the offset that is to be read next."""
-    last = {message.partition(): message for message in messages}
-    return [
-        TopicPartition(topic, partition, offset + 1) for topic, partition, offset in map(coordinates, last.values())
-    ]

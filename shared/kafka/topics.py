@@ -11,7 +11,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from shared.dead_letters import SUFFIX
 from shared.errors import Outage
-from shared.kafka import MAX_RECORD_BYTES, admin, consumer
+from shared.kafka.clients import MAX_RECORD_BYTES, admin, consumer
 
 T = TypeVar("T")
 

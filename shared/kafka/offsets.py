@@ -1,0 +1,113 @@
+"""Where partitions begin and end, and reading them to their present end."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    ListOffsetsResultInfo,
+    OffsetSpec,
+)
+
+from shared.errors import Outage
+from shared.kafka.clients import admin, consumer
+from shared.kafka.messages import coordinates, says_nothing
+
+_READ_TIMEOUT_S = 10.0
+
+
+def ends(
+    properties: Mapping[str, str], partitions: Sequence[TopicPartition], *, committed: bool
+) -> dict[tuple[str, int], int]:
+    """The next offset of each partition: of all that is written, or before an open transaction. Raises Outage."""
+    latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+    found = _listed(admin(properties), partitions, latest, committed=committed)
+    return {place: answer.offset for place, answer in found.items()}
+
+
+def begins(properties: Mapping[str, str], partitions: Sequence[TopicPartition]) -> dict[tuple[str, int], int]:
+    """The oldest offset that each partition still has. Raises Outage."""
+    earliest: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
+    found = _listed(admin(properties), partitions, earliest, committed=False)
+    return {place: answer.offset for place, answer in found.items()}
+
+
+def newest_ms(properties: Mapping[str, str], partitions: Sequence[TopicPartition]) -> int | None:
+    """When the newest record of all these partitions was written, epoch milliseconds. Raises Outage."""
+    newest: OffsetSpec = OffsetSpec.max_timestamp()  # type: ignore[no-untyped-call]
+    found = _listed(admin(properties), partitions, newest, committed=False)
+    return max((answer.timestamp for answer in found.values() if answer.timestamp >= 0), default=None)
+
+
+def since(properties: Mapping[str, str], topic: str, epoch_ms: int) -> list[TopicPartition]:
+    """For each partition of the topic that has such, the first record that is not older, committed or not.
+
+    Raises Outage.
+    """
+    client = admin(properties)
+    try:
+        known = client.list_topics(topic, timeout=_READ_TIMEOUT_S).topics[topic]
+    except KafkaException as error:
+        raise Outage(f"Kafka: {error.args[0].str()}") from None
+    if known.error:
+        raise Outage(f"{topic}: {known.error.str()}")
+    partitions = [TopicPartition(topic, partition) for partition in known.partitions]
+    found = _listed(client, partitions, OffsetSpec.for_timestamp(epoch_ms), committed=False)
+    return [TopicPartition(*place, answer.offset) for place, answer in found.items() if answer.offset >= 0]
+
+
+def read_to_end(properties: Mapping[str, str], starts: Sequence[TopicPartition], *, group: str) -> Iterator[Message]:
+    """Every committed record that says something, from these offsets to the present end of their partitions.
+
+    Raises Outage.
+    """
+    reader = consumer({**properties, "enable.partition.eof": "true"}, group=group)
+    unread = {(start.topic, start.partition) for start in starts}
+    problem = "no answer"
+    try:
+        reader.assign(list(starts))
+        while unread:
+            first = reader.poll(_READ_TIMEOUT_S)
+            if first is None:
+                raise Outage(f"Kafka: {problem} in {_READ_TIMEOUT_S:.0f} s")
+            for message in (first, *reader.consume(1000, 0)):
+                error = message.error()
+                if error is None:
+                    if not says_nothing(message):
+                        yield message
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    unread.discard((message.topic(), message.partition()))
+                elif error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                    raise Outage(f"Kafka: {message.topic()}: {error.str()}")
+                else:
+                    problem = error.str()  # it may come back: the client tries on
+    except KafkaException as error:
+        raise Outage(f"Kafka: {error.args[0].str()}") from None
+    finally:
+        reader.close()
+
+
+def _listed(
+    client: AdminClient, partitions: Sequence[TopicPartition], spec: OffsetSpec, *, committed: bool
+) -> dict[tuple[str, int], ListOffsetsResultInfo]:
+    level = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
+    try:
+        answers = client.list_offsets(
+            {TopicPartition(each.topic, each.partition): spec for each in partitions},
+            isolation_level=level,
+            request_timeout=_READ_TIMEOUT_S,
+        )
+        longest_s = 2 * _READ_TIMEOUT_S  # whatever becomes of the client's own limit
+        return {(asked.topic, asked.partition): answer.result(longest_s) for asked, answer in answers.items()}
+    except TimeoutError:
+        raise Outage(f"Kafka: no answer in {longest_s:.0f} s") from None
+    except KafkaException as error:
+        raise Outage(f"Kafka: {error.args[0].str()}") from None
+
+
+def next_offsets(messages: Sequence[Message]) -> list[TopicPartition]:
+    """For each partition among a topic's `messages` (in order within each), the offset that is to be read next."""
+    last = {message.partition(): message for message in messages}
+    return [
+        TopicPartition(topic, partition, offset + 1) for topic, partition, offset in map(coordinates, last.values())
+    ]
