@@ -6,7 +6,7 @@ import uuid
 from benchmarks.load import Bench, cpu_s, memory_bar, rss_mb
 from benchmarks.measure import Bar, Figure, Section
 from benchmarks.sink import database
-from rehearsal.stack import SERVICES
+from services.catalogue import CORE
 
 _SETTLE_S = 15.0
 
@@ -14,11 +14,11 @@ _SETTLE_S = 15.0
 def idle(bench: Bench, *, rounds: int, seconds: float) -> Section:
     """All four, polling and waiting."""
     topic_1, topic_2 = bench.topics("in", "out")
-    found: dict[str, dict[str, list[float]]] = {name: {"% of a core": [], "MB": []} for name in SERVICES}
+    found: dict[str, dict[str, list[float]]] = {name: {"% of a core": [], "MB": []} for name in CORE}
     with database(bench) as url:
         own = {"TOPIC_1": topic_1, "TOPIC_2": topic_2, "DATABASE_URL": url, "POLL_INTERVAL_SECONDS": "15"}
         own |= {group: f"idle-{uuid.uuid4().hex}" for group in ("PREDICTOR_GROUP", "ALERTER_GROUP", "DB_SINK_GROUP")}
-        services = {name: bench.service(name, own) for name in SERVICES}
+        services = {name: bench.service(name, own) for name in CORE}
         try:
             for each in services.values():
                 each.spawn()

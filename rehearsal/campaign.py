@@ -28,12 +28,12 @@ from rich.table import Table
 from rehearsal import demo
 from rehearsal.demo import Options, Scene
 from rehearsal.ledger import Ledger, Place
-from rehearsal.stack import SERVICES
 from sandbox.apache import ApacheKafka
 from sandbox.mailbox import messages
 from sandbox.payments_api import FAULTS
 from sandbox.postgres import Postgres
 from sandbox.processes import Process, python
+from services.catalogue import CORE
 from shared.kafka.messages import coordinates
 from shared.records import REFERENCE
 
@@ -152,7 +152,7 @@ def stops(*, pause_s: float = 3.0) -> Faults:
     def faults(run: Run) -> Iterator[None]:
         order: list[str] = []
         while not run.over:
-            order = order or run.dice.sample(SERVICES, len(SERVICES))
+            order = order or run.dice.sample(CORE, len(CORE))
             process = run.scene.services[order.pop()]
             while not run.over and not process.ready:
                 yield

@@ -17,11 +17,12 @@ from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
 from rehearsal.ledger import Ledger, TopicReader, Topics, draw_up
-from rehearsal.stack import SENDER, SERVICES, Stack, local_stack, service
+from rehearsal.stack import SENDER, Stack, local_stack, service
 from sandbox.embedded import KEPT_RECORDS_A_PARTITION, EmbeddedBroker
 from sandbox.mailbox import read_mail
 from sandbox.payments_api import PaymentsApi
 from sandbox.processes import Process, StandInError
+from services import catalogue
 from services.db_sink.table import connect, reason
 from shared.dead_letters import SUFFIX
 from shared.errors import Outage, SettingsError
@@ -29,7 +30,6 @@ from shared.kafka import topics
 from shared.kafka.clients import consumer
 
 TOPICS = ("topic_1", "topic_2")
-READS = {"predictor": "topic_1", "alerter": "topic_2", "db_sink": "topic_2"}
 _TICK_S = 0.25
 _STUCK_S = 60.0
 _PROGRESS_WAIT_S = 2.0
@@ -98,7 +98,11 @@ def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Le
         (topics.use if embedded else topics.create)(parts.properties, TOPICS)
         console.print(f"local stack and model ready after {time.monotonic() - began:.0f} s")
         run_id = f"demo-{since_ms}"  # somebody else's broker may have groups of the services' own names
-        groups = [_Group(parts.properties, name, topic, run_id) for name, topic in READS.items()]
+        groups = [
+            _Group(parts.properties, reader.name, group.topic, run_id)
+            for reader, group in catalogue.readers()
+            if group.only_with != "webhook_url"
+        ]
         for group in groups:
             stack.callback(group.close)
         reader = TopicReader(parts.properties, topic_1=TOPICS[0])
@@ -106,7 +110,7 @@ def run(options: Options, console: Console, *, scenario: Scenario = _calm) -> Le
         environment = parts.addresses.environment() | {"REPLICA": run_id}
         environment |= {f"{group.name.upper()}_GROUP": group.id for group in groups}
         environment |= {"JOURNAL_DIRECTORY": str(options.work_dir / "journal" / run_id), **options.environment}
-        services = {name: service(name, options.work_dir, environment) for name in SERVICES}
+        services = {name: service(name, options.work_dir, environment) for name in catalogue.CORE}
         stack.callback(lambda: [each.stop() for each in services.values()])
         scene = Scene(
             stack=parts,
@@ -231,7 +235,7 @@ class _Pump:
         self._api, self._reader, self._groups, self._services = api, reader, groups, services
         self._mail, self._live, self._hold = mail, live, hold
         self._status: dict[str, Any] = {"served": 0, "in_flight": 0, "put_back": 0, "exhausted": False}
-        self._rows = {name: _Row() for name in SERVICES}
+        self._rows = {name: _Row() for name in catalogue.CORE}
         self._at = time.monotonic()
         self._newest: Path | None = None
         self._last_alert = "none yet"

@@ -17,7 +17,6 @@ from sandbox.processes import Process, StandInError, python
 from sandbox.registry import Registry
 from shared.settings import ServiceSettings, kafka_properties
 
-SERVICES = ("producer", "predictor", "alerter", "db_sink")
 SENDER = "alarm@fraud-alarm.example"
 RECIPIENT = "analyst@fraud-alarm.example"
 _INHERITED = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE")

@@ -6,19 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from services.alerter.settings import AlerterSettings
-from services.db_sink.settings import SinkSettings
-from services.predictor.settings import PredictorSettings
-from services.producer.settings import ProducerSettings
+from services.catalogue import SERVICES
 from shared.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-READERS: dict[str, type[Settings]] = {
-    "producer": ProducerSettings,
-    "predictor": PredictorSettings,
-    "alerter": AlerterSettings,
-    "db_sink": SinkSettings,
-}
+READERS: dict[str, type[Settings]] = {service.name: service.settings for service in SERVICES}
 
 
 class Variable(NamedTuple):

@@ -8,8 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from services.catalogue import BY_NAME
+
 ROOT = Path(__file__).parents[1]
-IMAGES = ("producer", "predictor", "alerter", "db_sink", "tools")
+IMAGES = (*BY_NAME, "tools")
 # What their licence files say, where their metadata does not.
 UNSAID = {"huey": "MIT", "protobuf": "BSD-3-Clause", "skops": "MIT"}
 _SAYS_NOTHING = "License :: OSI Approved"

@@ -10,11 +10,11 @@ import sqlalchemy as sa
 from conftest import Rig, until
 from requests import Response
 
-from rehearsal.stack import SERVICES
 from sandbox.mailbox import Mailbox, ReceivedMail, messages
 from sandbox.payments_api import PaymentsApi
 from sandbox.processes import Process, free_port
 from sandbox.registry import Registry
+from services.catalogue import CORE
 
 _OUTCOME = sa.text("SELECT count(*), coalesce(sum(prediction), 0) FROM transactions")
 
@@ -84,7 +84,7 @@ def pipeline(
         "MLFLOW_TRACKING_URI": registry.uri,
         "SMTP_PORT": str(mailbox.port),
     }
-    ports = {name: free_port() for name in SERVICES}
+    ports = {name: free_port() for name in CORE}
     options = ("--held", "--rate", "0", "--seed", "1", "--fraud-rate", "0.02")
     with PaymentsApi(*options, log=rig.directory / "logs" / "payments_api.log") as api:
         services = {

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from scripts.sbom import bill, install, licences
+from services.catalogue import BY_NAME
 
 ROOT = Path(__file__).parents[1]
 OURS = ("services", "shared", "training", "fraudctl", "rehearsal", "sandbox", "scripts")
-SERVICES = ("producer", "predictor", "alerter", "db_sink")
 
 
 def imported(module: str, seen: set[str]) -> Iterator[str]:
@@ -34,7 +34,7 @@ def imported(module: str, seen: set[str]) -> Iterator[str]:
                 yield name.partition(".")[0]
 
 
-@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("service", BY_NAME)
 def test_what_a_service_imports_is_in_its_lock(service: str) -> None:
     lock = (ROOT / f"services/requirements/{service}.txt").read_text()
     locked = {name.lower().replace("_", "-") for name in re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)}

@@ -14,7 +14,7 @@ from conftest import Rig
 
 from rehearsal.campaign import SCENARIOS, Run, broken_promises
 from rehearsal.ledger import Ledger
-from rehearsal.stack import SERVICES
+from services.catalogue import CORE
 
 HELD = Ledger(
     served=10, fetched=10, skipped_repeats=0, topic_1=10, topic_2=10, predicted_frauds=2, emails=2, mailed_frauds=2,
@@ -89,7 +89,7 @@ def test_services_that_are_told_to_stop_do_so_in_time_and_lose_and_repeat_nothin
 
     stop = campaign(tmp_path, "stop", minutes=0.6)
 
-    assert {f"{name} stopped" for name in SERVICES} <= stop["faults"].keys()
+    assert {f"{name} stopped" for name in CORE} <= stop["faults"].keys()
     assert stop["served"] > 3000
     assert stop["topic_2"] == stop["rows"] == stop["served"]
     assert stop["lost"] == stop["duplicates"] == stop["out_of_order"] == stop["repeated_mails"] == 0

@@ -17,10 +17,10 @@ from conftest import Rig, until
 from pipeline import pipeline
 from prometheus_client.metrics import MetricWrapperBase
 
-from rehearsal.stack import SERVICES
 from sandbox.mailbox import Mailbox
 from sandbox.processes import Process, free_port
 from sandbox.registry import Registry
+from services.catalogue import CORE
 from shared import metrics
 from shared.settings import ServiceSettings
 
@@ -82,7 +82,7 @@ def test_in_kubernetes_the_documented_relabelling_names_the_jobs_as_the_rules_do
                 labels[rule["target_label"]] = rule.get("replacement", labels[source])
         return str(labels["job"])
 
-    assert {job(KUBERNETES / f"{name.replace('_', '-')}.yaml") for name in SERVICES} == set(SERVICES)
+    assert {job(KUBERNETES / f"{name.replace('_', '-')}.yaml") for name in CORE} == set(CORE)
 
 
 @pytest.mark.usefixtures("programs")
@@ -148,7 +148,7 @@ class Prometheus(Process):
     def __init__(self, directory: Path, ports: dict[str, int]) -> None:
         [scrape] = CONFIGURATION["scrape_configs"]
         [found] = scrape["dns_sd_configs"]
-        assert (found["names"], found["port"]) == ([*SERVICES], ServiceSettings.model_fields["metrics_port"].default)
+        assert (found["names"], found["port"]) == ([*CORE], ServiceSettings.model_fields["metrics_port"].default)
         here = [{"targets": [f"127.0.0.1:{port}"], "labels": {"__meta_dns_name": name}} for name, port in ports.items()]
         named = {key: value for key, value in scrape.items() if key != "dns_sd_configs"} | {"static_configs": here}
         own = {
@@ -202,7 +202,7 @@ def test_a_real_prometheus_finds_data_for_every_rule_and_panel_and_no_alert_on_a
         pipeline(apache_rig, engine=engine, registry=registry, mailbox=mailbox) as running,
         Prometheus(apache_rig.directory, running.ports) as prometheus,
     ):
-        until(lambda: len(prometheus.query("up == 1")) == len(SERVICES), what="a scrape of every service")
+        until(lambda: len(prometheus.query("up == 1")) == len(CORE), what="a scrape of every service")
         running.stream(3000)
 
         for text in [*map(measured, RULES), *(text.replace("$__rate_interval", "1m") for text in SHOWN)]:
@@ -210,6 +210,6 @@ def test_a_real_prometheus_finds_data_for_every_rule_and_panel_and_no_alert_on_a
         for name in RULES:
             until(lambda name=name: prometheus.states()[name] == "inactive", what=f"{name} inactive")
 
-        assert {each["metric"]["job"] for each in prometheus.query("up")} == set(SERVICES)
+        assert {each["metric"]["job"] for each in prometheus.query("up")} == set(CORE)
         running.services["db_sink"].stop()
         until(lambda: prometheus.states()["ServiceDown"] == "pending", what="the alert of what is then wrong")
