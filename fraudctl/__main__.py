@@ -523,16 +523,16 @@ def export_command(
 @app.command("alert-test")
 def alert_test() -> None:
     """Send a sample alarm through each channel that is configured; exit 1 if one of them did not take it."""
-    from services.alerter.__main__ import channels
+    from services.alerter.channels import configured
     from services.alerter.settings import AlerterSettings
     from shared.errors import Poison
 
     try:
-        configured = channels(load(AlerterSettings))
+        channels = configured(load(AlerterSettings))
     except SettingsError as error:
         _refuse(error)
     failed = False
-    for channel in configured:
+    for channel in channels:
         try:
             channel.test()
             console.print(f"{channel.name}: accepted", highlight=False)

@@ -21,7 +21,7 @@ from pydantic_settings import BaseSettings
 
 from fraudctl import status
 from fraudctl.labels import transaction
-from services.alerter.__main__ import channels, mailer
+from services.alerter.channels import configured, mailer
 from services.alerter.settings import AlerterSettings
 from services.db_sink.settings import SinkSettings
 from services.db_sink.table import TABLE, connect, versions
@@ -72,7 +72,7 @@ def examine() -> list[Finding]:
         try:
             loaded[kind] = load(kind)
             if kind is AlerterSettings:
-                channels(loaded[kind])
+                configured(loaded[kind])
         except SettingsError as error:
             problems += [each for each in str(error).split("; ") if each not in problems]
     clocks: Clocks = []

@@ -4,12 +4,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from confluent_kafka import Message
 
 from shared.errors import Outage, Poison
 from shared.kafka.messages import Headers, Record, coordinates, headers
+from shared.settings import StreamSettings
 
 SUFFIX = ".dlq"
 _MAX_REASON = 1000
@@ -30,6 +31,11 @@ class Limit:
         self._ratio = ratio
         self._consecutive = consecutive
         self._refused: deque[bool] = deque(maxlen=_WINDOW)
+
+    @classmethod
+    def from_settings(cls, settings: StreamSettings) -> Self:
+        """The limit that DEAD_LETTER_LIMIT_RATIO and DEAD_LETTER_LIMIT_CONSECUTIVE set."""
+        return cls(ratio=settings.dead_letter_limit_ratio, consecutive=settings.dead_letter_limit_consecutive)
 
     def check(self, results: Sequence[object]) -> None:
         """Take in what became of the rows of a batch, in order: those that are Poison were refused.

@@ -1,7 +1,7 @@
-"""Waiting out an outage: capped exponential backoff, half of it jitter; said at its start, every minute, at its end.
+"""Waiting out an outage: capped exponential backoff, half of it jitter, and a log that says how long it lasted.
 
-Formula: "Equal Jitter" in https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/.
-Many clients of one dead dependency come back at different moments, and none at once.
+Formula: "Equal Jitter" in https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/. It keeps many
+clients of one dead dependency from retrying at the same moment.
 """
 
 import random
@@ -28,39 +28,44 @@ def delay_s(attempt: int, *, initial_s: float, max_s: float) -> float:
     return random.uniform(ceiling / 2, ceiling)  # noqa: S311 - spreads load, guards nothing
 
 
-class Spell:
-    """An outage: in the log when it begins, each minute while it lasts and when it is over; in the metrics throughout.
+class OutageLog:
+    """Logs an outage when it starts, every minute while it lasts, and when it ends; its metrics are always current.
 
-    `waits_for` is what /ready calls it, where the service cannot do its work meanwhile; `waiting()` counts what piles
-    up, of which the most is told; `names` stand on each of its lines.
+    `waits_for` is its name on /ready, if the service cannot work meanwhile. `waiting()` counts what piles up; the
+    largest count is logged at the end. `names` are repeated on each line.
     """
 
     def __init__(self, waits_for: str | None = None, *, waiting: Callable[[], int] | None = None, **names: str) -> None:
         self._waits_for = waits_for
         self._waiting = waiting
         self._names = names
-        self._began: float | None = None
-        self._told = self._reminded = 0.0  # monotonic
-        self._tries = self._waited = 0
+        self._began: float | None = None  # monotonic, like the next two
+        self._counted = self._reminded = 0.0
+        self._failures = self._most_waiting = 0
         self._reason = ""
 
-    def lasts(self, reason: str, **more: object) -> None:
-        """Tell of a try that failed."""
+    @property
+    def under_way(self) -> bool:
+        """Whether an outage has started and not ended."""
+        return self._began is not None
+
+    def failed(self, reason: str, **more: object) -> None:
+        """Note a failed try: an outage starts, or lasts. `more` is added to the line, if one is logged."""
         now = time.monotonic()
         if self._began is None:
-            self._began = self._told = now
+            self._began = self._counted = now
             self._reminded = now - _REMINDER_S
-            self._tries = self._waited = 0
+            self._failures = self._most_waiting = 0
             metrics.OUTAGES.inc()
             metrics.OUTAGES_UNDER_WAY.inc()
-        self._tries += 1
+        self._failures += 1
         self._reason = reason
         if self._waits_for:
             health.waits_for(self._waits_for, reason)
-        self.goes_on(**more)
+        self.remind(**more)
 
-    def goes_on(self, **more: object) -> None:
-        """Tell, if it has begun and is not over, that nothing was tried meanwhile."""
+    def remind(self, **more: object) -> None:
+        """Log an outage under way again, if a minute has passed."""
         if self._began is None:
             return
         now = time.monotonic()
@@ -70,7 +75,7 @@ class Spell:
             log.warning("outage", reason=self._reason, seconds=round(now - self._began, 1), **self._names, **more)
 
     def over(self) -> None:
-        """Tell of one that did not, whether or not there was an outage before it."""
+        """Note a try that succeeded: an outage under way ends."""
         if self._began is None:
             return
         now = time.monotonic()
@@ -78,34 +83,29 @@ class Spell:
         metrics.OUTAGES_UNDER_WAY.dec()
         if self._waits_for:
             health.has(self._waits_for)
-        waited = {"waited": self._waited} if self._waiting else {}
-        log.info("outage_over", seconds=round(now - self._began, 1), failures=self._tries, **self._names, **waited)
+        waited = {"waited": self._most_waiting} if self._waiting else {}
+        log.info("outage_over", seconds=round(now - self._began, 1), failures=self._failures, **self._names, **waited)
         self._began = None
 
-    @property
-    def under_way(self) -> bool:
-        """Whether it has begun and is not over."""
-        return self._began is not None
-
     def _count(self, now: float) -> None:
-        metrics.OUTAGE_SECONDS.inc(now - self._told)
-        self._told = now
+        metrics.OUTAGE_SECONDS.inc(now - self._counted)
+        self._counted = now
         if self._waiting:
-            self._waited = max(self._waited, self._waiting())
+            self._most_waiting = max(self._most_waiting, self._waiting())
 
 
-def until_over(
+def retry_outages(
     step: Callable[[], T],
     *,
     shutdown: Event,
     initial_s: float,
     max_s: float,
     wait: Callable[[float], object] | None = None,
-    spell: Spell,
+    outage_log: OutageLog,
 ) -> T:
-    """What `step` returns, tried again while it raises Outage. Raises that Outage once shutdown is set.
+    """Return what `step` returns, retrying it while it raises Outage. Raises that Outage once shutdown is set.
 
-    `wait(seconds)` passes the time between tries; without it, the shutdown event does.
+    `wait(seconds)` passes the time between tries. Default: wait for the shutdown event.
     """
     attempt = 0
     while True:
@@ -114,9 +114,9 @@ def until_over(
         except Outage as outage:
             if shutdown.is_set():
                 raise
-            spell.lasts(str(outage))
+            outage_log.failed(str(outage))
             (wait or shutdown.wait)(delay_s(attempt, initial_s=initial_s, max_s=max_s))
             attempt += 1
         else:
-            spell.over()
+            outage_log.over()
             return result

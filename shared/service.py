@@ -1,5 +1,6 @@
 """How each service starts and ends: settings, logs, SIGTERM, exit codes."""
 
+import gc
 import os
 import signal
 import sys
@@ -23,8 +24,8 @@ log = structlog.get_logger()
 def run(name: str, settings: type[S], serve: Callable[[S, Event], None]) -> NoReturn:
     """Run `serve(settings, shutdown)` until it returns, which it does soon after `shutdown` is set.
 
-    Exits with 0 after SIGTERM or SIGINT, with 2 and one line on stderr for a missing or wrong setting, with 1 for an
-    error that nobody foresaw.
+    Exit codes: 0 after SIGTERM or SIGINT, 2 for a missing or wrong setting (one line on stderr names it), 1 for an
+    unforeseen error.
     """
     shutdown = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -32,33 +33,40 @@ def run(name: str, settings: type[S], serve: Callable[[S, Event], None]) -> NoRe
     try:
         loaded = load(settings)
         logs.configure(name, loaded)
-        threading.excepthook = lambda unforeseen: _tell(unforeseen.exc_value)
+        threading.excepthook = lambda unforeseen: _log_crash(unforeseen.exc_value)
         health.serve(name, loaded)
         log.info("started")
         for unknown, meant in unknown_variables().items():
             log.warning("unknown_setting", ignored=unknown, **({"did_you_mean": meant} if meant else {}))
+        _tune()
         serve(loaded, shutdown)
     except SettingsError as error:
         print(f"{name}: {error}", file=sys.stderr)  # noqa: T201 - logs may not be set up yet
-        _end(2)
+        _exit(2)
     except Exception as error:
-        _tell(error)
-        _end(1)
+        _log_crash(error)
+        _exit(1)
     log.info("stopped")
-    _end(0)
+    _exit(0)
 
 
-def _tell(error: BaseException | None) -> None:
-    """Where it was raised, and why, without the values that it may quote."""
+def _tune() -> None:
+    """Tune the interpreter for threads that wait for each other's short steps, and for batches that come and go."""
+    sys.setswitchinterval(0.0002)  # a thread that returns from the broker or the database continues at once
+    gc.freeze()  # what is loaded by now stays
+    gc.set_threshold(50_000)  # nothing that a batch is made of refers to itself
+
+
+def _log_crash(error: BaseException | None) -> None:
+    """Log where it was raised and why, without the values that its message may quote."""
     if error:
         where = "".join(traceback.format_tb(error.__traceback__))
         reason = f"{type(error).__name__}: {without_digits(str(error))}"
         log.critical("crashed", reason=reason, where=f"Traceback (most recent call last):\n{where}")
 
 
-def _end(code: int) -> NoReturn:
-    """End as a whole: threads that are inside of C libraries may crash while the interpreter is taken down piece by
-    piece, and make an exit code of their own."""
+def _exit(code: int) -> NoReturn:
+    """Exit without finalising the interpreter: threads inside C libraries may crash it and change the exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

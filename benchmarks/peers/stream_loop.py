@@ -11,7 +11,8 @@ from shared.kafka.messages import Record
 from shared.records import encode_prediction, read_topic_1
 from shared.settings import StreamSettings, load
 from shared.stream.delivery import AtLeastOnce
-from shared.stream.loop import Outcome, Stream
+from shared.stream.flight import Outcome
+from shared.stream.loop import Stream
 
 
 def main() -> None:

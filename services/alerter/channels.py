@@ -13,14 +13,15 @@ from services.alerter.alarm import Alarm, Found, find, sample
 from services.alerter.mail import Composer, Mailer
 from services.alerter.pace import Pace
 from services.alerter.remembered import Remembered
+from services.alerter.settings import AlerterSettings
 from services.alerter.webhook import Webhook
 from shared import metrics
 from shared.dead_letters import Limit, dead_letter, isolate
-from shared.errors import Outage, Poison
+from shared.errors import Outage, Poison, SettingsError
 from shared.flow import Flow
 from shared.kafka.messages import Record
 from shared.privacy import mask_card
-from shared.stream.loop import Outcome
+from shared.stream.flight import Outcome
 
 log = structlog.get_logger()
 
@@ -172,6 +173,58 @@ class ByWebhook:
             self._posted.add(alarm.identity)
         self._flow.add(alarms=len(alarms))
         return [None] * len(alarms)
+
+
+def configured(settings: AlerterSettings) -> list[Channel]:
+    """Those that are configured. Raises SettingsError if there is none, or one of them lacks something."""
+    found = [_mail(settings)] if settings.smtp_host else []
+    found += [_webhook(settings)] if settings.webhook_url else []
+    if settings.smtp_host and settings.webhook_url and settings.alerter_group == settings.webhook_group:
+        raise SettingsError("WEBHOOK_GROUP: the same as ALERTER_GROUP, of which each has to be told everything")
+    if not found:
+        raise SettingsError("SMTP_HOST: missing, and so is WEBHOOK_URL: alarms need a way out")
+    return found
+
+
+def mailer(settings: AlerterSettings) -> Mailer:
+    """The way to the mail server."""
+    return Mailer(
+        host=settings.smtp_host or "",
+        port=settings.smtp_port,
+        tls=settings.smtp_tls,
+        timeout_s=settings.smtp_timeout_seconds,
+        username=settings.smtp_username,
+        password=settings.smtp_password.get_secret_value() if settings.smtp_password else None,
+    )
+
+
+def _mail(settings: AlerterSettings) -> Channel:
+    if not settings.alert_from:
+        raise SettingsError("ALERT_FROM: missing")
+    if not settings.alert_to:
+        raise SettingsError("ALERT_TO: missing")
+    return ByMail(
+        mailer(settings),
+        Composer(sender=settings.alert_from, recipients=settings.alert_to, templates=settings.alert_templates),
+        group=settings.alerter_group,
+        pace=Pace(burst=settings.alert_burst, window_s=settings.alert_digest_seconds),
+        limit=Limit.from_settings(settings),
+        largest_digest=max(1, settings.max_batch_size // 2),
+    )
+
+
+def _webhook(settings: AlerterSettings) -> Channel:
+    if not settings.webhook_secret:
+        raise SettingsError("WEBHOOK_SECRET: missing")
+    try:
+        webhook = Webhook(
+            url=settings.webhook_url or "",
+            secret=settings.webhook_secret.get_secret_value(),
+            timeout_s=settings.webhook_timeout_seconds,
+        )
+    except ValueError as error:
+        raise SettingsError(f"WEBHOOK_SECRET: {error}") from None
+    return ByWebhook(webhook, group=settings.webhook_group, limit=Limit.from_settings(settings))
 
 
 def _raise(

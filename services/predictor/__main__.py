@@ -1,152 +1,28 @@
-"""The predictor: topic_1 to topic_2, a batch at a time, with the champion in memory."""
+"""The predictor's process."""
 
 import os
-import time
-from collections.abc import Sequence
-from threading import Event
 
 from services.predictor.settings import PredictorSettings
-
-# Before anything imports numpy or scikit-learn: replicas, not threads, use more cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-# This service has its own backoff; MLflow's own tries take minutes and hear no SIGTERM.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-# It would tell its makers of its use, from a thread that changes the environment under a request's feet.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
-import structlog
-from confluent_kafka import Message
-
-from services.predictor.drift import Monitor
-from services.predictor.followed import Followed, keep_up
-from services.predictor.model import Model
-from services.predictor.registry import Registry
-from services.predictor.scoring import predict
-from services.predictor.shadow import Shadow
 from shared import service
-from shared.dead_letters import Limit
-from shared.errors import Outage
-from shared.kafka.clients import consumer
-from shared.retry import Spell, until_over
-from shared.settings import kafka_properties
-from shared.stream import delivery
-from shared.stream.loop import Outcome, Stream
 
-log = structlog.get_logger()
-
-_FOLLOWING_ENDS_S = 3.0
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # replicas, not threads, use more cores
+    # The service has its own backoff; MLflow's retries take minutes and ignore SIGTERM.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    # MLflow's telemetry thread changes os.environ while requests reads it.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 
-def serve(settings: PredictorSettings, shutdown: Event) -> None:
-    """Wait for a model, then predict until shutdown."""
-    properties = kafka_properties(settings)
-    stream = Stream(
-        make_consumer=lambda on_error: consumer(
-            properties, group=settings.predictor_group, replica=settings.replica, on_error=on_error
-        ),
-        group=settings.predictor_group,
-        topic=settings.topic_1,
-        delivery=delivery.delivery(
-            settings.delivery,
-            properties=properties,
-            transactional_id=f"{settings.predictor_group}-{settings.replica}",
-            shutdown=shutdown,
-        ),
-        settings=settings,
-        shutdown=shutdown,
-    )
-    settings.log_in()
-    registry = Registry(
-        tracking_uri=settings.mlflow_tracking_uri,
-        name=settings.model_name,
-        cache=settings.model_cache_directory,
-        compiled=settings.compiled_scoring,
-        shutdown=shutdown,
-    )
-    champion = Followed(registry, settings.model_alias, required=True)
-    challenger = Followed(registry, "challenger", required=False)
-    try:
-        until_over(
-            champion.first,
-            shutdown=shutdown,
-            initial_s=settings.backoff_initial_seconds,
-            max_s=settings.backoff_max_seconds,
-            spell=Spell("a model"),
-        )
-    except Outage:
-        stream.close()
-        return
-    look_now = Event()
-    following = keep_up(
-        [champion, challenger],
-        every_s=settings.model_refresh_seconds,
-        now=look_now,
-        shutdown=shutdown,
-        settings=settings,
-    )
-    shadow = Shadow(
-        challenger,
-        sample=settings.challenger_sample,
-        topic=settings.challenger_topic,
-        properties=properties,
-        shutdown=shutdown,
-    )
-    stream.run(Scorer(champion, shadow, look_now, settings).handle, ahead=True)
-    look_now.set()
-    following.join(_FOLLOWING_ENDS_S)
+def main() -> None:
+    """Set what numpy, scikit-learn and MLflow read when they are imported, then import them and serve."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from services.predictor.serving import serve
 
-
-class Scorer:
-    """Scores batch after batch, each with one model: the champion of that moment."""
-
-    def __init__(self, champion: Followed, shadow: Shadow, look_now: Event, settings: PredictorSettings) -> None:
-        self._champion = champion
-        self._shadow = shadow
-        self._look_now = look_now
-        self._settings = settings
-        self._model: Model | None = None
-        self._monitor = Monitor(None, psi_limit=settings.drift_psi, rows=settings.drift_rows)
-        self._broken: str | None = None
-
-    def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Predict the batch. Raises Outage while the model is broken and the registry has no other champion."""
-        model = self._champion.model
-        if model is None:
-            raise Outage("no model yet")
-        if model is not self._model:
-            self._begin_with(model)
-        if self._broken:
-            self._look_now.set()
-            raise Outage(f"{self._broken}; it is still version {model.version}")
-        try:
-            predicted = predict(
-                model,
-                messages,
-                topic=self._settings.topic_2,
-                group=self._settings.predictor_group,
-                now_ms=time.time_ns() // 1_000_000,
-                limit=self._limit,
-            )
-        except Outage as outage:
-            self._broken = str(outage)
-            self._look_now.set()
-            raise
-        self._monitor.add(predicted.seen)
-        self._shadow.offer(messages)
-        return predicted.outcome
-
-    def _begin_with(self, model: Model) -> None:
-        if self._model:
-            log.info("model_swapped", version=model.version, before=self._model.version)
-        self._model, self._broken = model, None
-        self._limit = Limit(
-            ratio=self._settings.dead_letter_limit_ratio, consecutive=self._settings.dead_letter_limit_consecutive
-        )
-        self._monitor = Monitor(
-            model.profile, psi_limit=self._settings.drift_psi, rows=self._settings.drift_rows, before=self._monitor
-        )
+    service.run("predictor", PredictorSettings, serve)
 
 
 if __name__ == "__main__":
-    service.run("predictor", PredictorSettings, serve)
+    main()

@@ -20,8 +20,6 @@ from sklearn.ensemble import ExtraTreesClassifier, GradientBoostingClassifier, R
 from sklearn.pipeline import Pipeline
 from sklearn.tree import DecisionTreeClassifier
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "true")  # ONNX Runtime would tell its makers of each model
-
 TOLERANCE = 1e-6  # of a probability
 _CLOSE = 10 * TOLERANCE
 _MOST_NODES = 200_000  # 400 MB to convert them, beside 470 of a predictor that serves as many: its container has 1 GB
@@ -65,6 +63,7 @@ def _compile(trees: Any, shutdown: Event | None) -> Callable[[np.ndarray], np.nd
     if (nodes := _nodes(trees)) > _MOST_NODES:
         raise NotCompiled(f"{nodes} nodes would take too much memory to compile")
     try:
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "true")  # read on import: it would report each model
         import onnxruntime
     except ImportError as error:
         raise NotCompiled(f"{error.name} is not installed (the extra `compiled`)") from None

@@ -11,7 +11,7 @@ from services.predictor.model import Model, UnusableModel
 from services.predictor.registry import Found, Registry
 from shared import metrics
 from shared.errors import Outage
-from shared.retry import Spell, until_over
+from shared.retry import OutageLog, retry_outages
 from shared.settings import StreamSettings
 
 log = structlog.get_logger()
@@ -113,19 +113,19 @@ def keep_up(
             raise outages[0]
 
     def run() -> None:
-        spell = Spell()  # the version that serves goes on serving
+        outage_log = OutageLog()  # the version that serves goes on serving
         with suppress(Outage):
             while not shutdown.is_set():
                 now.wait(every_s)
                 now.clear()
                 if shutdown.is_set():
                     break
-                until_over(
+                retry_outages(
                     look,
                     shutdown=shutdown,
                     initial_s=settings.backoff_initial_seconds,
                     max_s=settings.backoff_max_seconds,
-                    spell=spell,
+                    outage_log=outage_log,
                 )
 
     thread = Thread(target=run, daemon=True, name="registry")

@@ -12,7 +12,7 @@ from shared.errors import Outage, Poison
 from shared.kafka.messages import Record, coordinates, says_nothing
 from shared.provenance import Provenance, to_headers
 from shared.records import REFERENCE, Transaction, encode_prediction, encode_transaction, read_topic_1
-from shared.stream.loop import Outcome
+from shared.stream.flight import Outcome
 
 
 class Seen(NamedTuple):

@@ -20,7 +20,7 @@ from shared.flow import Flow
 from shared.kafka import offsets
 from shared.kafka.messages import Record
 from shared.records import BadRow, NotJson, Transaction, encode_transaction, read_split
-from shared.retry import Spell, delay_s, until_over
+from shared.retry import OutageLog, delay_s, retry_outages
 from shared.settings import kafka_properties
 from shared.stream import delivery
 
@@ -67,7 +67,7 @@ def serve(settings: ProducerSettings, shutdown: Event) -> None:
 def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: Event) -> None:
     """Fetch into the journal until shutdown; `polled` is set whenever something came."""
     flow = Flow("fetched")
-    outage, full = Spell(_API), Spell("room in the journal")
+    outage, full = OutageLog(_API), OutageLog("room in the journal")
     failures = 0
     health.waits_for(_API, "no answer yet")
     with requests.Session() as session:
@@ -77,7 +77,7 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
             waiting = journal.count()
             metrics.WAITING.set(waiting)
             if waiting >= settings.max_waiting_records:
-                full.lasts(f"{waiting} records wait to be written")
+                full.failed(f"{waiting} records wait to be written")
                 shutdown.wait(_TURN_S)
                 continue
             full.over()
@@ -96,7 +96,7 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
                 )
                 due = max(due, time.monotonic() + max(backoff_s, asked_s))
                 failures += 1
-                outage.lasts(str(problem), retry_in_s=round(due - time.monotonic(), 1))
+                outage.failed(str(problem), retry_in_s=round(due - time.monotonic(), 1))
             else:
                 outage.over()
                 health.has(_API)
@@ -110,7 +110,7 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
                 flow.add(records=len(fetched), fresh=fresh, repeats=repeats, refused=len(rows.bad))
             while (rest_s := due - time.monotonic()) > 0 and not shutdown.is_set():
                 health.turned(_POLLING)
-                outage.goes_on()
+                outage.remind()
                 shutdown.wait(min(rest_s, _TURN_S))
     health.ended(_POLLING)
     flow.report()
@@ -133,7 +133,7 @@ def write(
         settings.delivery, properties=properties, transactional_id=f"producer-{journal.id}", shutdown=shutdown
     )
     forgotten = _Forgotten()
-    outage = Spell(f"Kafka, for journal {journal.id[:8]}", waiting=journal.count)
+    outage = OutageLog(f"Kafka, for journal {journal.id[:8]}", waiting=journal.count)
     in_doubt = True  # perhaps what waits was written by a predecessor, or by a try whose answer was lost
     if left := journal.count():
         log.info("left_by_predecessor", records=left)
@@ -164,12 +164,12 @@ def write(
         while True:
             last = over.is_set()
             polled.clear()
-            while until_over(
+            while retry_outages(
                 step,
                 shutdown=shutdown,
                 initial_s=settings.backoff_initial_seconds,
                 max_s=settings.backoff_max_seconds,
-                spell=outage,
+                outage_log=outage,
             ):
                 pass
             if last:
@@ -218,12 +218,12 @@ def _keep(
         health.turned(_POLLING)
         return journal.add(fetched)
 
-    return until_over(
+    return retry_outages(
         add,
         shutdown=shutdown,
         initial_s=settings.backoff_initial_seconds,
         max_s=settings.backoff_max_seconds,
-        spell=Spell("the journal's disk"),
+        outage_log=OutageLog("the journal's disk"),
     )
 
 

@@ -1,4 +1,4 @@
-"""What makes a batch final: its outputs, its dead letters and its offsets, in an order that keeps the promise."""
+"""Making a batch final: its outputs, its dead letters and its offsets, in the order that keeps the guarantee."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from shared.errors import Outage
 from shared.kafka.clients import DENIED
 from shared.kafka.clients import producer as make_producer
 from shared.kafka.messages import NOTHING, Record
-from shared.retry import Spell
+from shared.retry import OutageLog
 from shared.settings import DeliveryGuarantee
 
 log = structlog.get_logger()
@@ -25,9 +25,9 @@ log = structlog.get_logger()
 _COMMITTED, _ABORTED = (metrics.TRANSACTIONS.labels(outcome) for outcome in ("committed", "aborted"))
 _WAIT_S = 1.0
 _SILENT_S = 5.0
-_TRANSACTION_WAIT_S = 6.0  # after ten, the broker ends it; and within ten, a service is to end
+_TRANSACTION_WAIT_S = 6.0  # the broker aborts it after ten, and a service must exit within ten
 _STUCK_S = 7.0
-# What became of a record whose transaction was given up for another reason.
+# Reported for the records of a transaction that was aborted for another reason.
 _PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 
 
@@ -35,84 +35,84 @@ class Delivery(Protocol):
     """Makes a batch final."""
 
     def open(self) -> None:
-        """Take over from a predecessor that died: what it left half-done is undone. Raises Outage."""
+        """Take over from a predecessor that died: whatever it left unfinished is undone. Raises Outage."""
 
     def deliver(
         self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), generation: object = None
     ) -> None:
-        """Write `records`, and commit with them, if that can be, `offsets`: the next to be read, by who read in
-        `generation` of its group. Raises Outage: the batch is to be given again.
+        """Write `records` and, where the guarantee allows it, commit `offsets` (the next ones to read) with them.
 
-        What does not come from Kafka has neither. May block for as long as the broker is away; ends with an Outage soon
-        after the shutdown event is set.
+        `generation` is the group's at the time of reading. A source other than Kafka has neither. Raises Outage: the
+        batch must be delivered again. May block while the broker is away; raises Outage soon after shutdown is set.
         """
 
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
-        """Commit what `deliver` did not. Raises Outage: to be tried again."""
+        """Commit the offsets that `deliver` did not. Raises Outage: must be retried."""
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
-        """Have the broker end the transactions of ours that it forgot at these partitions. Raises Outage.
+        """Make the broker end our transactions that it forgot on these partitions. Raises Outage.
 
-        A broker that was killed once it had decided on a transaction may come back and never mark it as ended, though
-        it told the client so (seen with Apache Kafka 4.3.1). The mark of our next transaction there ends both.
+        A broker that was killed after it decided on a transaction may return and never write the marker that ends it,
+        although it confirmed the transaction to the client (seen with Apache Kafka 4.3.1). The marker of our next
+        transaction on the partition ends both.
         """
 
     def undo(self, place: TopicPartition, generation: object) -> None:
-        """Have the broker drop the offsets of ours, in the group of `generation`, whose transaction it forgot.
+        """Make the broker drop our offsets, in the group of `generation`, whose transaction it forgot. Raises Outage.
 
-        Nobody can read on meanwhile; `place` is any of the group's. Raises Outage. It is as with `release`, but how the
-        broker had decided is not to be known, and a batch is better done twice than never.
+        Until then no member can read on. `place` is any partition of the group. As with `release`, but the broker's
+        decision cannot be known, and processing a batch twice is better than never.
         """
 
     def close(self) -> None:
-        """Let go of the broker."""
+        """Disconnect."""
 
 
 class AtLeastOnce:
-    """Outputs first, offsets after: a crash between the two repeats a batch, and never loses one."""
+    """Outputs first, offsets after: a crash between the two repeats a batch and never loses one."""
 
     def __init__(self, *, properties: Mapping[str, str], shutdown: Event) -> None:
         self._shutdown = shutdown
         self._failed: list[str] = []
-        self._away = ""  # all connections broke, and why
-        self._spell = Spell("Kafka, for what is written")
+        self._away = ""  # why all connections are broken
+        self._outage = OutageLog("Kafka, for writing")
         self._make: Callable[[], Producer] = lambda: make_producer(
             properties, on_failure=self._on_failure, on_error=self._on_error
         )
         self._producer = self._make()
 
     def open(self) -> None:
-        """Nothing is ever half-done."""
+        """Nothing is ever left unfinished."""
 
     def deliver(
         self,
         records: Sequence[Record],
-        offsets: Sequence[TopicPartition] = (),  # noqa: ARG002 - they come after, see commit
+        offsets: Sequence[TopicPartition] = (),  # noqa: ARG002 - committed afterwards, see commit
         generation: object = None,  # noqa: ARG002
     ) -> None:
         # 1. Outputs and dead letters go into the producer's queue.
         with self._noting_errors():
             enqueue(self._producer, records, self._shutdown)
-        # 2. Every one is acknowledged. The producer itself tries for ever: handing over twice would write twice.
+        # 2. Every one is acknowledged. The producer itself retries for ever: enqueuing again would write twice.
         with self._noting_errors():
             left, since = len(records), time.monotonic()
             while unacknowledged := self._producer.flush(_WAIT_S):
                 if unacknowledged < left:
                     left, since = unacknowledged, time.monotonic()
-                if self._away or time.monotonic() - since > _SILENT_S:  # it may have no leader, or too few replicas
-                    self._spell.lasts(f"not written yet: {self._away or 'the broker acknowledges nothing'}")
+                if self._away or time.monotonic() - since > _SILENT_S:  # no leader, or too few replicas
+                    self._outage.failed(self._away or "the broker acknowledges nothing")
                 if self._shutdown.is_set():
                     raise Outage("stopping before the broker acknowledged the outputs")
         self._away = ""
-        self._spell.over()
+        self._outage.over()
         if self._failed:
             reason = self._failed[0]
             self._failed.clear()
-            raise Outage(f"a record was not written: {reason}")
+            raise Outage(f"record not written: {reason}")
 
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
-        # 3. The offsets are committed. The client's own wait for that ends no sooner than the broker is back; so it is
-        # not waited for, but asked what is committed, which the broker answers after it.
+        # 3. The offsets are committed. A synchronous commit would block until the broker is back, so commit
+        # asynchronously and then ask what is committed: the broker answers in that order.
         try:
             consumer.commit(offsets=list(offsets), asynchronous=True)
             committed = consumer.committed(list(offsets), timeout=_WAIT_S)
@@ -120,14 +120,14 @@ class AtLeastOnce:
             raise Outage(f"offsets of {offsets[0].topic} not committed: {exception.args[0].str()}") from None
         for asked, found in zip(offsets, committed, strict=True):
             if found.error or found.offset < asked.offset:
-                reason = found.error.str() if found.error else "the broker did not take them"
+                reason = found.error.str() if found.error else "the broker did not accept them"
                 raise Outage(f"offsets of {offsets[0].topic} not committed: {reason}")
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
-        """There are none."""
+        """Without transactions there is nothing to end."""
 
     def undo(self, place: TopicPartition, generation: object) -> None:
-        """It has no transactions."""
+        """Without transactions there is nothing to drop."""
 
     def close(self) -> None:
         with suppress(KafkaException):
@@ -136,7 +136,7 @@ class AtLeastOnce:
 
     @contextmanager
     def _noting_errors(self) -> Iterator[None]:
-        """A client that is beyond repair, since it may not write anything for example, is replaced."""
+        """Replace a client that is beyond repair, for example because it lacks every right to write."""
         try:
             yield
         except KafkaException as exception:
@@ -154,23 +154,23 @@ class AtLeastOnce:
 
 
 class ExactlyOnce:
-    """Outputs, dead letters and offsets in one Kafka transaction: readers of what is committed see all or nothing.
+    """Outputs, dead letters and offsets in one Kafka transaction: `read_committed` consumers see all or nothing.
 
-    A transaction that fails in whatever way is given up together with its client. The next client takes the same
-    transactional id: the broker then ends what the other left open, and the committed offsets tell how.
+    When a transaction fails, its client is discarded with it. The next client uses the same transactional id: the
+    broker then aborts or completes what the old one left open, and the committed offsets show which.
     """
 
     def __init__(self, *, properties: Mapping[str, str], transactional_id: str, shutdown: Event) -> None:
         self._shutdown = shutdown
         self._id = transactional_id
-        self._shaken = False  # a connection broke: the client may hang in its next transaction, see _Calls
-        self._away = ""  # all of them did, and why
+        self._suspect = False  # a connection broke: the client may hang in its next transaction, see _Calls
+        self._away = ""  # why all connections are broken
         self._failed: list[str] = []
         self._make: Callable[[], Producer] = lambda: make_producer(
             properties, transactional_id=transactional_id, on_failure=self._on_failure, on_error=self._on_error
         )
         self._calls = _Calls()
-        self._fresh: Producer | None = self._make()  # a wrong setting is told at the start
+        self._fresh: Producer | None = self._make()  # at the start, so that a wrong setting is reported there
         self._producer: Producer | None = None
 
     def open(self) -> None:
@@ -194,7 +194,7 @@ class ExactlyOnce:
         _COMMITTED.inc()
 
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
-        """They are."""
+        """The transaction committed them."""
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
         if not places:
@@ -215,29 +215,29 @@ class ExactlyOnce:
 
             self._bounded(drop)
         _ABORTED.inc()
-        reason = "a transaction has no end; if it was ours, its batch comes again"
+        reason = "a transaction never ended; if it was ours, its batch is redelivered"
         log.warning("offsets_held_back", place=f"{place.topic} {place.partition}", reason=reason)
 
     @contextmanager
     def _transaction(self) -> Iterator[Producer]:
-        """A transaction that is begun, and given up with its client if anything goes wrong. Raises Outage."""
+        """Begin a transaction; if anything fails, discard it with its client. Raises Outage."""
         producer = self._ready()
         try:
             producer.begin_transaction()
             yield producer
         except Outage:
-            self._give_up()
+            self._discard()
             raise
         except KafkaException as exception:
-            self._give_up()
-            self._hear(producer)  # of records that were not written
+            self._discard()
+            self._poll(producer)  # reports records that were not written
             reason = self._failed[0] if self._failed else exception.args[0].str()
-            raise Outage(f"transaction of {self._id} given up: {reason}") from None
+            raise Outage(f"transaction of {self._id} failed: {reason}") from None
         except _Stuck:
-            self._give_up()
-            raise Outage(f"transaction of {self._id} given up: no return in {_STUCK_S:.0f} s") from None
+            self._discard()
+            raise Outage(f"transaction of {self._id} failed: the client hung for {_STUCK_S:.0f} s") from None
 
-    def _give_up(self) -> None:
+    def _discard(self) -> None:
         self._producer = None
         _ABORTED.inc()
 
@@ -254,41 +254,41 @@ class ExactlyOnce:
 
     def _ready(self) -> Producer:
         if self._producer:
-            self._hear(self._producer)  # of broken connections
-            if not self._shaken:
+            self._poll(self._producer)  # reports broken connections
+            if not self._suspect:
                 return self._producer
         self._failed.clear()
-        producer, self._fresh, self._producer, self._shaken = self._fresh or self._make(), None, None, False
+        producer, self._fresh, self._producer, self._suspect = self._fresh or self._make(), None, None, False
         deadline = time.monotonic() + _TRANSACTION_WAIT_S
         while True:
             try:
                 self._bounded(partial(producer.init_transactions, _WAIT_S))
                 break
             except _Stuck:
-                raise Outage(f"no transactions of {self._id}: no return in {_STUCK_S:.0f} s") from None
+                raise Outage(f"no transactions for {self._id}: the client hung for {_STUCK_S:.0f} s") from None
             except KafkaException as exception:
                 error = exception.args[0]
-                self._hear(producer)
+                self._poll(producer)
                 if error.retriable():
                     if not (self._away or self._shutdown.is_set() or time.monotonic() > deadline):
                         continue
                     self._fresh = producer
-                raise Outage(f"no transactions of {self._id}: {self._away or error.str()}") from None
-        self._producer, self._shaken, self._away = producer, False, ""
+                raise Outage(f"no transactions for {self._id}: {self._away or error.str()}") from None
+        self._producer, self._suspect, self._away = producer, False, ""
         return producer
 
-    def _hear(self, producer: Producer) -> None:
+    def _poll(self, producer: Producer) -> None:
         try:
             producer.poll(0)
-        except KafkaException:  # it is fenced, by another process of its name for example
-            self._shaken = True
+        except KafkaException:  # fenced, for example by another process of the same name
+            self._suspect = True
 
     def _on_failure(self, error: KafkaError, message: Message) -> None:
         if error.code() not in _PURGED:
             self._failed.append(f"{message.topic()}: {error.str()}")
 
     def _on_error(self, error: KafkaError) -> None:
-        self._shaken = True
+        self._suspect = True
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
             self._away = error.str()
         elif error.code() in DENIED:
@@ -296,14 +296,14 @@ class ExactlyOnce:
 
 
 class _Stuck(Exception):
-    """The client hangs in a call."""
+    """A call into the client does not return."""
 
 
 class _Calls:
-    """A thread that calls into the client, and that can be left behind.
+    """A thread that calls into the client, and that can be abandoned.
 
-    librdkafka 2.16 may ignore a call's own timeout for ever: https://github.com/confluentinc/librdkafka/issues/5456 is
-    about send_offsets_to_transaction.
+    librdkafka 2.16 may ignore a call's timeout and never return, as send_offsets_to_transaction does in
+    https://github.com/confluentinc/librdkafka/issues/5456.
     """
 
     def __init__(self) -> None:
@@ -311,7 +311,7 @@ class _Calls:
         Thread(target=self._run, daemon=True, name="transaction").start()
 
     def start(self, call: Callable[[], None]) -> Future[None]:
-        """Have it called once those before it have returned."""
+        """Run it after the calls before it have returned."""
         done: Future[None] = Future()
         self._waiting.put((call, done))
         return done
@@ -325,7 +325,7 @@ class _Calls:
                 done.set_exception(error)
             else:
                 done.set_result(None)
-            del call, done  # and with them the client, which may have been given up
+            del call, done  # and with them the client, which may have been discarded
 
 
 def delivery(
@@ -335,17 +335,17 @@ def delivery(
     transactional_id: str,
     shutdown: Event,
 ) -> Delivery:
-    """The delivery that keeps the guarantee. Raises SettingsError."""
+    """The delivery that keeps the guarantee. Raises SettingsError for wrong Kafka properties."""
     if guarantee == "exactly_once":
         return ExactlyOnce(properties=properties, transactional_id=transactional_id, shutdown=shutdown)
     return AtLeastOnce(properties=properties, shutdown=shutdown)
 
 
 def enqueue(producer: Producer, records: Iterable[Record], shutdown: Event) -> None:
-    """Hand records over to the producer; while its queue is full, wait.
+    """Put records into the producer's queue, waiting while it is full.
 
-    Raises Outage when that is cut short, KafkaException if the producer does not take one: its topic is unknown, or it
-    is larger than `message.max.bytes`.
+    Raises Outage if shutdown is set meanwhile, KafkaException if the producer refuses a record: its topic is unknown,
+    or it is larger than `message.max.bytes`.
     """
     produce = producer.produce
     for record in records:

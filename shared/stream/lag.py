@@ -1,7 +1,7 @@
-"""How far a consumer is behind the ends of its partitions, by what the client knows without asking the broker."""
+"""How far a group is behind the ends of its partitions, from what the client knows without asking the broker."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
@@ -12,41 +12,44 @@ _ANSWER_S = 1.0
 
 
 class Lag:
-    """Of one group on one topic.
+    """The lag of one group on one topic.
 
-    The end of a partition is told by the client (`enable.partition.eof`): behind the last record lie the marks of
-    transactions, which are no records and yet have offsets.
+    The client reports the end of a partition (`enable.partition.eof`): the offsets after the last record belong to
+    transaction markers, which are not records.
     """
 
     def __init__(self, group: str, topic: str) -> None:
         self.records = 0
         self._names = (group, topic)
-        self._next: dict[int, int] = {}  # behind what is finished
-        self._ends: dict[int, int] = {}  # as the client told them last
-        self._behind_since: dict[int, float] = {}  # monotonic; since something was finished last, at the earliest
+        self._next: dict[int, int] = {}  # offset after the last final record
+        self._ends: dict[int, int] = {}  # as the client reported them last
+        self._behind_since: dict[int, float] = {}  # monotonic; not earlier than the last final batch
 
-    def finished(self, offsets: Iterable[TopicPartition]) -> None:
-        """The next offsets to be read, were this process to end now."""
+    def assigned(self, partitions: Sequence[TopicPartition]) -> None:
+        """Nothing is known of them before the first record or end."""
+
+    def final(self, offsets: Sequence[TopicPartition]) -> None:
+        """Everything before these offsets is committed."""
         for each in offsets:
             self._next[each.partition] = each.offset
             self._behind_since.pop(each.partition, None)
 
     def reached_end(self, partition: int, offset: int) -> None:
-        """There is nothing from this offset on, for now."""
+        """There is no record from this offset on, for now."""
         self._ends[partition] = offset
 
-    def forget(self, partitions: Iterable[int]) -> None:
-        """These are others' now."""
-        for partition in partitions:
+    def revoked(self, partitions: Sequence[TopicPartition]) -> None:
+        """Forget these partitions, and remove their metrics."""
+        for each in partitions:
             for known in (self._next, self._ends, self._behind_since):
-                known.pop(partition, None)
+                known.pop(each.partition, None)
             for gauge in (metrics.LAG, metrics.OLDEST):
-                gauge.remove(*self._names, str(partition))
+                gauge.remove(*self._names, str(each.partition))
 
     def measure(self, consumer: Consumer, pending: Sequence[Message], *, paused: bool) -> None:
-        """Take stock: `pending` are consumed and not finished, in order within each partition.
+        """Set the metrics. `pending` are consumed and not final, in order within each partition.
 
-        Of paused partitions the client hears nothing: the broker is asked.
+        The client learns nothing about paused partitions: for those the broker is asked.
         """
         firsts = {message.partition(): message for message in reversed(pending)}
         now, now_ms = time.monotonic(), time.time() * 1000
@@ -73,7 +76,7 @@ class Lag:
 
 
 def _end(consumer: Consumer, place: TopicPartition, *, ask: bool) -> tuple[int, bool]:
-    """The partition's next offset, -1 if it is not known, and whether the broker answers."""
+    """The partition's next offset (-1 if unknown), and whether to ask the broker about the next partition as well."""
     if ask:
         try:
             _, end = consumer.get_watermark_offsets(place, timeout=_ANSWER_S)

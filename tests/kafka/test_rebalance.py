@@ -14,7 +14,8 @@ from shared.kafka.clients import consumer
 from shared.kafka.messages import Record
 from shared.settings import StreamSettings
 from shared.stream.delivery import AtLeastOnce
-from shared.stream.loop import Handler, Outcome, Stream
+from shared.stream.flight import Handler, Outcome
+from shared.stream.loop import Stream
 
 pytestmark = pytest.mark.kafka
 

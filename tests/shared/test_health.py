@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from sandbox.processes import free_port
 from shared import health, metrics
 from shared.errors import SettingsError
-from shared.retry import Spell
+from shared.retry import OutageLog
 from shared.settings import ServiceSettings
 
 STALL_S = 1.0
@@ -63,15 +63,15 @@ def test_a_call_that_hangs_is_told_in_the_log_once_and_its_end_once(port: int) -
 
 
 def test_ready_says_what_it_waits_for(port: int) -> None:
-    spell = Spell("the database")
+    outage_log = OutageLog("the database")
     outages, seconds = metrics.OUTAGES._value.get(), metrics.OUTAGE_SECONDS._value.get()
     others = metrics.OUTAGES_UNDER_WAY._value.get()
 
-    spell.lasts("connection refused")
+    outage_log.failed("connection refused")
     during = ask(port, "/ready")
-    spell.lasts("connection refused")
-    spell.over()
-    spell.over()
+    outage_log.failed("connection refused")
+    outage_log.over()
+    outage_log.over()
 
     assert during.status_code == 503
     assert during.json()["waiting_for"]["the database"] == "connection refused"
@@ -83,11 +83,11 @@ def test_ready_says_what_it_waits_for(port: int) -> None:
 
 @pytest.mark.parametrize("password", ["secret-word", "sec/ret-word", "sec?ret-word", "sec@ret-word"])
 def test_ready_gives_no_login_away(port: int, password: str) -> None:
-    spell = Spell("the registry")
+    outage_log = OutageLog("the registry")
 
-    spell.lasts(f"API request to http://operator:{password}@127.0.0.1:9/api failed for 4539578763621486")
+    outage_log.failed(f"API request to http://operator:{password}@127.0.0.1:9/api failed for 4539578763621486")
     told = ask(port, "/ready").json()["waiting_for"]["the registry"]
-    spell.over()
+    outage_log.over()
 
     assert told == "API request to http://127.0.0.1:9/api failed for **** 1486"
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from shared.errors import Outage
-from shared.retry import Spell, delay_s, until_over
+from shared.retry import OutageLog, delay_s, retry_outages
 
 
 @given(st.integers(0, 10_000), st.floats(0.01, 10), st.floats(0.01, 1000))
@@ -30,8 +30,8 @@ def test_an_outage_is_said_once_and_its_end_once() -> None:
         return answer
 
     with capture_logs() as lines:
-        result = until_over(
-            step, shutdown=Event(), initial_s=0.1, max_s=1.0, wait=waits.append, spell=Spell(waiting=lambda: 7)
+        result = retry_outages(
+            step, shutdown=Event(), initial_s=0.1, max_s=1.0, wait=waits.append, outage_log=OutageLog(waiting=lambda: 7)
         )
 
     assert result == "back"
@@ -48,4 +48,4 @@ def test_shutdown_ends_the_waiting() -> None:
         raise Outage("gone")
 
     with pytest.raises(Outage):
-        until_over(step, shutdown=shutdown, initial_s=100, max_s=100, spell=Spell())
+        retry_outages(step, shutdown=shutdown, initial_s=100, max_s=100, outage_log=OutageLog())

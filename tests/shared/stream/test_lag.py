@@ -42,7 +42,7 @@ def oldest_s(group: str) -> float:
 
 def test_the_marks_of_transactions_are_no_lag() -> None:
     broker, told = Broker(), Lag("marks", "orders")
-    told.finished([TopicPartition("orders", 0, 10)])
+    told.final([TopicPartition("orders", 0, 10)])
     told.reached_end(0, 11)  # a mark lies between
     broker.end = 11
 
@@ -56,7 +56,7 @@ def test_what_goes_on_is_young_and_what_stands_still_grows_old(clock: Any) -> No
     broker, told = Broker(), Lag("steady", "orders")
     for offset in range(0, 600, 10):  # each time, there is a mark that the end was not told behind yet
         broker.end = offset + 11
-        told.finished([TopicPartition("orders", 0, offset + 10)])
+        told.final([TopicPartition("orders", 0, offset + 10)])
         told.measure(broker, [], paused=False)  # type: ignore[arg-type]
         clock.s += 1
     assert told.records == 1

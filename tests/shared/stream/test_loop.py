@@ -18,7 +18,8 @@ from shared.kafka.clients import consumer
 from shared.kafka.messages import Record
 from shared.settings import StreamSettings
 from shared.stream.delivery import AtLeastOnce, Delivery
-from shared.stream.loop import Handler, Outcome, Stream
+from shared.stream.flight import Handler, Outcome
+from shared.stream.loop import Stream
 
 SETTINGS = StreamSettings(max_batch_size=10, max_batch_wait_ms=200, backoff_initial_seconds=0.1)
 

@@ -1,0 +1,133 @@
+"""The predictor: topic_1 to topic_2, a batch at a time, with the champion in memory."""
+
+import time
+from collections.abc import Sequence
+from threading import Event
+
+import structlog
+from confluent_kafka import Message
+
+from services.predictor.drift import Monitor
+from services.predictor.followed import Followed, keep_up
+from services.predictor.model import Model
+from services.predictor.registry import Registry
+from services.predictor.scoring import predict
+from services.predictor.settings import PredictorSettings
+from services.predictor.shadow import Shadow
+from shared.dead_letters import Limit
+from shared.errors import Outage
+from shared.retry import OutageLog, retry_outages
+from shared.settings import kafka_properties
+from shared.stream import delivery
+from shared.stream.flight import Outcome
+from shared.stream.loop import open_stream
+
+log = structlog.get_logger()
+
+_FOLLOWING_ENDS_S = 3.0
+
+
+def serve(settings: PredictorSettings, shutdown: Event) -> None:
+    """Wait for a model, then predict until shutdown."""
+    properties = kafka_properties(settings)
+    stream = open_stream(
+        settings,
+        properties,
+        group=settings.predictor_group,
+        topic=settings.topic_1,
+        delivery=delivery.delivery(
+            settings.delivery,
+            properties=properties,
+            transactional_id=f"{settings.predictor_group}-{settings.replica}",
+            shutdown=shutdown,
+        ),
+        shutdown=shutdown,
+    )
+    settings.log_in()
+    registry = Registry(
+        tracking_uri=settings.mlflow_tracking_uri,
+        name=settings.model_name,
+        cache=settings.model_cache_directory,
+        compiled=settings.compiled_scoring,
+        shutdown=shutdown,
+    )
+    champion = Followed(registry, settings.model_alias, required=True)
+    challenger = Followed(registry, "challenger", required=False)
+    try:
+        retry_outages(
+            champion.first,
+            shutdown=shutdown,
+            initial_s=settings.backoff_initial_seconds,
+            max_s=settings.backoff_max_seconds,
+            outage_log=OutageLog("a model"),
+        )
+    except Outage:
+        stream.close()
+        return
+    look_now = Event()
+    following = keep_up(
+        [champion, challenger],
+        every_s=settings.model_refresh_seconds,
+        now=look_now,
+        shutdown=shutdown,
+        settings=settings,
+    )
+    shadow = Shadow(
+        challenger,
+        sample=settings.challenger_sample,
+        topic=settings.challenger_topic,
+        properties=properties,
+        shutdown=shutdown,
+    )
+    stream.run(Scorer(champion, shadow, look_now, settings).handle, ahead=True)
+    look_now.set()
+    following.join(_FOLLOWING_ENDS_S)
+
+
+class Scorer:
+    """Scores batch after batch, each with one model: the champion of that moment."""
+
+    def __init__(self, champion: Followed, shadow: Shadow, look_now: Event, settings: PredictorSettings) -> None:
+        self._champion = champion
+        self._shadow = shadow
+        self._look_now = look_now
+        self._settings = settings
+        self._model: Model | None = None
+        self._monitor = Monitor(None, psi_limit=settings.drift_psi, rows=settings.drift_rows)
+        self._broken: str | None = None
+
+    def handle(self, messages: Sequence[Message]) -> Outcome:
+        """Predict the batch. Raises Outage while the model is broken and the registry has no other champion."""
+        model = self._champion.model
+        if model is None:
+            raise Outage("no model yet")
+        if model is not self._model:
+            self._begin_with(model)
+        if self._broken:
+            self._look_now.set()
+            raise Outage(f"{self._broken}; it is still version {model.version}")
+        try:
+            predicted = predict(
+                model,
+                messages,
+                topic=self._settings.topic_2,
+                group=self._settings.predictor_group,
+                now_ms=time.time_ns() // 1_000_000,
+                limit=self._limit,
+            )
+        except Outage as outage:
+            self._broken = str(outage)
+            self._look_now.set()
+            raise
+        self._monitor.add(predicted.seen)
+        self._shadow.offer(messages)
+        return predicted.outcome
+
+    def _begin_with(self, model: Model) -> None:
+        if self._model:
+            log.info("model_swapped", version=model.version, before=self._model.version)
+        self._model, self._broken = model, None
+        self._limit = Limit.from_settings(self._settings)
+        self._monitor = Monitor(
+            model.profile, psi_limit=self._settings.drift_psi, rows=self._settings.drift_rows, before=self._monitor
+        )

@@ -1,0 +1,63 @@
+"""Whether a group reaches its brokers and may read its topic, from what its client reports and answers."""
+
+import time
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+
+from shared.kafka.clients import DENIED
+from shared.retry import OutageLog
+
+_PROBE_S = 1.0
+
+
+class Reachability:
+    """Logs an outage from the first report that the brokers are away, or the topic denied, until a probe succeeds."""
+
+    def __init__(self, *, group: str, topic: str) -> None:
+        self._topic = topic
+        self._outage = OutageLog(f"Kafka, for {group}", group=group)
+        self._reason = ""  # of the last report
+        self._denied = False  # the topic: only a record or its end shows that it may be read again
+        self._reported_at = 0.0  # monotonic
+
+    def report(self, error: KafkaError) -> None:
+        """Note that all brokers are away, or that a right is missing."""
+        if not self._reason:
+            self._reported_at = time.monotonic()
+        denied = error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED
+        if denied != self._denied:
+            self._outage.over()  # what follows is an outage of another kind, and is logged as one
+        self._denied = denied
+        self._reason = f"{self._topic}: {error.str()}" if denied else error.str()
+
+    def read(self) -> None:
+        """Note that a record, or the end of a partition, was read."""
+        self._denied = False
+
+    def check(self, consumer: Consumer, *, other_outage: bool, at_least_s: float) -> None:
+        """Probe the brokers after a report, and log whether the outage lasts.
+
+        Another outage under way covers this one in the log. Reports are `at_least_s` seconds old before the first
+        probe: a batch may fail for the same reason, or the outage may be over by then.
+        """
+        due = self._reason and not other_outage and time.monotonic() - self._reported_at >= at_least_s
+        if not (due or self._outage.under_way):
+            return
+        if problem := self._problem(consumer):
+            self._outage.failed(problem)
+        else:
+            self._reason = ""
+            self._outage.over()
+
+    def _problem(self, consumer: Consumer) -> str | None:
+        """Why the group cannot read its topic, or None."""
+        if self._denied:
+            return self._reason
+        try:
+            known = consumer.list_topics(self._topic, timeout=_PROBE_S).topics[self._topic]
+            if known.error and known.error.code() in DENIED:
+                return self._reason
+            consumer.committed([TopicPartition(self._topic, 0)], timeout=_PROBE_S)
+        except KafkaException:
+            return self._reason
+        return None
