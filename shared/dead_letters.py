@@ -1,4 +1,4 @@
-"""Dead letters: bad messages kept with their original bytes and where they came from, on `<topic>.dlq`."""
+"""Dead letters: bad messages kept with their original bytes and their origin, on `<topic>.dlq`."""
 
 import time
 from collections import deque
@@ -21,10 +21,10 @@ R = TypeVar("R")
 
 
 class Limit:
-    """Tells rows that are bad from a model, a table or a mail server that is: the latter refuses row after row.
+    """Distinguishes bad rows from a bad model, table or mail server, which refuses row after row.
 
-    Such are `consecutive` refusals in a row, or a share above `ratio` of the last thousand rows. A refusal is a row
-    that could be read and was then not accepted.
+    It is not the rows if `consecutive` rows are refused one after the other, or more than a share of `ratio` of the
+    last thousand. A refused row is one that could be read and was then not accepted.
     """
 
     def __init__(self, *, ratio: float, consecutive: int) -> None:
@@ -38,9 +38,9 @@ class Limit:
         return cls(ratio=settings.dead_letter_limit_ratio, consecutive=settings.dead_letter_limit_consecutive)
 
     def check(self, results: Sequence[object]) -> None:
-        """Take in what became of the rows of a batch, in order: those that are Poison were refused.
+        """Count the results of a batch, in order: those that are Poison were refused.
 
-        Raises Outage if it is not the rows; these are then not taken in, since they are to come again.
+        Raises Outage if it is not the rows. The batch is then not counted, since it will be redelivered.
         """
         refused = [isinstance(result, Poison) for result in results]
         if not any(refused):
@@ -50,12 +50,12 @@ class Limit:
         longest = max(len(list(run)) for was_refused, run in groupby(seen) if was_refused)
         if longest >= self._consecutive or (len(seen) >= self._consecutive and sum(seen) > self._ratio * len(seen)):
             first = next(result for result in results if isinstance(result, Poison))
-            raise Outage(f"{sum(refused)} of {len(refused)} rows refused, it is not the rows: {first}")
+            raise Outage(f"{sum(refused)} of {len(refused)} rows refused, too many to be bad rows: {first}")
         self._refused.extend(refused)
 
 
 def refusal(topic: str, reason: str, *, by: str) -> Headers:
-    """The headers that say which topic a dead letter belongs to, who refused it, why and when."""
+    """The headers of a dead letter: its topic, the group that refused it, the reason and the time."""
     return [
         ("dlq-reason", reason[:_MAX_REASON].encode()),
         ("dlq-topic", topic.encode()),
@@ -65,13 +65,13 @@ def refusal(topic: str, reason: str, *, by: str) -> Headers:
 
 
 def reason_of(letter: Record) -> str:
-    """Why it is a dead letter."""
+    """The reason for which a record became a dead letter."""
     found = dict(letter.headers)["dlq-reason"]
     return found.decode() if isinstance(found, bytes) else str(found)
 
 
 def dead_letter(message: Message, reason: str, *, group: str) -> Record:
-    """The record that keeps `message`: its value, key and headers, its coordinates, who refused it and why."""
+    """The record that keeps `message`: value, key, headers and coordinates, and which group refused it and why."""
     topic, partition, offset = coordinates(message)
     original = [header for header in headers(message) if not header[0].startswith("dlq-")]
     return Record(
@@ -89,10 +89,10 @@ def dead_letter(message: Message, reason: str, *, group: str) -> Record:
 
 
 def isolate(rows: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) -> list[R | Poison]:
-    """Work on all rows at once; where that raises Poison, halve until the poisonous rows stand alone.
+    """Work on all rows at once; if that raises Poison, halve until each bad row is alone.
 
-    Returns a result or the Poison for each row, in order. n rows with one poisonous among them cost about 2 log2(n)
-    calls. Any other exception passes through.
+    Returns a result or the Poison for each row, in order. n rows with one bad row among them cost about 2 log2(n)
+    calls. Any other exception is passed on.
     """
     try:
         return list(work(rows))

@@ -1,14 +1,17 @@
-"""Errors are types with a verdict: this record for ever, everything for now, or the operator's to mend."""
+"""Exceptions by what happens next.
+
+Poison: dead-letter this record. Outage: wait and retry the batch. SettingsError: exit 2; the operator fixes it.
+"""
 
 
 class Poison(Exception):
-    """This record can never be processed: it goes to the dead letters and its neighbours go on."""
+    """This record can never be processed: it becomes a dead letter, and its neighbours go on."""
 
 
 class Outage(Exception):
-    """Something the service needs is away: nothing is lost or dead-lettered, the work is tried again later.
+    """Something the service needs is away: nothing is lost or dead-lettered, and the work is retried later.
 
-    `retry_after_s` is what the payments API asked for, if it did.
+    `retry_after_s` is the wait that the payments API asked for; 0 if it did not.
     """
 
     def __init__(self, reason: str, *, retry_after_s: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""The flow in the log: at most one line a second, however fast the records come."""
+"""Logging a flow of records: at most one line a second, however fast they arrive."""
 
 import time
 from collections import Counter
@@ -10,9 +10,9 @@ log = structlog.get_logger()
 
 
 class Flow:
-    """Adds counts up and logs them as one `event`, with the rate and the running total of the first, and `levels`.
+    """Sums counts and logs them as one `event`, with `levels` and the rate and running total of the first count.
 
-    `names` stand on each line.
+    `names` are repeated on each line.
     """
 
     def __init__(self, event: str, *, levels: Callable[[], Mapping[str, int]] = dict, **names: str) -> None:
@@ -25,14 +25,14 @@ class Flow:
         self._total = 0
 
     def add(self, *, ages_ms: Iterable[float] = (), **counts: int) -> None:
-        """Add, for example `records=1000, dead_letters=2`, and how old some of them were when they were done."""
+        """Add, for example, `records=1000, dead_letters=2`, and the ages of some of the records when they were done."""
         self._counts.update(counts)
         self._ages_ms += ages_ms
         self._total += next(iter(counts.values()))
         self.report_if_due()
 
     def report_if_due(self) -> None:
-        """Log what has not been logged yet, if the last time was a second ago."""
+        """Log what has not been logged yet, if a second has passed since the last line."""
         if time.monotonic() - self._since >= 1.0:
             self.report()
 

@@ -1,4 +1,4 @@
-"""Is the service alive, and what does it wait for? `/live`, `/ready` and `/metrics` for probes and people."""
+"""`/live`, `/ready` and `/metrics`: whether the service is alive, and what it waits for."""
 
 import time
 from collections.abc import Iterator
@@ -20,24 +20,24 @@ log = structlog.get_logger()
 _CLIENT_TIMEOUT_S = 10.0
 _WATCH_S = 1.0
 
-# Of the process, like its metrics; told by several threads, each of which has names of its own.
-_turns: dict[str, float] = {}  # monotonic: when a loop turned last, when a call began
+# One for the process, like its metrics. Several threads write here, each under names of its own.
+_turns: dict[str, float] = {}  # monotonic: when a loop last turned or a call began
 _waiting_for: dict[str, str] = {}
 
 
 def turned(loop: str) -> None:
-    """The loop turns, and is to turn again soon."""
+    """Note that the loop turns; it is expected to turn again soon."""
     _turns[loop] = time.monotonic()
 
 
 def ended(loop: str) -> None:
-    """The loop need not turn any more."""
+    """Note that the loop has ended, and is not expected to turn again."""
     _turns.pop(loop, None)
 
 
 @contextmanager
 def call(name: str) -> Iterator[None]:
-    """A call that is to return soon."""
+    """Mark a call that is expected to return soon."""
     turned(name)
     try:
         yield
@@ -46,18 +46,21 @@ def call(name: str) -> Iterator[None]:
 
 
 def slow(longer_than_s: float = 0.0) -> dict[str, float]:
-    """Loops that have not turned, and calls that have not returned, for longer than that, with the seconds."""
+    """Loops that have not turned and calls that have not returned for longer than that, by name, in seconds."""
     now = time.monotonic()
     return {name: now - at for name, at in list(_turns.items()) if now - at > longer_than_s}
 
 
 def waits_for(what: str, reason: str) -> None:
-    """The service cannot do its work before it has this, because of that: /ready asks nobody for a login."""
+    """Mark the service not ready until `has(what)` is called.
+
+    The reason is shown on /ready, which is unauthenticated, so credentials and card numbers are removed.
+    """
     _waiting_for[what] = without_cards(without_credentials(reason))
 
 
 def has(what: str) -> None:
-    """It has."""
+    """Clear what `waits_for(what)` reported."""
     _waiting_for.pop(what, None)
 
 
@@ -77,14 +80,14 @@ def serve(service: str, settings: ServiceSettings) -> None:
                 self._answer(200, CONTENT_TYPE_LATEST, generate_latest())
             elif self.path == "/live":
                 stalled = {name: round(seconds, 1) for name, seconds in slow(stall_s).items()}
-                self._tell(not stalled, {"live": not stalled, "service": service, "stalled": stalled})
+                self._report(not stalled, {"live": not stalled, "service": service, "stalled": stalled})
             elif self.path == "/ready":
                 reasons = dict(_waiting_for)
-                self._tell(not reasons, {"ready": not reasons, "service": service, "waiting_for": reasons})
+                self._report(not reasons, {"ready": not reasons, "service": service, "waiting_for": reasons})
             else:
-                self._answer(404, "text/plain", b"there are /live, /ready and /metrics\n")
+                self._answer(404, "text/plain", b"not found: use /live, /ready or /metrics\n")
 
-        def _tell(self, good: bool, answer: dict[str, object]) -> None:
+        def _report(self, good: bool, answer: dict[str, object]) -> None:
             self._answer(200 if good else 503, "application/json", msgspec.json.encode(answer) + b"\n")
 
         def _answer(self, status: int, kind: str, body: bytes) -> None:
@@ -95,11 +98,11 @@ def serve(service: str, settings: ServiceSettings) -> None:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Probes are no news."""
+            """Do not log probes."""
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, request: object, client_address: object) -> None:
-            """Who hangs up before the answer is no news either."""
+            """Do not log clients that disconnect before the answer."""
 
     try:
         server = Server((settings.metrics_host, settings.metrics_port), Answers)
@@ -110,7 +113,7 @@ def serve(service: str, settings: ServiceSettings) -> None:
 
 
 def _watch(stall_s: float) -> None:
-    """Say in the log what stalls, and when it goes on."""
+    """Log what stalls, and when it continues."""
     said: set[str] = set()
     while True:
         stalled = slow(stall_s)

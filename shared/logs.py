@@ -56,7 +56,7 @@ def configure(service: str, settings: ServiceSettings) -> None:
 
 
 class Sparingly(logging.Filter):
-    """Lets each kind of line pass once a minute: librdkafka repeats itself many times a second in an outage."""
+    """Lets each kind of line pass once a minute: in an outage librdkafka repeats itself many times a second."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""A container's health check: `python -m shared.probe` asks the service of this container whether it is live.
+"""A container's health check: `python -m shared.probe` checks that the service in this container is live.
 
-`python -m shared.probe ready` asks what it waits for.
+`python -m shared.probe ready` checks that it is ready, and prints what it waits for.
 """
 
 import sys
@@ -13,7 +13,7 @@ _TIMEOUT_S = 5.0
 
 
 def main() -> int:
-    """Print what it answers; exit code 0 if all is well, or if it has no METRICS_PORT to be asked at."""
+    """Print the answer. Exit code 0 if it is good, or if METRICS_PORT is 0, so that there is nothing to check."""
     what = sys.argv[1] if len(sys.argv) > 1 else "live"
     try:
         settings = load(ServiceSettings)

@@ -1,7 +1,7 @@
-"""What a model's features looked like in training: it travels with the model, and live data is held against it.
+"""The distribution of a model's features in training. It is logged with the model, and live data is compared with it.
 
-What to expect depends on the hour: people do not buy at night what they buy at noon. So a profile has shares for each
-quarter of the day. It is one of legitimate payments: in training data frauds are far more frequent than in life.
+Distributions depend on the hour: people do not buy at night what they buy at noon. So a profile has shares for each
+quarter of the day. It covers legitimate payments only: frauds are far more frequent in training data than in life.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ _PRIOR_ROWS = 100
 
 
 class Numbers(msgspec.Struct, frozen=True):
-    """A numeric feature: between `edges` (BINS - 1) lie bins of about a tenth of the rows each."""
+    """A numeric feature, in BINS bins of about a tenth of the rows each, divided by `edges` (BINS - 1 values)."""
 
     low: float
     high: float
@@ -26,23 +26,23 @@ class Numbers(msgspec.Struct, frozen=True):
 
 
 class Names(msgspec.Struct, frozen=True):
-    """A feature of few values."""
+    """A categorical feature."""
 
     known: list[str]
     shares: list[list[float]]  # (quarters of the day, len(known))
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """What each feature looked like in training."""
+    """The distribution of each feature in training."""
 
     numbers: dict[str, Numbers]
     names: dict[str, Names]
 
 
 def make_profile(columns: Mapping[str, Sequence[Any]], times: Sequence[str]) -> Profile:
-    """The profile of legitimate payments: raw `columns` (n values each) and their trans_date_trans_time.
+    """The profile of legitimate payments, from raw `columns` (n values each) and their trans_date_trans_time (n).
 
-    Dates of birth count by their year. Columns of many different words, such as names, are left out.
+    Dates of birth count by their year. Text columns with many different values, such as names, are left out.
     """
     quarters = quarters_of(times)
     numbers, names = {}, {}
@@ -70,8 +70,8 @@ def numbers_of(feature: str, values: Sequence[Any]) -> np.ndarray:
 
 
 def _shares(bins: np.ndarray, quarters: np.ndarray, count: int) -> list[list[float]]:
-    """Shares of the bins in each quarter of the day, and as many as _PRIOR_ROWS of the whole day."""
+    """Shares of the bins in each quarter of the day, smoothed with _PRIOR_ROWS rows of the whole day."""
     whole = np.bincount(bins, minlength=count)
     found = [np.bincount(bins[quarters == quarter], minlength=count) for quarter in range(QUARTERS)]
-    mixed = [each + _PRIOR_ROWS * whole / whole.sum() for each in found]  # few rows say little of their quarter
+    mixed = [each + _PRIOR_ROWS * whole / whole.sum() for each in found]  # a few rows say little about their quarter
     return [np.round(each / each.sum(), 5).tolist() for each in mixed]

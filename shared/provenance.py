@@ -1,4 +1,4 @@
-"""Where a prediction comes from. It travels in a record header of topic_2, so that the value stays N+2 features."""
+"""Where a prediction comes from: a record header of topic_2, so that the value keeps its N+2 features."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ HEADER = "provenance"
 
 
 class Provenance(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """Which model said so, how surely, when, and from which record of topic_1."""
+    """The model, its probability, the time of the prediction, and the record of topic_1 it was made from."""
 
     model_name: str | None = None
     model_version: str | None = None
@@ -27,12 +27,12 @@ _NONE = Provenance()
 
 
 def to_headers(provenance: Provenance) -> Headers:
-    """The headers of a topic_2 record; what is not known is left out."""
+    """The headers of a topic_2 record. Unknown fields are left out."""
     return [(HEADER, _encode(provenance))]
 
 
 def from_headers(headers: Headers) -> Provenance:
-    """Read it; nothing is known if it is missing or cannot be read, since the prediction stands without it."""
+    """Read the provenance. If it is missing or unreadable every field is None: the prediction counts without it."""
     for name, raw in headers:
         if name == HEADER and isinstance(raw, bytes):
             try:

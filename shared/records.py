@@ -33,7 +33,7 @@ _LARGEST_SECONDS = 10**11
 
 
 class Transaction(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """One card payment as it lies on topic_1: N features and what the source says of fraud."""
+    """One card payment as on topic_1: N features and the label that the source gives."""
 
     trans_date_trans_time: Annotated[str, Meta(max_length=19)]  # YYYY-MM-DD HH:MM:SS, UTC
     cc_num: Annotated[int, Meta(ge=1)]  # up to 19 digits, beyond float64 and int64
@@ -60,22 +60,22 @@ class Transaction(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
     @property
     def identity(self) -> tuple[str, int]:
-        """What makes it this transaction: a `trans_num` alone can come back hours later."""
+        """What identifies the transaction: a `trans_num` alone can return hours later."""
         return self.trans_num, self.unix_time
 
     @property
     def key(self) -> bytes:
-        """The record key: all of a card's transactions share a partition, and so keep their order."""
+        """The record key: all transactions of a card share a partition, so that they stay in order."""
         return str(self.cc_num).encode()
 
 
 class Prediction(Transaction, gc=False):
-    """One card payment as it lies on topic_2: the transaction, exactly, and the prediction."""
+    """One card payment as on topic_2: the transaction, unchanged, and the prediction."""
 
     prediction: Literal[0, 1]
 
 
-# A transaction that any model of this project's data must be able to score, and any alarm to show; nobody's.
+# An invented transaction that every model must be able to score and every alarm to show.
 REFERENCE = Transaction(
     trans_date_trans_time="2024-05-17 13:45:12",
     cc_num=4000000000000002,
@@ -115,23 +115,23 @@ _decode_prediction = msgspec.json.Decoder(Prediction).decode
 
 
 class NotJson(Poison):
-    """It is not even JSON: an error page, as a rule."""
+    """Not JSON at all: usually an error page."""
 
 
 class BadRow(NamedTuple):
-    """A row that could not be read: why, and the row by itself as a value in split form."""
+    """A row that could not be read: the reason, and the row alone as a value in split form."""
 
     reason: str
     value: bytes
 
 
 class Rows(msgspec.Struct, frozen=True, gc=False):
-    """What a value held: its transactions, and its rows that could not be read."""
+    """The content of a value: its transactions, and its rows that could not be read."""
 
     transactions: Sequence[Transaction]
     bad: Sequence[BadRow] = ()
-    canonical: bytes | None = None  # the value, if it is the one transaction's own
-    in_milliseconds: int = 0  # of its transactions, those whose unix_time was not in seconds
+    canonical: bytes | None = None  # the value itself, if it is one transaction in canonical form
+    in_milliseconds: int = 0  # transactions whose unix_time was not in seconds
 
 
 def encode_transaction(transaction: Transaction) -> bytes:
@@ -155,7 +155,7 @@ def decode_prediction(value: bytes | None) -> Prediction:
 
 
 def read_topic_1(value: bytes | None) -> Rows:
-    """Read a topic_1 value, canonical or of the older split form. Raises Poison if it is neither."""
+    """Read a topic_1 value, canonical or in the older split form. Raises Poison if it is neither."""
     if not value:
         raise Poison("empty value")
     try:
@@ -175,7 +175,7 @@ def read_topic_1(value: bytes | None) -> Rows:
 
 
 def read_split(body: bytes) -> Rows:
-    """Read what the payments API answers: split form, encoded once or twice. Raises Poison."""
+    """Read an answer of the payments API: split form, JSON-encoded once or twice. Raises Poison."""
     return _rows(_parse(body))
 
 
@@ -198,7 +198,7 @@ def _parse(body: bytes) -> Any:
 
 
 def _checked(transaction: _T) -> _T:
-    """What msgspec's types leave open. Words such as `yesterday` are times to PostgreSQL, and must not get there."""
+    """Check what msgspec's types cannot. PostgreSQL would accept words such as `yesterday` as times."""
     moment = transaction.trans_date_trans_time
     if transaction.cc_num >= _END_OF_CARDS:
         raise Poison(f"Expected `int` of at most {MAX_CARD_DIGITS} digits - at `$.cc_num`")
@@ -206,16 +206,16 @@ def _checked(transaction: _T) -> _T:
         datetime.fromisoformat(moment)
     except ValueError:
         moment = ""
-    if moment[4::3] != "-- ::":  # what stands between the numbers: ISO 8601 has other forms, too
+    if moment[4::3] != "-- ::":  # the separators: ISO 8601 allows other forms too
         raise Poison("Expected YYYY-MM-DD HH:MM:SS - at `$.trans_date_trans_time`")
     if not _is_date(transaction.dob):
         raise Poison("Expected YYYY-MM-DD - at `$.dob`")
     return transaction
 
 
-@lru_cache(100_000)  # dates of birth come again and again
+@lru_cache(100_000)  # dates of birth repeat
 def _is_date(text: str) -> bool:
-    """Whether there is such a date, in the form YYYY-MM-DD."""
+    """Whether this is an existing date in the form YYYY-MM-DD."""
     try:
         return date.fromisoformat(text) is not None and text[4::3] == "--"
     except ValueError:
@@ -223,7 +223,7 @@ def _is_date(text: str) -> bool:
 
 
 def _without_nul(text: bytes) -> bytes:
-    """The JSON, if no text in it has the one character that PostgreSQL does not take. Raises Poison."""
+    """The JSON, if no text in it contains NUL, which PostgreSQL cannot store. Raises Poison."""
     if b"\\" in text and _NUL(text):
         raise Poison("NUL in a text")
     return text
@@ -249,7 +249,7 @@ def _rows(payload: Any) -> Rows:
 
 
 def _in_milliseconds(columns: list[Any], data: list[Any]) -> int:
-    """How many rows give `unix_time`, which should be seconds; `current_time` is milliseconds by right."""
+    """How many rows give `unix_time` in milliseconds instead of seconds; `current_time` is always in milliseconds."""
     if "current_time" in columns:
         return 0
     at = columns.index("unix_time")

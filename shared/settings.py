@@ -1,4 +1,4 @@
-"""Settings from the environment, `secrets.env` and `client.properties`; a wrong one is one line and exit code 2."""
+"""Settings from the environment, `secrets.env` and `client.properties`. A wrong one is reported in one line."""
 
 import difflib
 import os
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from dotenv import dotenv_values
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -23,13 +24,30 @@ from shared.variables import NAMES, OF_LIBRARIES
 
 SECRETS_FILE = "secrets.env"
 
-Backoff = Annotated[float, Field(gt=0)]  # without any, a consumer would try again and never poll
+Backoff = Annotated[float, Field(gt=0)]  # with 0, a consumer would retry without polling
+
+
+def matching(pattern: str, problem: str) -> AfterValidator:
+    """Accept text that matches as a whole; of any other, report the `problem`."""
+    matches = re.compile(pattern).fullmatch
+
+    def check(text: str) -> str:
+        if not matches(text):
+            raise ValueError(problem)
+        return text
+
+    return AfterValidator(check)
+
+
+Replica = Annotated[
+    str, matching(r"[A-Za-z0-9._-]{1,200}", "may only have letters, digits, dots, _ and -, at most 200")
+]
 Milliseconds = Annotated[int, Field(ge=0)]
 DeliveryGuarantee = Literal["exactly_once", "at_least_once"]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
 LogFormat = Literal["console", "json"]
 
-# A line that is torn, or not of this form at all, may begin with a secret: it is not repeated.
+# A line of another form may begin with a secret: it is not quoted.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{1,39}").fullmatch
 _PROPERTY = re.compile(r"[a-z0-9._-]+").fullmatch
 
@@ -38,9 +56,9 @@ _FOREIGN_PROPERTIES = ("schema.registry.", "basic.auth.")
 
 
 class Settings(BaseSettings):
-    """Each field is an environment variable of the same name in capitals, or of that name and _FILE: what a file holds.
+    """Each field is read from the environment variable of its name in capitals, or from the file that NAME_FILE names.
 
-    What may hold a secret is not shown by `repr`.
+    `repr` does not show fields that may hold a secret.
     """
 
     model_config = SettingsConfigDict(env_file=SECRETS_FILE, env_ignore_empty=True, extra="ignore", frozen=True)
@@ -64,60 +82,64 @@ class Settings(BaseSettings):
 
 
 class ServiceSettings(Settings):
-    """What every service reads."""
+    """Read by every service."""
 
     client_properties: Path = Field(Path("client.properties"), description="The Kafka client's settings file")
-    sasl_username: str | None = Field(None, repr=False, description="Laid over sasl.username in client.properties")
-    sasl_password: SecretStr | None = Field(None, description="Laid over sasl.password in client.properties")
+    sasl_username: str | None = Field(None, repr=False, description="Overrides sasl.username in client.properties")
+    sasl_password: SecretStr | None = Field(None, description="Overrides sasl.password in client.properties")
     topic_1: str = Field("topic_1", min_length=1, description="Topic of the transactions")
     topic_2: str = Field("topic_2", min_length=1, description="Topic of the transactions with their predictions")
     log_level: LogLevel = Field("INFO", description="The lowest level that is logged")
-    log_format: LogFormat = Field("console", description="How log lines look")
+    log_format: LogFormat = Field("console", description="Format of the log lines")
     metrics_port: int = Field(9100, ge=0, le=65535, description="Port of /metrics, /live and /ready; 0: none")
-    metrics_host: str = Field("127.0.0.1", min_length=1, description="Address they listen on")
+    metrics_host: str = Field(
+        "127.0.0.1", min_length=1, description="Address on which /metrics, /live and /ready listen"
+    )
     stall_seconds: float = Field(
         120.0,
         gt=0,
-        description="A loop, or a call of the model, the database or the mail server, that takes longer is stalled",
+        description="A loop, or a call to the model, the database or the mail server, that takes longer is stalled",
     )
 
     @property
     def challenger_topic(self) -> str:
-        """Where the predictions of a challenger go, if there is one."""
+        """The topic of a challenger's predictions."""
         return f"{self.topic_2}.challenger"
 
 
 class StreamSettings(ServiceSettings):
-    """What every consumer reads on top: how large its batches grow, and how long it waits when something is away."""
+    """Read by every consumer: the size of its batches, and its backoff during outages."""
 
-    replica: str = Field(
+    replica: Replica = Field(
         default_factory=socket.gethostname,
-        pattern=r"^[A-Za-z0-9._-]{1,200}$",
-        description="Stable over restarts, and unique among the replicas of a service; the host name tells a container",
+        description="Name of this replica: the same after a restart, and unique among the replicas of a service",
     )
     max_batch_size: int = Field(1000, ge=1, le=100_000, description="Most records in a batch")
     max_batch_wait_ms: Milliseconds = Field(2, description="Longest wait, in ms, for a batch to fill")
     dead_letter_limit_ratio: float = Field(
-        0.5, gt=0, le=1, description="Share of refused rows above which it is not the rows that are bad: wait"
+        0.5, gt=0, le=1, description="Share of refused rows above which the service waits instead of dead-lettering"
     )
     dead_letter_limit_consecutive: int = Field(
-        20, ge=1, le=1000, description="The same, as refused rows one after the other"
+        20,
+        ge=1,
+        le=1000,
+        description="Number of consecutive refused rows from which the service waits instead of dead-lettering",
     )
     backoff_initial_seconds: Backoff = Field(0.2, description="First wait after a failure; doubled each time")
-    backoff_max_seconds: Backoff = Field(10.0, description="Longest wait between two tries")
+    backoff_max_seconds: Backoff = Field(10.0, description="Longest wait between two retries")
 
 
 class RegistrySettings(Settings):
-    """What whoever deals with models reads."""
+    """Read by everything that uses the model registry."""
 
     mlflow_tracking_uri: str = Field(min_length=1, repr=False, description="The MLflow registry")
-    mlflow_tracking_username: str | None = Field(None, description="Login, if the registry wants one")
-    mlflow_tracking_password: SecretStr | None = Field(None, description="Its password")
+    mlflow_tracking_username: str | None = Field(None, description="User name, if the registry needs a login")
+    mlflow_tracking_password: SecretStr | None = Field(None, description="Password for MLFLOW_TRACKING_USERNAME")
     model_name: str = Field("fraud", min_length=1, description="Registered model")
     model_alias: str = Field("champion", min_length=1, description="Alias of the version that is served")
 
     def log_in(self) -> None:
-        """Put the login where MLflow looks for it: into the environment."""
+        """Put the login into the environment, where MLflow looks for it."""
         if self.mlflow_tracking_username and self.mlflow_tracking_password:
             os.environ["MLFLOW_TRACKING_USERNAME"] = self.mlflow_tracking_username
             os.environ["MLFLOW_TRACKING_PASSWORD"] = self.mlflow_tracking_password.get_secret_value()
@@ -127,15 +149,15 @@ S = TypeVar("S", bound=BaseSettings)
 
 
 def load(settings: type[S], **given: Any) -> S:
-    """Read the settings, of which those given are not looked for.
+    """Read the settings; `given` ones are taken as they are.
 
-    Raises SettingsError: one line that names each missing or wrong variable, not its value.
+    Raises SettingsError: one line that names each missing or wrong variable, without its value.
     """
     try:
         return settings(**given)
     except ValidationError as error:
         problems = "; ".join(
-            f"{'_'.join(str(part) for part in problem['loc'][:1]).upper()}: {_plain(problem['type'], problem['msg'])}"
+            f"{'_'.join(str(part) for part in problem['loc'][:1]).upper()}: {_problem(problem)}"
             for problem in error.errors(include_input=False, include_url=False)
         )
         raise SettingsError(problems) from None
@@ -144,10 +166,10 @@ def load(settings: type[S], **given: Any) -> S:
 
 
 def unknown_variables() -> dict[str, str | None]:
-    """What `secrets.env` sets and nobody reads, each with the known name that is most like it, if one is.
+    """Names that `secrets.env` sets and nothing reads, each with the most similar known name, or None.
 
-    In the environment most is somebody else's: of that, long names that differ from a setting's in a letter or so.
-    Raises SettingsError.
+    Most of the environment belongs to other programs: of that, only long names that nearly match a setting are
+    returned. Raises SettingsError.
     """
     try:
         lines = dotenv_values(SECRETS_FILE, encoding="utf-8")
@@ -165,14 +187,14 @@ def unknown_variables() -> dict[str, str | None]:
 
 
 def kafka_properties(settings: ServiceSettings) -> dict[str, str]:
-    """`client.properties` with the credentials of the environment laid over it. Raises SettingsError."""
+    """`client.properties`, with the credentials from the environment. Raises SettingsError."""
     path = settings.client_properties
     try:
         properties = parse_properties(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SettingsError(
-            f"CLIENT_PROPERTIES: cannot read {path}: {reason} (copy client.properties.example)"
+            f"CLIENT_PROPERTIES: cannot read {path}: {reason}. Copy client.properties.example to start with."
         ) from None
     except ValueError as error:
         raise SettingsError(f"CLIENT_PROPERTIES: {path}: {error}") from None
@@ -203,19 +225,19 @@ def parse_properties(text: str) -> dict[str, str]:
 
 
 def _from_files(fields: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[str, str]:
-    """By field, the text of the file that NAME_FILE names, without the end of its last line. Raises SettingsError."""
+    """By field, the content of the file that NAME_FILE names, without its last newline. Raises SettingsError."""
     found = {}
     for field in fields:
         name, path = field.upper(), given.get(f"{field}_file")
         if not path:
             continue
         if given.get(field):
-            raise SettingsError(f"{name}: set, and so is {name}_FILE")
+            raise SettingsError(f"{name}: set together with {name}_FILE; set only one of them")
         try:
             found[field] = Path(path).read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise SettingsError(f"{name}_FILE: {reason}") from None  # not its path, which may be the secret itself
+            raise SettingsError(f"{name}_FILE: {reason}") from None  # without the path, which may be the secret itself
         if not found[field]:
             raise SettingsError(f"{name}_FILE: the file is empty")
     return found
@@ -228,8 +250,34 @@ def _check_credentials(properties: dict[str, str]) -> None:
     for name in ("sasl.username", "sasl.password"):
         if not properties.get(name):
             variable = name.upper().replace(".", "_")
-            raise SettingsError(f"{variable}: missing, and client.properties has no {name}")
+            raise SettingsError(f"{variable}: missing, and client.properties does not set {name}")
 
 
-def _plain(kind: str, message: str) -> str:
-    return "missing" if kind == "missing" else message[:1].lower() + message[1:]
+_PROBLEMS = {
+    "missing": "missing",
+    "int_parsing": "not a whole number",
+    "int_from_float": "not a whole number",
+    "int_parsing_size": "too large",
+    "float_parsing": "not a number",
+    "finite_number": "not a finite number",
+    "bool_parsing": "must be true or false",
+    "url_parsing": "not a URL",
+    "url_scheme": "the URL must begin with http:// or https://",
+    "greater_than": "must be more than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "string_too_short": "must not be empty",
+    "value_error": "{error}",
+}
+
+
+def _problem(error: ErrorDetails) -> str:
+    """What is wrong with a value, in our words, without the value."""
+    known = _PROBLEMS.get(error["type"])
+    context = error.get("ctx", {})
+    if error["type"] == "literal_error":
+        return f"must be {str(context['expected']).replace(chr(39), '')}"
+    if error["type"] == "too_short":
+        return f"too short: {context['actual_length']} characters, at least {context['min_length']} needed"
+    return error["msg"][:1].lower() + error["msg"][1:] if known is None else known.format(**context)

@@ -1,4 +1,4 @@
-"""Kafka clients: `client.properties` under this project's defaults, with what the promises need laid over both."""
+"""Kafka clients: this project's defaults, then `client.properties`, then what the guarantees require."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,11 +7,11 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 from confluent_kafka.admin import AdminClient
 
 from shared.errors import SettingsError
-from shared.kafka.connections import Heard, OnError, log
+from shared.kafka.connections import ConnectionReports, OnError, log
 
 # A dead letter is larger than the record it keeps, and topics take records of 1 MiB by default.
 MAX_RECORD_BYTES = 2 * 1024 * 1024
-# Not permitted: an outage too, since rights can be given while a service runs.
+# A missing right is an outage too, since it can be granted while a service runs.
 DENIED = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -20,8 +20,7 @@ DENIED = frozenset(
     }
 )
 
-
-_DEFAULTS = {"reconnect.backoff.max.ms": "2000"}  # a broker that is back is soon noticed
+_DEFAULTS = {"reconnect.backoff.max.ms": "2000"}  # soon notice a broker that is back
 _CONSUMER_ONLY = (
     "group.",
     "session.timeout.ms",
@@ -35,8 +34,6 @@ _CONSUMER_ONLY = (
     "partition.assignment.strategy",
     "isolation.level",
 )
-
-
 _PRODUCER_ONLY = (
     "acks",
     "request.required.acks",
@@ -58,19 +55,19 @@ def consumer(
 ) -> Consumer:
     """A consumer that sees committed records only and commits nothing by itself. Raises SettingsError.
 
-    With a `replica` name it is a static member (KIP-345): restarted under that name it has its partitions back at once,
-    without the group waiting for the session of the dead one to end; it then also hears of the ends of its partitions.
-    `on_error(error)` hears, while it polls, of connections that broke; of all of them, it hears why.
+    With a `replica` name it is a static member (KIP-345): restarted under that name it gets its partitions back at
+    once, without waiting for the old session to expire; it also reports the ends of its partitions. While it polls,
+    `on_error(error)` is called for broken connections; once all are broken, the error gives the cause.
     """
     defaults = {
         "auto.offset.reset": "earliest",
         "partition.assignment.strategy": "cooperative-sticky",
         "session.timeout.ms": "10000",
-        "heartbeat.interval.ms": "1000",  # by which the others learn of a rebalance
-        # A full queue is enough for some batches; by its own default the client then rests a second, and runs dry.
+        "heartbeat.interval.ms": "1000",  # how soon members learn of a rebalance
+        # A full queue holds several batches. By default the client would then pause for a second, and run dry.
         "queued.max.messages.kbytes": "8192",
         "queued.min.messages": "10000",
-        "max.partition.fetch.bytes": "131072",  # a megabyte of each partition at once is 40 MB more, and no faster
+        "max.partition.fetch.bytes": "131072",  # the default of 1 MB uses 40 MB more memory and is no faster
         "fetch.queue.backoff.ms": "10",
     }
     promised: dict[str, Any] = {
@@ -95,9 +92,9 @@ def producer(
 ) -> Producer:
     """An idempotent producer: in order, once, acknowledged by all in-sync replicas. Raises SettingsError.
 
-    Without a transaction it tries for ever (`message.timeout.ms` 0): a broker that is away is an outage, not an error.
-    `on_failure(error, message)` hears of the deliveries that failed for good, and of no other; `on_error(error)` of
-    connections that broke, of all of them why, and of topics that a transaction may not write to.
+    Without a transaction it retries for ever (`message.timeout.ms` 0): a broker that is away is an outage, not an
+    error. `on_failure(error, message)` is called for deliveries that failed for good, and for no others. `on_error` is
+    called as for a consumer, and for topics that a transaction may not write to.
     """
     defaults = {
         "compression.type": "lz4",
@@ -108,7 +105,7 @@ def producer(
     promised: dict[str, Any] = {"enable.idempotence": "true", "acks": "all", "delivery.report.only.error": True}
     if transactional_id:
         promised |= {"transactional.id": transactional_id, "transaction.timeout.ms": "10000"}
-        # The broker turns away what comes hard on the heels of another, until that one's end is written: milliseconds.
+        # The broker rejects a transaction until the marker of the previous one is written, some milliseconds later.
         defaults["retry.backoff.ms"] = "2"
     else:
         promised |= {"message.timeout.ms": "0"}
@@ -120,10 +117,7 @@ def producer(
 
 
 def admin(properties: Mapping[str, str], *, on_error: OnError | None = None) -> AdminClient:
-    """An administrative client; `on_error(error)` hears, when it polls, of connections that broke.
-
-    Raises SettingsError.
-    """
+    """An administrative client; when polled, it calls `on_error` as a consumer does. Raises SettingsError."""
     own = {key: value for key, value in properties.items() if not key.startswith((*_CONSUMER_ONLY, *_PRODUCER_ONLY))}
     client: AdminClient = _client(AdminClient, own, on_error)
     return client
@@ -133,8 +127,8 @@ def _client(kind: Callable[..., Any], configuration: Mapping[str, Any], on_error
     own = dict(configuration)
     logger: Any = log
     if on_error:
-        logger = heard = Heard(own, on_error)
-        own["error_cb"] = heard.error
+        logger = reports = ConnectionReports(own, on_error)
+        own["error_cb"] = reports.error
     try:
         return kind(own, logger=logger)
     except KafkaException as error:

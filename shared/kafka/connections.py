@@ -1,4 +1,4 @@
-"""What a client reports of its connections, made into one error that names the host and the cause."""
+"""Broken connections, reported by a client in its errors and its log, as one error that names host and cause."""
 
 import logging
 import re
@@ -14,28 +14,28 @@ OnError = Callable[[KafkaError], None]
 log = logging.getLogger("librdkafka")
 _SAID = re.compile(r"(?:\w+://)?(?P<host>\S+):(?P<port>\d+)/\w+: (?P<what>.*?)(?: \(after \d+ms in state .*\))?$")
 _REFUSED_TOPIC = re.compile(r'Failed to add partition "(.+)" \[\d+\] .*(Broker: Topic authorization failed)').search
-# What these lines of the log say comes back as an error as well.
-_TOLD = frozenset({"ADDPARTS", "ADDOFFSETS", "TXNERR"})
-_ONE_RUN_S = 5.0  # a client tries again within two seconds
+# The client also reports the content of these log lines as errors.
+_REPORTED = frozenset({"ADDPARTS", "ADDOFFSETS", "TXNERR"})
+_ONE_RUN_S = 5.0  # a client retries within two seconds
 _LOOK_S = 2.0
 _HANDSHAKE_S = 5.0
 
 
-class Heard:
-    """What a client says of its connections, in its errors and in its log, as one thing.
+class ConnectionReports:
+    """Combines a client's error callback and its log.
 
-    Broken connections are in its log as long as not all of them are broken, which the error then says.
+    A broken connection is only in the log, with its cause; once all are broken there is an error, without the cause.
     """
 
-    def __init__(self, properties: Mapping[str, Any], tell: OnError) -> None:
+    def __init__(self, properties: Mapping[str, Any], on_error: OnError) -> None:
         self._properties = properties
-        self._tell = tell
+        self._on_error = on_error
         self._last = ""
         self._broke_at = self._began = 0.0  # monotonic
         self._all = False
 
     def log(self, level: int, form: str, facility: str, client: str, text: str) -> None:
-        """Take the place of a logger."""
+        """Stand in for the client's logger."""
         if facility == "FAIL" and level > logging.DEBUG:
             now = time.monotonic()
             if now - self._broke_at > _ONE_RUN_S:
@@ -44,34 +44,34 @@ class Heard:
             if self._all or now - self._began < _LOOK_S:
                 return
         if refused := _REFUSED_TOPIC(text):
-            self._tell(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED, f"{refused[1]}: {refused[2]}"))
-        if facility not in _TOLD:
+            self._on_error(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED, f"{refused[1]}: {refused[2]}"))
+        if facility not in _REPORTED:
             log.log(level, form, facility, client, text)
 
     def error(self, error: KafkaError) -> None:
-        """Take the place of `error_cb`."""
+        """Stand in for the client's `error_cb`."""
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
             self._all = True
             error = KafkaError(KafkaError._ALL_BROKERS_DOWN, why_broken(self._last, self._properties))
-        self._tell(error)
+        self._on_error(error)
 
 
 def why_broken(said: str, properties: Mapping[str, Any]) -> str:
-    """What librdkafka said of a connection, in short, and what it leaves out."""
+    """Why a connection broke: librdkafka's log line, shortened, with the cause that it leaves out."""
     if not (found := _SAID.match(said)):
         return "Kafka: no broker answers"
     host, port, what = found["host"], int(found["port"]), found["what"]
     if "certificate verify failed" in what:
-        what = f"its certificate is refused: {_refused_because(host, port, properties)}"
+        what = f"its certificate is not accepted: {_refused_because(host, port, properties)}"
     elif "alert" in what and "certificate" in what:
-        what = "it wants a certificate that it trusts (ssl.certificate.location, ssl.key.location)"
+        what = "it asks for a client certificate that it trusts: set ssl.certificate.location and ssl.key.location"
     elif what.startswith("Disconnected"):
-        what += " (if it goes on: does security.protocol fit?)"
+        what += " (if this persists, check security.protocol)"
     return f"Kafka at {host}:{port}: {what}"
 
 
 def _refused_because(host: str, port: int, properties: Mapping[str, Any]) -> str:
-    """In the words of OpenSSL, which librdkafka does not pass on."""
+    """OpenSSL's reason, which librdkafka does not pass on."""
     try:
         context = ssl.create_default_context(
             cafile=properties.get("ssl.ca.location"), cadata=properties.get("ssl.ca.pem")

@@ -4,7 +4,7 @@ import msgspec
 from confluent_kafka import Message
 
 Headers = list[tuple[str, str | bytes | None]]
-NOTHING: Headers = [("nothing", b"")]  # of a record that was written for the sake of its transaction alone
+NOTHING: Headers = [("nothing", b"")]  # marks a record that only serves to write a transaction's marker
 
 
 class Record(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -25,11 +25,11 @@ def coordinates(message: Message) -> tuple[str, int, int]:
 
 
 def headers(message: Message) -> Headers:
-    """A consumed message's headers; none is an empty list."""
+    """A consumed message's headers; an empty list if it has none."""
     found = message.headers() or []
     return list(found.items()) if isinstance(found, dict) else found
 
 
 def says_nothing(message: Message) -> bool:
-    """Whether it is a record without a message, which readers pass over."""
+    """Whether the record only serves a transaction's marker: readers skip it."""
     return message.value() is None and message.headers() == NOTHING

@@ -1,4 +1,4 @@
-"""Where partitions begin and end, and reading them to their present end."""
+"""The first and next offsets of partitions, and reading partitions to their present end."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -19,31 +19,28 @@ _READ_TIMEOUT_S = 10.0
 def ends(
     properties: Mapping[str, str], partitions: Sequence[TopicPartition], *, committed: bool
 ) -> dict[tuple[str, int], int]:
-    """The next offset of each partition: of all that is written, or before an open transaction. Raises Outage."""
+    """The next offset of each partition; with `committed`, the first offset of an open transaction. Raises Outage."""
     latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
     found = _listed(admin(properties), partitions, latest, committed=committed)
     return {place: answer.offset for place, answer in found.items()}
 
 
 def begins(properties: Mapping[str, str], partitions: Sequence[TopicPartition]) -> dict[tuple[str, int], int]:
-    """The oldest offset that each partition still has. Raises Outage."""
+    """The first offset that each partition still has. Raises Outage."""
     earliest: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
     found = _listed(admin(properties), partitions, earliest, committed=False)
     return {place: answer.offset for place, answer in found.items()}
 
 
 def newest_ms(properties: Mapping[str, str], partitions: Sequence[TopicPartition]) -> int | None:
-    """When the newest record of all these partitions was written, epoch milliseconds. Raises Outage."""
+    """When the newest record of these partitions was written, in epoch ms; None if there is none. Raises Outage."""
     newest: OffsetSpec = OffsetSpec.max_timestamp()  # type: ignore[no-untyped-call]
     found = _listed(admin(properties), partitions, newest, committed=False)
     return max((answer.timestamp for answer in found.values() if answer.timestamp >= 0), default=None)
 
 
 def since(properties: Mapping[str, str], topic: str, epoch_ms: int) -> list[TopicPartition]:
-    """For each partition of the topic that has such, the first record that is not older, committed or not.
-
-    Raises Outage.
-    """
+    """The first record, committed or not, that is not older, in each partition that has one. Raises Outage."""
     client = admin(properties)
     try:
         known = client.list_topics(topic, timeout=_READ_TIMEOUT_S).topics[topic]
@@ -57,9 +54,9 @@ def since(properties: Mapping[str, str], topic: str, epoch_ms: int) -> list[Topi
 
 
 def read_to_end(properties: Mapping[str, str], starts: Sequence[TopicPartition], *, group: str) -> Iterator[Message]:
-    """Every committed record that says something, from these offsets to the present end of their partitions.
+    """Every committed record from these offsets to the present end of their partitions. Raises Outage.
 
-    Raises Outage.
+    Records that only serve a transaction's marker are skipped.
     """
     reader = consumer({**properties, "enable.partition.eof": "true"}, group=group)
     unread = {(start.topic, start.partition) for start in starts}
@@ -80,7 +77,7 @@ def read_to_end(properties: Mapping[str, str], starts: Sequence[TopicPartition],
                 elif error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
                     raise Outage(f"Kafka: {message.topic()}: {error.str()}")
                 else:
-                    problem = error.str()  # it may come back: the client tries on
+                    problem = error.str()  # the client retries by itself
     except KafkaException as error:
         raise Outage(f"Kafka: {error.args[0].str()}") from None
     finally:
@@ -97,7 +94,7 @@ def _listed(
             isolation_level=level,
             request_timeout=_READ_TIMEOUT_S,
         )
-        longest_s = 2 * _READ_TIMEOUT_S  # whatever becomes of the client's own limit
+        longest_s = 2 * _READ_TIMEOUT_S  # even if the client ignores its own limit
         return {(asked.topic, asked.partition): answer.result(longest_s) for asked, answer in answers.items()}
     except TimeoutError:
         raise Outage(f"Kafka: no answer in {longest_s:.0f} s") from None
@@ -106,7 +103,7 @@ def _listed(
 
 
 def next_offsets(messages: Sequence[Message]) -> list[TopicPartition]:
-    """For each partition among a topic's `messages` (in order within each), the offset that is to be read next."""
+    """The next offset to read in each partition of a topic's `messages`, which are in order within each."""
     last = {message.partition(): message for message in messages}
     return [
         TopicPartition(topic, partition, offset + 1) for topic, partition, offset in map(coordinates, last.values())

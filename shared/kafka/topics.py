@@ -1,4 +1,4 @@
-"""The topics and their dead-letter topics."""
+"""Creating and checking the topics and their dead-letter topics."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +22,11 @@ _DAY_MS = 86_400_000
 _RECORDS = {"cleanup.policy": "delete", "compression.type": "producer", "retention.ms": str(7 * _DAY_MS)}
 _LETTERS = _RECORDS | {"retention.ms": str(30 * _DAY_MS), "max.message.bytes": str(MAX_RECORD_BYTES)}
 _WHY = {
-    "cleanup.policy": "which keeps the last record of a card alone",
-    "compression.type": "which unpacks what the producers compressed",
-    "retention.ms": "and what nobody has read or mended by then is gone",
+    "cleanup.policy": "so that only the last record of each card is kept",
+    "compression.type": "so that the broker decompresses what the producers compressed",
+    "retention.ms": "and records that nobody has read by then are deleted",
     "max.message.bytes": "and a dead letter is larger than the record it keeps",
-    "min.insync.replicas": "and one broker that fails takes records with it, or stops the writing",
+    "min.insync.replicas": "so that one failing broker loses records or stops all writing",
 }
 
 
@@ -38,10 +38,10 @@ def create(
     replication: int | None = None,
     letters: bool = True,
 ) -> list[str]:
-    """Create what is missing of the topics and, with `letters`, of their dead-letter topics; returns the new names.
+    """Create the missing topics and, with `letters`, their dead-letter topics. Returns the new names.
 
-    What is there stays as it is. Without `replication` there are three copies, or as many as there are brokers. Several
-    may do so at once. Raises Outage if the broker does not do it, SettingsError for wrong properties.
+    Existing topics are not changed. `replication` defaults to 3, or the number of brokers if there are fewer. Several
+    processes may do this at once. Raises Outage if the broker refuses, SettingsError for wrong properties.
     """
     client = admin(properties)
     try:
@@ -69,7 +69,7 @@ def create(
 def check(
     properties: Mapping[str, str], names: Sequence[str], *, partitions: int = 1, letters: bool = True
 ) -> list[str]:
-    """What is not as the project needs it, a line for each, with the remedy; nothing is changed. Raises Outage."""
+    """What is wrong with the topics: a line for each problem, with the remedy. Changes nothing. Raises Outage."""
     client = admin(properties)
     wanted = _settings(names, letters=letters)
     try:
@@ -97,26 +97,26 @@ def check(
 
 
 def _settings(names: Sequence[str], *, letters: bool) -> dict[str, dict[str, str]]:
-    """What each topic is created with."""
+    """The settings that each topic is created with, by name."""
     kinds = (("", _RECORDS), (SUFFIX, _LETTERS))[: 1 + letters]
     return {name + suffix: settings for name in names for suffix, settings in kinds}
 
 
 def _in_sync(copies: int) -> int:
-    """How many copies a record has before it counts as written, so that one broker may be away."""
+    """`min.insync.replicas`: the copies that a record needs to count as written, so that one broker may be away."""
     return 2 if copies >= _COPIES else 1
 
 
 def _layout_problems(copies: Sequence[int], *, partitions: int, brokers: int) -> Iterator[str]:
     if len(copies) < partitions:
         yield (
-            f"{len(copies)} partitions, not {partitions}: more would part each card's new records from its old ones, so"
-            " let the services empty it before kafka-topics.sh --alter --partitions"
+            f"{len(copies)} partitions, not {partitions}: more partitions move cards to other partitions, so wait until"
+            " the services have no lag on it, then run kafka-topics.sh --alter --partitions"
         )
     if min(copies) < min(_COPIES, brokers):
         yield (
-            f"a record has {min(copies)} of {min(_COPIES, brokers)} possible copies and is lost with its disk:"
-            " kafka-reassign-partitions.sh adds replicas"
+            f"only {min(copies)} of {min(_COPIES, brokers)} possible replicas, so that one lost disk loses records:"
+            " add replicas with kafka-reassign-partitions.sh"
         )
 
 
@@ -138,8 +138,8 @@ def _settings_problems(name: str, found: Mapping[str, str], wanted: Mapping[str,
 
 
 def use(properties: Mapping[str, str], names: Sequence[str]) -> None:
-    """Have a broker that creates topics by use create these and their dead-letter topics. Raises Outage."""
-    client = admin(properties)  # which may create topics, where a consumer may not
+    """Create topics and dead-letter topics on a broker that creates them on first use. Raises Outage."""
+    client = admin(properties)  # a consumer's metadata request creates no topic
     for name in names:
         for suffix in ("", SUFFIX):
             client.list_topics(name + suffix, timeout=_TIMEOUT_S)
@@ -147,7 +147,7 @@ def use(properties: Mapping[str, str], names: Sequence[str]) -> None:
 
 
 def ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicPartition]:
-    """The next offset of every partition of these topics; a new topic's leaders are waited for. Raises Outage."""
+    """The next offset of every partition of these topics, once all have leaders. Raises Outage."""
     reader = consumer(properties, group="fraudctl")
     deadline = time.monotonic() + _TIMEOUT_S
     try:
@@ -169,12 +169,12 @@ def _ends(reader: Consumer, name: str) -> Iterator[TopicPartition]:
 
 
 def away(properties: Mapping[str, str], error: KafkaException) -> Outage:
-    """What is raised where these brokers do not do what was asked of them."""
+    """The outage to raise for this error: it names the brokers."""
     return Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str() or error.args[0].name()}")
 
 
 def _known(client: AdminClient, names: Sequence[str]) -> bool:
-    """Whether the broker that is asked has heard of them, which may be a moment after their creation."""
+    """Whether the broker knows them, which may be a moment after their creation."""
     topics = client.list_topics(timeout=_TIMEOUT_S).topics
     return all(name in topics and topics[name].partitions for name in names)
 
@@ -190,7 +190,7 @@ def _new(name: str, done: Future[None]) -> bool:
 
 
 def _result(name: str, done: Future[T]) -> T:
-    """Raises KafkaException that names the topic."""
+    """The result. Raises KafkaException that names the topic."""
     try:
         return done.result()
     except KafkaException as exception:

@@ -81,12 +81,20 @@ def troubles(log: str) -> list[str]:
     [
         ("PLAIN", {"sasl_password": WRONG}, "Authentication failed: Invalid username or password"),
         ("SCRAM", {"sasl_password": WRONG}, "invalid credentials with SASL mechanism SCRAM-SHA-512"),
-        ("PLAIN", {"ssl_ca_location": "foreign"}, "its certificate is refused: unable to get local issuer certificate"),
-        ("EXPIRED", {}, "its certificate is refused: certificate has expired"),
+        (
+            "PLAIN",
+            {"ssl_ca_location": "foreign"},
+            "its certificate is not accepted: unable to get local issuer certificate",
+        ),
+        ("EXPIRED", {}, "its certificate is not accepted: certificate has expired"),
         ("ELSEWHERE", {}, "certificate is not valid for"),
-        ("MTLS", {"ssl_certificate_location": None, "ssl_key_location": None}, "it wants a certificate that it trusts"),
+        (
+            "MTLS",
+            {"ssl_certificate_location": None, "ssl_key_location": None},
+            "it asks for a client certificate that it trusts",
+        ),
         ("PLAIN", {"sasl_mechanisms": "SCRAM-SHA-512"}, "supported mechanisms: PLAIN"),
-        ("PLAIN", OPEN, "does security.protocol fit?"),
+        ("PLAIN", OPEN, "check security.protocol"),
     ],
     ids=["password", "SCRAM password", "CA", "expired", "host", "no certificate", "mechanism", "no TLS"],
 )

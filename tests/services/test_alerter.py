@@ -243,7 +243,7 @@ def test_a_mail_server_that_refuses_one_after_the_other_is_not_taken_out_on_the_
     put_predictions(rig, [(each, 1) for each in make_transactions(40)])
     port = refusing("554 5.6.0 unwanted")
     process = rig.start("alerter", SMTP_PORT=str(port), BACKOFF_MAX_SECONDS="0.2", DEAD_LETTER_LIMIT_CONSECUTIVE="5")
-    until(lambda: process.said("rows refused, it is not the rows"), what="a word on the mail server")
+    until(lambda: process.said("rows refused, too many to be bad rows"), what="a word on the mail server")
     assert process.stop() == 0
 
     rig.start("alerter", SMTP_PORT=str(mailbox.port))

@@ -86,10 +86,10 @@ def test_secrets_env_is_read_and_the_environment_wins(tmp_path: Path, monkeypatc
     [
         ({}, "PLACE: missing"),
         ({"PLACE": ""}, "PLACE: missing"),
-        ({"PLACE": "x", "MAX_BATCH_SIZE": "many"}, "MAX_BATCH_SIZE: input should be a valid integer"),
-        ({"PLACE": "x", "MAX_BATCH_SIZE": "0"}, "MAX_BATCH_SIZE: input should be greater than or equal to 1"),
-        ({"PLACE": "x", "LOG_FORMAT": "xml"}, "LOG_FORMAT: input should be 'console' or 'json'"),
-        ({"MAX_BATCH_WAIT_MS": "-1"}, "MAX_BATCH_WAIT_MS: input should be greater than or equal to 0; PLACE: missing"),
+        ({"PLACE": "x", "MAX_BATCH_SIZE": "many"}, "MAX_BATCH_SIZE: not a whole number"),
+        ({"PLACE": "x", "MAX_BATCH_SIZE": "0"}, "MAX_BATCH_SIZE: must be at least 1"),
+        ({"PLACE": "x", "LOG_FORMAT": "xml"}, "LOG_FORMAT: must be console or json"),
+        ({"MAX_BATCH_WAIT_MS": "-1"}, "MAX_BATCH_WAIT_MS: must be at least 0; PLACE: missing"),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_it(
@@ -155,12 +155,12 @@ def test_a_secret_can_lie_in_a_file(by: str, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("environment", "line"),
     [
-        ({"TOKEN": "a", "TOKEN_FILE": "token"}, "TOKEN: set, and so is TOKEN_FILE"),
+        ({"TOKEN": "a", "TOKEN_FILE": "token"}, "TOKEN: set together with TOKEN_FILE"),
         ({"TOKEN_FILE": "none"}, "TOKEN_FILE: No such file or directory"),
         ({"TOKEN_FILE": "."}, "TOKEN_FILE: Is a directory"),
         ({"TOKEN_FILE": "empty"}, "TOKEN_FILE: the file is empty"),
         ({"TOKEN_FILE": "binary"}, "TOKEN_FILE: not UTF-8 text"),
-        ({"MAX_BATCH_SIZE_FILE": "token"}, "MAX_BATCH_SIZE: input should be a valid integer"),
+        ({"MAX_BATCH_SIZE_FILE": "token"}, "MAX_BATCH_SIZE: not a whole number"),
     ],
 )
 def test_a_wrong_file_is_one_line_that_names_its_variable(
@@ -187,7 +187,7 @@ def test_the_same_setting_in_secrets_env_and_as_a_file_is_refused(
     (tmp_path / "secrets.env").write_text("PLACE=here\nTOKEN=a\n")
     monkeypatch.setenv("TOKEN_FILE", "token")
 
-    with pytest.raises(SettingsError, match="TOKEN: set, and so is TOKEN_FILE"):
+    with pytest.raises(SettingsError, match="TOKEN: set together with TOKEN_FILE"):
         load(ExampleSettings)
 
 
