@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from threading import Event
 
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from benchmarks.measure import Bar, Figure
 from rehearsal.stack import Stack, service
@@ -21,7 +22,7 @@ from sandbox.embedded import EmbeddedBroker
 from sandbox.generator import FRAUD_RATE, transactions
 from sandbox.processes import Process, StandInError
 from shared.kafka import topics
-from shared.kafka.clients import consumer, producer
+from shared.kafka.clients import admin, consumer, producer
 from shared.kafka.messages import Record
 from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
 from shared.stream.delivery import enqueue
@@ -51,6 +52,10 @@ class Usage:
             "MB": self.peak_rss_mb,
             "% of the machine": 100 * self.machine_busy,
         }
+
+
+def _at_once() -> bool:
+    return True
 
 
 @cache
@@ -138,11 +143,26 @@ class Bench:
         with self.committed(group, topic) as committed:
             for process in processes:
                 process.spawn()
-            usage = watch(processes, committed, rows=rows, at_most_s=at_most_s)
+            # Replicas join one after the other: what they do together begins when the last one has its share.
+            several = len(processes) > 1
+            begun = partial(_all_share, admin(self.properties), group, len(processes)) if several else _at_once
+            usage = watch(processes, committed, rows=rows, at_most_s=at_most_s, begun=begun)
         for process in processes:
             if process.stop() != 0:
                 raise StandInError(f"{process.name} failed: {process.last_line()}")
         return usage
+
+
+def _all_share(client: AdminClient, group: str, members: int) -> bool:
+    """Whether this many members of the group have partitions."""
+    (description,) = client.describe_consumer_groups([group]).values()
+    try:
+        found = description.result().members
+    except KafkaException as error:
+        if error.args[0].code() in _COORDINATOR_MOVES:
+            return False
+        raise
+    return sum(bool(member.assignment.topic_partitions) for member in found) == members
 
 
 def _committed(reader: Consumer, partitions: list[TopicPartition]) -> int:
@@ -154,9 +174,16 @@ def _committed(reader: Consumer, partitions: list[TopicPartition]) -> int:
         raise
 
 
-def watch(processes: Sequence[Process], count: Callable[[], int], *, rows: int, at_most_s: float = 60.0) -> Usage:
-    """What the processes do together, from the first rows that are counted to the last of them, or until time is up."""
-    first, began = _first(processes, count)
+def watch(
+    processes: Sequence[Process],
+    count: Callable[[], int],
+    *,
+    rows: int,
+    at_most_s: float = 60.0,
+    begun: Callable[[], bool] = _at_once,
+) -> Usage:
+    """What the processes do together, from the first rows counted after `begun` to the last, or until time is up."""
+    first, began = _first(processes, count, begun)
     cpu, machine = sum(map(cpu_s, processes)), _machine()
     done, now = first, began
     while done < rows and now - began < at_most_s:
@@ -170,21 +197,16 @@ def watch(processes: Sequence[Process], count: Callable[[], int], *, rows: int, 
     return Usage((done - first) / (now - began), 1e6 * spent / (done - first), peak, busy / all_of_it)
 
 
-def _first(processes: Sequence[Process], count: Callable[[], int]) -> tuple[int, float]:
+def _first(processes: Sequence[Process], count: Callable[[], int], begun: Callable[[], bool]) -> tuple[int, float]:
     deadline = time.monotonic() + _TIMEOUT_S
     while time.monotonic() < deadline:
-        if (done := count()) and (len(processes) == 1 or all(map(_has_partitions, processes))):
-            return done, time.monotonic()
+        if count() and begun():
+            return count(), time.monotonic()
         for process in processes:
             if not process.running:
                 raise StandInError(f"{process.name} ended: {process.last_line()}")
         time.sleep(_LOOK_S)
     raise StandInError(f"nothing done in {_TIMEOUT_S:.0f} s: {processes[0].last_line()}")
-
-
-def _has_partitions(process: Process) -> bool:
-    """Replicas join one after the other: what they do together begins when the last one has its share."""
-    return any(process.said(f"event='assigned' partitions=[{first}") for first in range(10))
 
 
 def cpu_s(process: Process) -> float:

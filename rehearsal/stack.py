@@ -8,17 +8,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import requests
+
 from sandbox.apache import ApacheKafka, missing
 from sandbox.embedded import CLIENT_SETTINGS, EmbeddedBroker
 from sandbox.mailbox import Mailbox
 from sandbox.payments_api import PaymentsApi
 from sandbox.postgres import Postgres
-from sandbox.processes import Process, StandInError, python
+from sandbox.processes import Process, StandInError, free_port, port_open, python
 from sandbox.registry import Registry
+from services.catalogue import BY_NAME
 from shared.settings import ServiceSettings, kafka_properties
 
 SENDER = "alarm@fraud-alarm.example"
 RECIPIENT = "analyst@fraud-alarm.example"
+_ANSWER_S = 1.0
 _INHERITED = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
 
 
@@ -51,7 +55,7 @@ class Addresses:
             "ALERT_BURST": "1000000",  # a mail for each fraud: the ledger follows them one by one
             "DELIVERY": self.delivery,
             "BACKOFF_MAX_SECONDS": "5",
-            "METRICS_PORT": "0",  # several of them share this machine
+            "METRICS_PORT": "0",  # `service` gives each its own
         }
 
 
@@ -158,18 +162,33 @@ def _training(directory: Path, registry: Registry) -> Process:
 
 
 def service(name: str, directory: Path, environment: Mapping[str, str], *, replica: int = 1) -> Process:
-    """One of the four services as a process, logging to `logs/<name>.log`; ready when it has work to do.
+    """A service as a process that logs to `logs/<name>.log`.
 
-    Further replicas have a number, in their logs' names and in their own.
+    It is ready once it has been ready at all since its start: one that reads a topic has then joined its group. The
+    producer is ready as soon as it answers, since it also starts while its API is away. A further replica has its
+    number in its log's name and in REPLICA.
     """
     directory = directory.resolve()
     full_name = name if replica == 1 else f"{name}-{replica}"
-    sign = "event='started'" if name == "producer" else "event='assigned'"
     own = dict(environment)
+    port = int(own["METRICS_PORT"]) or free_port()
+    own["METRICS_PORT"] = str(port)
     if replica > 1:
         own["REPLICA"] = f"{environment['REPLICA']}-{replica}"
-    log = directory / "logs" / f"{full_name}.log"
-    process = Process(
-        full_name, python(f"services.{name}"), env=own, log=log, cwd=directory, ready=lambda: process.said(sign)
+    joins = bool(BY_NAME[name].groups)
+    return Process(
+        full_name,
+        python(BY_NAME[name].module),
+        env=own,
+        log=directory / "logs" / f"{full_name}.log",
+        cwd=directory,
+        ready=lambda: _was_ready(port) if joins else port_open(port),
     )
-    return process
+
+
+def _was_ready(port: int) -> bool:
+    """Whether the service that answers there has been ready since its start."""
+    try:
+        return bool(requests.get(f"http://127.0.0.1:{port}/ready", timeout=_ANSWER_S).json()["was_ready"])
+    except requests.RequestException:
+        return False

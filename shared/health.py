@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 
 import msgspec
 import structlog
@@ -23,6 +23,7 @@ _WATCH_S = 1.0
 # Of the process, like its metrics; told by several threads, each of which has names of its own.
 _turns: dict[str, float] = {}  # monotonic: when a loop turned last, when a call began
 _waiting_for: dict[str, str] = {}
+_was_ready = Event()
 
 
 def turned(loop: str) -> None:
@@ -57,8 +58,10 @@ def waits_for(what: str, reason: str) -> None:
 
 
 def has(what: str) -> None:
-    """It has."""
+    """Clear what `waits_for(what)` reported. The service is not ready before the first call that leaves nothing."""
     _waiting_for.pop(what, None)
+    if not _waiting_for:
+        _was_ready.set()
 
 
 def serve(service: str, settings: ServiceSettings) -> None:
@@ -79,8 +82,10 @@ def serve(service: str, settings: ServiceSettings) -> None:
                 stalled = {name: round(seconds, 1) for name, seconds in slow(stall_s).items()}
                 self._tell(not stalled, {"live": not stalled, "service": service, "stalled": stalled})
             elif self.path == "/ready":
-                reasons = dict(_waiting_for)
-                self._tell(not reasons, {"ready": not reasons, "service": service, "waiting_for": reasons})
+                was_ready = _was_ready.is_set()
+                reasons = dict(_waiting_for) if _waiting_for or was_ready else {"its start": "it has just begun"}
+                answer = {"ready": not reasons, "service": service, "waiting_for": reasons, "was_ready": was_ready}
+                self._tell(not reasons, answer)
             else:
                 self._answer(404, "text/plain", b"there are /live, /ready and /metrics\n")
 
