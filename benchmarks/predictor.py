@@ -51,7 +51,7 @@ def register_forest(tracking_uri: str) -> None:
 
 def another_version(bench: Bench) -> str:
     """Train a second version of the boosting model; returns its number."""
-    trained = train.fit(train.generate(seed=2), seed=2)
+    trained = train.fit(training_frame(seed=2), seed=2)
     return train.register(trained, Alias(bench.stack.registry.uri, BOOSTING, "other"))
 
 

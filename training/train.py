@@ -4,7 +4,6 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 
 import cloudpickle
@@ -30,9 +29,8 @@ from sklearn.model_selection import GroupShuffleSplit
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from sandbox.generator import training_frame
 from shared.profile import Profile, make_profile
-from shared.records import FEATURES
+from shared.records import FEATURES, REFERENCE
 from training import aliases, features
 from training.aliases import Alias
 
@@ -42,9 +40,6 @@ _FORMS = {_TIME: r"\d{4}-[01]\d-[0-3]\d [0-2]\d:[0-5]\d:[0-5]\d", "dob": r"\d{4}
 _HELD_OUT = 0.3
 _FEWEST = 20  # rows of either kind on either side of a split by time
 _SUREST = 100
-_GENERATED_ROWS = 60_000
-_GENERATED_FRAUD_RATE = 0.05  # the local stack's: a threshold is right for the share that it was chosen on
-_GENERATED_START = datetime(2024, 1, 1, tzinfo=UTC)
 _PACKAGES = ("cloudpickle", "numpy", "pandas", "scikit-learn")
 
 
@@ -159,7 +154,7 @@ def register(trained: Trained, of: Alias) -> str:
         mlflow.set_experiment(of.name)
         with mlflow.start_run(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            example = generate(seed=0, rows=3)[features.RAW]  # nobody's, for whoever reads the registry
+            example = pd.DataFrame([msgspec.structs.asdict(REFERENCE)])[features.RAW]  # no customer's data
             learner = trained.pipeline.named_steps["trees"].get_params()
             mlflow.log_params({**learner, "threshold": trained.threshold, "held_out": trained.held_out})
             mlflow.set_tags({f"version.{package}": version(package) for package in _PACKAGES})
@@ -241,8 +236,3 @@ def together(frame: pd.DataFrame, confirmed: pd.DataFrame) -> pd.DataFrame:
     """Training rows and confirmed rows; of a transaction that is in both, the label that somebody confirmed."""
     rows = pd.concat([frame, confirmed.dropna(subset=["is_fraud"])], ignore_index=True)
     return rows.drop_duplicates(["trans_num", "unix_time"], keep="last", ignore_index=True)
-
-
-def generate(*, seed: int, rows: int = _GENERATED_ROWS) -> pd.DataFrame:
-    """Generated transactions to train on, with more frauds than there are in life."""
-    return training_frame(rows=rows, seed=seed, start=_GENERATED_START, fraud_rate=_GENERATED_FRAUD_RATE)
