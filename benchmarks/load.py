@@ -16,7 +16,7 @@ import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from benchmarks.measure import Bar, Figure
+from benchmarks.measure import Bar, Figure, Section
 from rehearsal.stack import Stack, service
 from sandbox.embedded import EmbeddedBroker
 from sandbox.generator import FRAUD_RATE, transactions
@@ -151,6 +151,10 @@ class Bench:
             if process.stop() != 0:
                 raise StandInError(f"{process.name} failed: {process.last_line()}")
         return usage
+
+
+Suite = Callable[[Bench, int], Section]
+"""Measures so many rounds on a bench."""
 
 
 def _all_share(client: AdminClient, group: str, members: int) -> bool:
