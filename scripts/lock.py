@@ -46,17 +46,10 @@ def main() -> int:
 def _compile(lock: Path, *options: str) -> None:
     """Lock pyproject.toml's dependencies, and those of the extras in `options`, for every platform."""
     uv = Path(sysconfig.get_path("scripts")) / "uv"
-    command: list[str | Path] = [
-        uv,
-        "pip",
-        "compile",
-        "--quiet",
-        "--universal",
-        "--python-version=3.11",
-        "--generate-hashes",
-    ]
-    command += ["--no-emit-index-url", "--no-header", *options, "pyproject.toml"]
-    subprocess.run([*command, "--output-file", lock.relative_to(ROOT)], cwd=ROOT, check=True)
+    settings = ["--quiet", "--universal", "--python-version=3.11", "--generate-hashes"]
+    settings += ["--no-emit-index-url", "--no-header"]
+    files = ("pyproject.toml", "--output-file", lock.relative_to(ROOT))
+    subprocess.run([uv, "pip", "compile", *settings, *options, *files], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

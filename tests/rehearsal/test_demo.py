@@ -1,4 +1,4 @@
-"""What a newcomer runs."""
+"""The demo, as a newcomer runs it."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ def fraudctl(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def children_of(directory: Path) -> list[str]:
-    """Command lines of processes that work in this folder."""
+    """The command lines of the processes that use this folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -115,7 +115,7 @@ def test_without_java_it_takes_the_embedded_broker_and_says_so(tmp_path: Path) -
 
     environment = {"PATH": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", "from sandbox.stack import choose_broker; print(*choose_broker('auto'))"],
+        [sys.executable, "-c", "from rehearsal.stack import choose_broker; print(*choose_broker('auto'))"],
         capture_output=True,
         text=True,
         env=environment,
