@@ -1,4 +1,4 @@
-"""The local stack and the four services on it, each a process of its own."""
+"""The local stack, and the services on it, each in a process of its own."""
 
 import os
 import re
@@ -28,7 +28,7 @@ _INHERITED = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FIL
 
 @dataclass(frozen=True, kw_only=True)
 class Addresses:
-    """Where the services find what they need."""
+    """The addresses of everything that the services need."""
 
     client_properties: Path
     api_url: str
@@ -38,7 +38,7 @@ class Addresses:
     delivery: str
 
     def environment(self) -> dict[str, str]:
-        """The services' environment: these settings, and nothing else of the project's from outside."""
+        """The services' environment: these settings, and none of the project's variables from this process's own."""
         inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         return inherited | {
             "PYTHONUNBUFFERED": "1",
@@ -52,7 +52,7 @@ class Addresses:
             "SMTP_TLS": "none",
             "ALERT_FROM": SENDER,
             "ALERT_TO": RECIPIENT,
-            "ALERT_BURST": "1000000",  # a mail for each fraud: the ledger follows them one by one
+            "ALERT_BURST": "1000000",  # a mail for each fraud, since the ledger checks them one by one
             "DELIVERY": self.delivery,
             "BACKOFF_MAX_SECONDS": "5",
             "METRICS_PORT": "0",  # `service` gives each its own
@@ -61,7 +61,7 @@ class Addresses:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """The parts, started; `database` and `broker` are None where somebody else's are used."""
+    """The started parts. `database` and `broker` are None where the demo was given running ones."""
 
     broker: ApacheKafka | EmbeddedBroker | None
     database: Postgres | None
@@ -73,7 +73,7 @@ class Stack:
 
 
 def choose_broker(wanted: str) -> tuple[str, str]:
-    """What `local_stack` takes for `auto`, `embedded`, `apache`, HOST:PORT or a file, and a line on what that means.
+    """The broker for `local_stack` to use, and its description, for `auto`, `embedded`, `apache`, HOST:PORT or a file.
 
     Raises StandInError for anything else.
     """
@@ -86,10 +86,10 @@ def choose_broker(wanted: str) -> tuple[str, str]:
             return "embedded", f"{EmbeddedBroker.description}; {reason}"
         return "apache", ApacheKafka.description
     if Path(wanted).is_file():
-        return wanted, f"Kafka as {wanted} says"
+        return wanted, f"Kafka with the settings in {wanted}"
     if not re.fullmatch(r"\S+:\d{1,5}", wanted):
         raise StandInError(f"--broker: {wanted!r} is not auto, embedded, apache, HOST:PORT or a client.properties file")
-    return wanted, f"Kafka at {wanted}, as it is"
+    return wanted, f"Kafka at {wanted}"
 
 
 @contextmanager
@@ -100,10 +100,10 @@ def local_stack(
     api_options: tuple[str, ...] = (),
     database_url: str | None = None,
 ) -> Iterator[Stack]:
-    """Start everything the services need in `directory`, a champion included, and stop it at the end.
+    """Start everything that the services need in `directory`, including a champion, and stop it at the end.
 
-    `broker` is a kind, or the HOST:PORT or the client.properties file of one that runs; `database_url` likewise.
-    Raises StandInError, SettingsError for such a file.
+    `broker` is `embedded`, `apache`, or the HOST:PORT or client.properties file of a running one. With `database_url`,
+    no database is started. Raises StandInError, and SettingsError for an invalid file.
     """
     directory = directory.resolve()
     given = Path(broker).resolve() if Path(broker).is_file() else None
@@ -155,7 +155,7 @@ def local_stack(
 
 
 def _training(directory: Path, registry: Registry) -> Process:
-    """Trains on generated transactions while the registry starts, and makes the model its champion."""
+    """Trains on generated transactions while the registry starts, and makes the model the champion."""
     environment = {**os.environ, "MLFLOW_TRACKING_URI": registry.uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7"}
     log = directory / "logs" / "train.log"
     return Process("training", python("fraudctl", "train", "--seed", "1"), env=environment, log=log, cwd=directory)

@@ -106,7 +106,7 @@ def test_there_is_no_way_back_from_the_first(champion: Alias, fraudctl: Fraudctl
 
     back = fraudctl("rollback")
 
-    assert (back.returncode, back.stderr) == (2, f"fraudctl: no version bore {champion} before\n")
+    assert (back.returncode, back.stderr) == (2, f"fraudctl: no earlier version of {champion} to go back to\n")
 
 
 def test_train_takes_files_and_confirmed_rows(champion: Alias, fraudctl: Fraudctl, tmp_path: Path) -> None:

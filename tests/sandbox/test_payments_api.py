@@ -217,7 +217,7 @@ def test_a_file_that_cannot_be_served_is_one_line_and_exit_code_2(tmp_path: Path
         "unlabelled.csv": "columns missing: is_fraud",
         "nowhere.csv": "No such file",
         "header.csv": "no rows",
-        "broken.csv": "line 21 cannot be read",
+        "broken.csv": "line 21 has an invalid value",
         "binary.csv": "not",
     }
     processes = {}
@@ -430,7 +430,7 @@ def test_a_wrong_order_is_refused_and_changes_nothing(api: Start) -> None:
 
 def test_an_unknown_fault_is_named_at_the_start(tmp_path: Path) -> None:
     assert "repeats" in FAULTS
-    with pytest.raises(StandInError, match="no such fault: fire"):
+    with pytest.raises(StandInError, match="unknown fault: fire"):
         PaymentsApi("--misbehave", "fire,5xx", log=tmp_path / "api.log").start()
 
 

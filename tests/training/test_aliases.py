@@ -41,7 +41,7 @@ def test_each_way_back_is_one_further(champion: Alias) -> None:
     assert aliases.move_back(champion) == "2"
     assert aliases.move_back(champion) == "1"
     assert aliases.bearer(champion) == "1"
-    with pytest.raises(NoSuchVersion, match=f"no version bore {champion} before"):
+    with pytest.raises(NoSuchVersion, match=f"no earlier version of {champion} to go back to"):
         aliases.move_back(champion)
     assert aliases.bearer(champion) == "1"
 
