@@ -19,7 +19,7 @@ GUARD: dict[str, Suite] = {
     "compiled": lambda bench, rounds: predictor.compiled_scoring(bench, rounds=rounds),
 }
 _COMMITTED = Path(__file__).with_name("guard.json")
-_STILL_GOOD = 0.7  # of a committed ratio
+_STILL_GOOD = 0.7  # share of a ratio in guard.json
 _TRIES = 3
 
 

@@ -1,4 +1,4 @@
-"""The figures as people and programs read them: tables, JSON, Markdown, and a picture of the growth."""
+"""Output of the figures: tables, JSON, Markdown, and a picture of the growth."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def show(section: Section, console: Console) -> None:
 
 
 def save(sections: Mapping[str, Section], path: Path) -> None:
-    """Write all figures of all rounds as JSON, their medians as Markdown, and the growth as a picture."""
+    """Write the figures of all rounds as JSON, their medians as Markdown, and the growth as a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = {name: section.as_json() for name, section in sections.items()}
     path.write_text(json.dumps({"versions": versions(), "sections": figures}, indent=1) + "\n")
@@ -53,7 +53,7 @@ def save(sections: Mapping[str, Section], path: Path) -> None:
 
 
 def markdown(section: Section) -> str:
-    """A section's table and its bars."""
+    """A section's table and its bars as Markdown."""
     lines = [f"### {section.title}", "", f"{section.settings}.", ""]
     lines += ["| | " + " | ".join(section.columns) + " |", "|---|" + "---:|" * len(section.columns)]
     for label, row in section.rows.items():
