@@ -93,8 +93,8 @@ the setting and exits with code 2.
 **Secrets in files.** Each setting can also be read from a file: append `_FILE` to its name, and set it to the path of a
 UTF-8 text file with the value. A newline at the end of the file is ignored.
 `DATABASE_URL_FILE=/run/secrets/database_url` keeps the login out of the environment, where everybody who may inspect
-the container can read it. Set only one of the two: an empty `DATABASE_URL=` cancels the value in `secrets.example.env`. A
-file is read once, at the start.
+the container can read it. Set only one of the two: an empty `DATABASE_URL=` cancels the value in
+`secrets.example.env`. A file is read once, at the start.
 
 **Unknown names.** A variable in `secrets.env` that no service and no library reads is ignored. A warning at the start
 names it, and the setting that was probably meant, but never its value. Most variables in the environment are not the
