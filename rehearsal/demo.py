@@ -117,7 +117,7 @@ def run(options: Options, console: Console, *, scenario: Scenario = _no_faults) 
             each.spawn()
         for each in services.values():
             each.wait_ready()
-        console.print(f"the four services are ready after {time.monotonic() - began:.0f} s")
+        console.print(f"services ready after {time.monotonic() - began:.0f} s")
         with Live(console=console, refresh_per_second=4) as live:
             progress = Progress(parts.api, reader, groups, services, options.work_dir / "mail", live, hold=embedded)
             progress.stream(interrupted, steps)

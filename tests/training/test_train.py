@@ -1,4 +1,4 @@
-"""The model: how good it is, what it refuses to learn from, and how it gets out of the registry again."""
+"""Training: how good the model is, which data is refused, and loading the model from the registry."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_a_file_whose_frauds_are_from_other_days_is_split_by_card_alone() -> Non
     assert "time" not in held_out
 
 
-def test_a_confirmed_label_takes_the_place_of_the_one_before(history: pd.DataFrame) -> None:
+def test_a_confirmed_label_replaces_the_original(history: pd.DataFrame) -> None:
     confirmed = history.iloc[[3]].assign(is_fraud=1 - history["is_fraud"].iloc[3])
 
     rows = train.together(history.head(10), pd.concat([confirmed, history.iloc[[20]]]))
@@ -137,7 +137,7 @@ def test_rows_without_a_label_are_left_out(history: pd.DataFrame, trained: train
     assert again.metrics == trained.metrics
 
 
-def test_it_is_measured_on_cards_it_never_saw() -> None:
+def test_it_is_measured_on_unseen_cards() -> None:
     # Each card's frauds are known by its population: whoever saw the card has nothing left to guess.
     history = training_frame(seed=1).head(6000)
     cards = {card: number for number, card in enumerate(history["cc_num"].unique())}
@@ -218,7 +218,7 @@ def test_files_are_read_with_and_without_their_row_numbers(history: pd.DataFrame
     assert frame["cc_num"].tolist() == [str(card) for card in pd.concat([history.head(20), history.tail(10)])["cc_num"]]
 
 
-def test_a_file_that_is_no_training_file_is_named(tmp_path: Path) -> None:
+def test_a_file_in_another_format_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
 
     with pytest.raises(ValueError, match=r"other\.csv: columns missing: trans_date_trans_time"):
