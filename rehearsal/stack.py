@@ -166,9 +166,9 @@ def _training(directory: Path, registry: Registry) -> Process:
 def service(name: str, directory: Path, environment: Mapping[str, str], *, replica: int = 1) -> Process:
     """A service as a process that logs to `logs/<name>.log`.
 
-    It is ready once it has been ready at all since its start: one that reads a topic has then joined its group. The
-    producer is ready as soon as it answers, since it also starts while its API is away. A further replica has its
-    number in its log's name and in REPLICA.
+    It counts as ready from the first time that its /ready reports so, whatever outage follows: a service that reads a
+    topic has then joined its group. The producer joins none and also starts while its API is away: it is ready as soon
+    as it listens on METRICS_PORT. A further replica has its number in its log's name and in REPLICA.
     """
     directory = directory.resolve()
     full_name = name if replica == 1 else f"{name}-{replica}"
