@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SERVICES := producer predictor alerter db_sink
-LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
 .PHONY: demo test lint format bench guard chaos kafka lock configuration sbom clean
 
@@ -42,14 +40,9 @@ chaos: $(VENV)/.ready
 kafka: $(VENV)/.ready
 	@$(BIN)/python -m sandbox.apache
 
-## Resolve the dependencies anew: one lock for this machine, one for each image
+## Upgrade the locked dependencies: one lock for a checkout, one for each image. Without upgrades: python -m scripts.lock
 lock: $(VENV)/.ready
-	$(LOCK) --upgrade --all-extras pyproject.toml --output-file requirements.txt
-	for service in $(SERVICES) tools; do \
-	  extras="--extra $$service"; if [ $$service = predictor ]; then extras="$$extras --extra compiled"; fi; \
-	  $(LOCK) $$extras --constraints requirements.txt pyproject.toml \
-	    --output-file services/requirements/$$service.txt || exit 1; \
-	done
+	@$(BIN)/python -m scripts.lock --upgrade
 
 ## Write docs/configuration.md anew, from the settings classes
 configuration: $(VENV)/.ready

@@ -1,4 +1,4 @@
-"""An attack: thousands of frauds at once, and what reaches the mailbox, also on a bad day."""
+"""A flood: thousands of frauds at once, and the mails that result, also while something fails."""
 
 import time
 import uuid
@@ -23,7 +23,7 @@ BadDay = Callable[[Process, Mailbox], None]
 
 
 def flood(bench: Bench, *, rounds: int, frauds: int) -> Section:
-    """The alerter as it comes: a burst of ten mails, a digest a minute."""
+    """The alerter with its default limits: a burst of ten mails, then a digest a minute."""
     found = side_by_side(
         {
             "a good day": partial(_flooded, bench, frauds, lambda _alerter, _mailbox: None),

@@ -1,4 +1,4 @@
-"""How the cost of a row grows: with partitions, replicas, the backlog, and the table it goes into."""
+"""How the cost of a row grows with partitions, replicas, the backlog, and the size of the table."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ from benchmarks.measure import Bar, Figure, Section, side_by_side
 
 PARTITIONS = (1, 3, 6, 12)
 REPLICAS = (1, 2, 3, 4)
-_TOGETHER = 0.9  # then one replica after the other has nothing left to do
+_TOGETHER = 0.9  # of the backlog; beyond it, replicas run out of work one by one
 BACKLOGS = (10_000, 100_000, 1_000_000)
 TABLES = (100_000, 1_000_000, 10_000_000)
 _COLUMNS = ("us a row", "CPU s a million")
@@ -22,14 +22,14 @@ _EXPONENT = "exponent"
 
 
 def with_partitions(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """One predictor, more and more partitions."""
+    """One predictor on a growing number of partitions."""
     sources = {number: bench.backlog(rows, partitions=number) for number in PARTITIONS}
     variants = {number: partial(predictor.drained, bench, source, rows) for number, source in sources.items()}
     return _grown("Partitions", f"one predictor, exactly once, {rows:,} rows, Apache Kafka", variants, rounds=rounds)
 
 
 def with_replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """More and more predictors."""
+    """A growing number of predictors."""
     source = bench.backlog(rows)
     most = int(_TOGETHER * rows)
     variants = {number: partial(predictor.drained, bench, source, most, replicas=number) for number in REPLICAS}
@@ -45,20 +45,20 @@ def with_replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def with_backlog(bench: Bench, *, rounds: int) -> Section:
-    """One predictor, more and more to catch up with."""
+    """One predictor and a growing backlog."""
     sources = {rows: bench.backlog(rows, partitions=6) for rows in BACKLOGS}
     variants = {rows: partial(predictor.drained, bench, source, rows) for rows, source in sources.items()}
     return _grown("Backlog", "one predictor, exactly once, 6 partitions, Apache Kafka", variants, rounds=rounds)
 
 
 def with_table(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """The db_sink, with more and more rows there already and their index in place."""
+    """The db_sink and a table that already has a growing number of rows, indexed."""
     with sink.filled(bench, rows, TABLES) as into:
         return _grown("Rows there", f"db_sink, {rows:,} rows, PostgreSQL 18 as it comes", into, rounds=rounds)
 
 
 def draw(sections: Sequence[Section], path: Path) -> None:
-    """A panel a section: the cost of a row over what grows, both on logarithmic axes."""
+    """A picture with a panel for each section: the cost of a row over what grows, both axes logarithmic."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -92,7 +92,7 @@ def _grown(
 
 
 def _slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The exponent b of cost = a * size**b, by least squares over logarithms."""
+    """The exponent b of cost = a * size**b, by least squares of the logarithms."""
     return statistics.linear_regression(sizes, [math.log(cost) for cost in costs]).slope
 
 

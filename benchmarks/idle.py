@@ -1,4 +1,4 @@
-"""What the services cost while nothing happens."""
+"""CPU and memory of the services while nothing happens."""
 
 import time
 import uuid
@@ -12,7 +12,7 @@ _SETTLE_S = 15.0
 
 
 def idle(bench: Bench, *, rounds: int, seconds: float) -> Section:
-    """All four, polling and waiting."""
+    """All core services, polling and waiting."""
     topic_1, topic_2 = bench.topics("in", "out")
     found: dict[str, dict[str, list[float]]] = {name: {"% of a core": [], "MB": []} for name in CORE}
     with database(bench) as url:

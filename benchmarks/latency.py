@@ -1,4 +1,4 @@
-"""How long a transaction takes from topic_1 to a prediction, to a mail and to a row; how long a backlog takes."""
+"""The time from topic_1 to a prediction, to a mail and to a row, and the time to catch up with a backlog."""
 
 import shutil
 import time
@@ -20,11 +20,11 @@ from shared.records import encode_transaction
 _WARM_UP_S = 5.0
 _TICK_S = 0.002
 _PATIENCE_S = 30.0
-_FRAUD_RATE = 0.01  # mails enough to measure at 100 tx/s
+_FRAUD_RATE = 0.01  # enough mails to measure at 100 tx/s
 
 
 def latencies(bench: Bench, *, rounds: int, rates: Sequence[int], seconds: float) -> Section:
-    """Exactly once and at least once, in turn."""
+    """The latencies at each rate, exactly once and at least once alternately."""
     rows: dict[str, dict[str, list[float]]] = {}
     for _ in range(rounds):
         for rate in rates:
@@ -51,7 +51,7 @@ def latencies(bench: Bench, *, rounds: int, rates: Sequence[int], seconds: float
 
 
 def catching_up(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """From topic_1 to the rows of the table, as fast as it goes: predictor and db_sink at the same time."""
+    """The time to bring a backlog from topic_1 into the table, with predictor and db_sink at the same time."""
     source = bench.backlog(rows)
     found = side_by_side(
         {
@@ -78,7 +78,7 @@ def _caught_up(bench: Bench, source: str, rows: int, guarantee: str) -> dict[str
             with bench.committed(f"{target}-sink", target) as committed:
                 for each in services:
                     each.spawn()
-                usage = watch(services, committed, rows=rows)  # marks of transactions are counted, too: half a percent
+                usage = watch(services, committed, rows=rows)  # transaction markers are counted, too: 0.5 %
             wait_until(lambda: _rows(url) == rows, "rows", services)
         finally:
             for each in services:
@@ -126,7 +126,7 @@ def _measure(bench: Bench, rate: int, seconds: float, guarantee: str) -> dict[st
 
 
 def stream(bench: Bench, topic: str, rate: int, rows: int) -> None:
-    """Put the backlog's first rows on the topic, so many a second."""
+    """Write the backlog's first rows to the topic, `rate` a second."""
     client = producer({**bench.properties, "linger.ms": "0"})
     records = [(encode_transaction(each), each.key) for each in backlog(rows, fraud_rate=_FRAUD_RATE)]
     began, sent = time.monotonic(), 0
@@ -143,11 +143,11 @@ def stream(bench: Bench, topic: str, rate: int, rows: int) -> None:
 def wait_until(
     condition: Callable[[], bool], what: str, services: Sequence[Process], *, patience_s: float = _PATIENCE_S
 ) -> None:
-    """Raises StandInError if the condition does not come true."""
+    """Wait for the condition. Raises StandInError if it does not hold in time."""
     deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:
-            raise StandInError(f"the {what} did not come: {services[0].last_line()}")
+            raise StandInError(f"no {what} after {patience_s:.0f} s: {services[0].last_line()}")
         time.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-"""A backlog on a broker, a service that works it off, and what that took."""
+"""The bench: a backlog on a broker, services that process it, and what that costs."""
 
 import os
 import time
@@ -7,27 +7,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from threading import Event
 
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
 
-from benchmarks.measure import Bar, Figure
+from benchmarks.measure import Bar, Figure, Section
 from rehearsal.stack import Stack, service
 from sandbox.embedded import EmbeddedBroker
 from sandbox.generator import FRAUD_RATE, transactions
 from sandbox.processes import Process, StandInError
 from shared.kafka import topics
-from shared.kafka.clients import consumer, producer
+from shared.kafka.clients import admin, consumer, producer
 from shared.kafka.messages import Record
 from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
 from shared.stream.delivery import enqueue
 
 PARTITIONS = 6
-_START = datetime(2024, 5, 17, 18, tzinfo=UTC)  # the hours of fraud come soon
+_START = datetime(2024, 5, 17, 18, tzinfo=UTC)  # shortly before the hours of most frauds
 _TIMEOUT_S = 180.0
 _LOOK_S = 0.03
 _COORDINATOR_MOVES = (KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
@@ -36,15 +37,15 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Usage:
-    """What processes did with a backlog."""
+    """What it cost processes to process a backlog."""
 
     rows_per_s: float
     cpu_s_per_million: float
     peak_rss_mb: float
-    machine_busy: float  # share of all cores, whoever used them
+    machine_busy: float  # share of all cores, by any process
 
     def quantities(self) -> dict[str, float]:
-        """By the names that the tables have for them."""
+        """The quantities, by the names of their columns in the tables."""
         return {
             "rows/s": self.rows_per_s,
             "CPU s a million": self.cpu_s_per_million,
@@ -53,9 +54,13 @@ class Usage:
         }
 
 
+def _at_once() -> bool:
+    return True
+
+
 @cache
 def backlog(rows: int, *, fraud_rate: float = FRAUD_RATE) -> tuple[Transaction, ...]:
-    """Generated transactions, the same ones each time."""
+    """Generated transactions, the same ones at each call."""
     stream = transactions(seed=1, start=_START, fraud_rate=fraud_rate)
     table = {"columns": RAW_COLUMNS, "index": [], "data": list(islice(stream, rows))}
     return tuple(read_split(msgspec.json.encode(table)).transactions)
@@ -69,18 +74,18 @@ def topic_1_records(topic: str, rows: int) -> Iterator[Record]:
 
 @dataclass(frozen=True)
 class Bench:
-    """A stack to measure on, and a folder for what is left behind."""
+    """A stack to measure on, and a folder for logs and other files."""
 
     stack: Stack
     directory: Path
 
     @property
     def properties(self) -> Mapping[str, str]:
-        """Of a Kafka client."""
+        """The settings of a Kafka client."""
         return self.stack.properties
 
     def topics(self, *kinds: str, partitions: int = PARTITIONS) -> list[str]:
-        """New topics, one a kind, each with a name of its own."""
+        """The names of new topics, one for each kind."""
         names = [f"{kind}-{uuid.uuid4().hex[:8]}" for kind in kinds]
         if isinstance(self.stack.broker, EmbeddedBroker):
             topics.use(self.properties, names)
@@ -89,7 +94,7 @@ class Bench:
         return names
 
     def fill(self, records: Iterator[Record]) -> None:
-        """Write the records and wait until all are there."""
+        """Write the records and wait until all are acknowledged."""
         client = producer(self.properties)
         enqueue(client, records, Event())
         client.flush()
@@ -101,7 +106,7 @@ class Bench:
         return topic
 
     def service(self, name: str, settings: Mapping[str, str], *, replica: int = 1) -> Process:
-        """A service, not started yet, in a folder of its own."""
+        """A service in a folder of its own, not started yet."""
         directory = self.directory / uuid.uuid4().hex[:8]
         directory.mkdir()
         environment = self.stack.addresses.environment() | {"REPLICA": "one"} | dict(settings)
@@ -109,8 +114,8 @@ class Bench:
 
     @contextmanager
     def committed(self, group: str, topic: str) -> Iterator[Callable[[], int]]:
-        """How many records of the topic the group has committed."""
-        # A reader of committed records is put off while a transaction with newer offsets is under way.
+        """A function that returns how many records of the topic the group has committed."""
+        # With read_committed, the broker withholds offsets while a transaction that changes them is open.
         reader = Consumer({**self.properties, "group.id": group, "isolation.level": "read_uncommitted"})
         partitions = self._partitions(topic)
         try:
@@ -120,7 +125,7 @@ class Bench:
 
     @contextmanager
     def written(self, topic: str) -> Iterator[Callable[[], int]]:
-        """How many records a topic has; marks of transactions count as well."""
+        """A function that returns how many records a topic has. Transaction markers count as well."""
         reader = consumer(self.properties, group="benchmarks")
         partitions = self._partitions(topic)
         try:
@@ -134,15 +139,34 @@ class Bench:
     def drain(
         self, processes: Sequence[Process], *, group: str, topic: str, rows: int, at_most_s: float = 60.0
     ) -> Usage:
-        """Start the processes, which commit as this group what they read of the topic, and stop them at the end."""
+        """Measure how the processes consume the topic as this group. They are started first and stopped at the end."""
         with self.committed(group, topic) as committed:
             for process in processes:
                 process.spawn()
-            usage = watch(processes, committed, rows=rows, at_most_s=at_most_s)
+            # Replicas join one after another: measure from the moment when the last one has partitions.
+            several = len(processes) > 1
+            begun = partial(_all_share, admin(self.properties), group, len(processes)) if several else _at_once
+            usage = watch(processes, committed, rows=rows, at_most_s=at_most_s, begun=begun)
         for process in processes:
             if process.stop() != 0:
                 raise StandInError(f"{process.name} failed: {process.last_line()}")
         return usage
+
+
+Suite = Callable[[Bench, int], Section]
+"""Measures a number of rounds on a bench."""
+
+
+def _all_share(client: AdminClient, group: str, members: int) -> bool:
+    """Whether this many members of the group have partitions."""
+    (description,) = client.describe_consumer_groups([group]).values()
+    try:
+        found = description.result().members
+    except KafkaException as error:
+        if error.args[0].code() in _COORDINATOR_MOVES:
+            return False
+        raise
+    return sum(bool(member.assignment.topic_partitions) for member in found) == members
 
 
 def _committed(reader: Consumer, partitions: list[TopicPartition]) -> int:
@@ -154,9 +178,16 @@ def _committed(reader: Consumer, partitions: list[TopicPartition]) -> int:
         raise
 
 
-def watch(processes: Sequence[Process], count: Callable[[], int], *, rows: int, at_most_s: float = 60.0) -> Usage:
-    """What the processes do together, from the first rows that are counted to the last of them, or until time is up."""
-    first, began = _first(processes, count)
+def watch(
+    processes: Sequence[Process],
+    count: Callable[[], int],
+    *,
+    rows: int,
+    at_most_s: float = 60.0,
+    begun: Callable[[], bool] = _at_once,
+) -> Usage:
+    """The usage of the processes, from the first count after `begun` to the last row, or until time is up."""
+    first, began = _first(processes, count, begun)
     cpu, machine = sum(map(cpu_s, processes)), _machine()
     done, now = first, began
     while done < rows and now - began < at_most_s:
@@ -165,48 +196,43 @@ def watch(processes: Sequence[Process], count: Callable[[], int], *, rows: int, 
     spent = sum(map(cpu_s, processes)) - cpu
     peak = max(rss_mb(process, peak=True) for process in processes)
     if done == first:
-        raise StandInError(f"{rows:,} rows are too few: they were done in an instant")
+        raise StandInError(f"{rows:,} rows are too few to measure: all were done at the first look")
     busy, all_of_it = (after - before for before, after in zip(machine, _machine(), strict=True))
     return Usage((done - first) / (now - began), 1e6 * spent / (done - first), peak, busy / all_of_it)
 
 
-def _first(processes: Sequence[Process], count: Callable[[], int]) -> tuple[int, float]:
+def _first(processes: Sequence[Process], count: Callable[[], int], begun: Callable[[], bool]) -> tuple[int, float]:
     deadline = time.monotonic() + _TIMEOUT_S
     while time.monotonic() < deadline:
-        if (done := count()) and (len(processes) == 1 or all(map(_has_partitions, processes))):
-            return done, time.monotonic()
+        if count() and begun():
+            return count(), time.monotonic()
         for process in processes:
             if not process.running:
                 raise StandInError(f"{process.name} ended: {process.last_line()}")
         time.sleep(_LOOK_S)
-    raise StandInError(f"nothing done in {_TIMEOUT_S:.0f} s: {processes[0].last_line()}")
-
-
-def _has_partitions(process: Process) -> bool:
-    """Replicas join one after the other: what they do together begins when the last one has its share."""
-    return any(process.said(f"event='assigned' partitions=[{first}") for first in range(10))
+    raise StandInError(f"nothing was processed in {_TIMEOUT_S:.0f} s: {processes[0].last_line()}")
 
 
 def cpu_s(process: Process) -> float:
-    """User and system time of a process so far."""
+    """Seconds of user and system time that the process has used so far."""
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def _machine() -> tuple[int, int]:
-    """Ticks of all cores so far: at work, and all."""
+    """Clock ticks of all cores so far: busy ones, and all."""
     user, nice, system, idle, iowait, *others = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     total = user + nice + system + idle + iowait + sum(others)
     return total - idle - iowait, total
 
 
 def memory_bar(service: str, seen: Figure) -> Bar:
-    """How much of it a service may take, in MB."""
+    """The bar for a service's memory, in MB."""
     return Bar(f"{service}, MB", seen, 350 if service.startswith("predictor") else 110, at_most=True)
 
 
 def rss_mb(process: Process, *, peak: bool = False) -> float:
-    """Resident memory of a process: now, or at most so far."""
+    """Resident memory of a process in MB: now, or its peak so far."""
     wanted = "VmHWM:" if peak else "VmRSS:"
     status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in status if line.startswith(wanted))

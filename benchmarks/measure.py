@@ -1,4 +1,4 @@
-"""Fair figures: each variant once a round, side by side; medians with their spread; ratios taken within a round."""
+"""Fair figures: all variants are measured in every round; medians with their spread; ratios within a round."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -8,28 +8,28 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Figure:
-    """One quantity over the rounds."""
+    """A quantity, with one value for each round."""
 
     values: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median of the rounds."""
         return statistics.median(self.values)
 
     @property
     def spread(self) -> float:
-        """Half the distance of the extremes, as a share of the median."""
+        """Half the range of the values, as a share of the median."""
         return (max(self.values) - min(self.values)) / 2 / abs(self.median) if self.median else 0.0
 
     def over(self, other: "Figure") -> "Figure":
-        """The ratio in each round."""
+        """The ratio to another figure, round by round."""
         return Figure(tuple(mine / its for mine, its in zip(self.values, other.values, strict=True)))
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What a ratio, a time or a size has to reach."""
+    """A bar that a ratio, a time or a size has to reach, or must not exceed with `at_most`."""
 
     what: str
     seen: Figure
@@ -38,13 +38,13 @@ class Bar:
 
     @property
     def reached(self) -> bool:
-        """Whether its median does."""
+        """Whether the median reaches the bar."""
         return self.seen.median <= self.bar if self.at_most else self.seen.median >= self.bar
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table of figures, what they have to reach, and the settings they were taken with."""
+    """A table of figures, the bars they have to reach, and the settings they were measured with."""
 
     title: str
     settings: str
@@ -53,7 +53,7 @@ class Section:
     bars: Sequence[Bar] = field(default_factory=tuple)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, rounds included."""
+        """All figures with every round."""
         return {
             "title": self.title,
             "settings": self.settings,
@@ -69,9 +69,9 @@ class Section:
 def side_by_side(
     variants: Mapping[str, Callable[[], Mapping[str, float]]], *, rounds: int
 ) -> dict[str, dict[str, Figure]]:
-    """Run all variants in every round, in turn and then in reverse, so that a slow minute hits all of them.
+    """Run all variants in every round, forwards and backwards alternately, so that a slow minute affects all of them.
 
-    A variant returns its quantities by name. A first round warms up and is not counted.
+    A variant returns its quantities by name. The first round is a warm-up and is not counted.
     """
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in variants}
     for number in range(-1, rounds):
@@ -86,6 +86,6 @@ def side_by_side(
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p99 and p99.9 of at least two values."""
+    """The p50, p99 and p99.9 of two or more values."""
     cuts = statistics.quantiles(values, n=1000, method="inclusive")
     return {"p50": cuts[499], "p99": cuts[989], "p99.9": cuts[998]}

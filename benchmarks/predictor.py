@@ -1,4 +1,4 @@
-"""The predictor, against what it could be without Kafka, and against itself with other settings."""
+"""The predictor, compared with its own computation without Kafka, and with itself under other settings."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ BOOSTING, FOREST = "fraud", "forest"  # the names of the models
 FOREST_COLUMNS = ("amt", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long", "zip")
 BATCH_SIZES = (1, 10, 100, 1000, 5000)
 _START = datetime(2024, 1, 1, tzinfo=UTC)
-_EMBEDDED_ROWS = 80_000  # all that the embedded broker keeps
+_EMBEDDED_ROWS = 80_000  # the embedded broker keeps no more
 
 
 def register_forest(tracking_uri: str) -> None:
@@ -50,8 +50,8 @@ def register_forest(tracking_uri: str) -> None:
 
 
 def another_version(bench: Bench) -> str:
-    """Train a second version of the boosting model; returns its number."""
-    trained = train.fit(train.generate(seed=2), seed=2)
+    """Train a second version of the boosting model. Returns its number."""
+    trained = train.fit(training_frame(seed=2), seed=2)
     return train.register(trained, Alias(bench.stack.registry.uri, BOOSTING, "other"))
 
 
@@ -69,7 +69,7 @@ def load_model(bench: Bench, name: str, *, compiled: bool) -> Model:
 
 
 def consumed(bench: Bench, topic: str) -> list[Message]:
-    """Everything on a topic, as the predictor is given it."""
+    """All messages of a topic, as the predictor receives them."""
     ends = topics.ends(bench.properties, [topic])
     reader = consumer(bench.properties, group="ceiling")
     reader.assign([TopicPartition(end.topic, end.partition, 0) for end in ends])
@@ -82,7 +82,7 @@ def consumed(bench: Bench, topic: str) -> list[Message]:
 
 
 def without_kafka(model: Model, messages: Sequence[Message], *, batch_size: int) -> dict[str, float]:
-    """Decode, predict and encode, batch after batch."""
+    """The rate of decoding, predicting and encoding in batches."""
     limit = Limit(ratio=0.5, consecutive=20)
     began = time.monotonic()
     for start in range(0, len(messages), batch_size):
@@ -99,7 +99,7 @@ def drained(
     settings: Mapping[str, str] | None = None,
     at_most_s: float = 60.0,
 ) -> dict[str, float]:
-    """What predictors do with a backlog that lies on `source`, in a group of their own."""
+    """The figures of predictors that process the backlog on `source`, in a group of their own."""
     (target,) = bench.topics("predicted")
     own = {"TOPIC_1": source, "TOPIC_2": target, "PREDICTOR_GROUP": target} | dict(settings or {})
     processes = [bench.service("predictor", own, replica=number) for number in range(1, replicas + 1)]
@@ -109,7 +109,7 @@ def drained(
 def against_its_ceiling(
     bench: Bench, *, rounds: int, rows: int = _EMBEDDED_ROWS, guarantee: str = "at_least_once"
 ) -> Section:
-    """The service against decoding, scoring and encoding alone."""
+    """The service compared with decoding, scoring and encoding alone."""
     source = bench.backlog(rows)
     model, messages = load_model(bench, BOOSTING, compiled=False), consumed(bench, source)
     found = side_by_side(
@@ -130,7 +130,7 @@ def against_its_ceiling(
 
 
 def guarantees(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Exactly once against at least once, on Apache Kafka."""
+    """Exactly once compared with at least once, on Apache Kafka."""
     source = bench.backlog(rows)
     found = side_by_side(
         {
@@ -150,7 +150,7 @@ def guarantees(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def batch_sizes(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Both models, at every size of batch."""
+    """Both models at several batch sizes."""
     source = bench.backlog(rows)
     found = side_by_side(
         {
@@ -172,7 +172,7 @@ def batch_sizes(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def logging(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """The predictor with its lines of the flow, and without."""
+    """The predictor with its INFO log lines, and without."""
     source = bench.backlog(rows)
     found = side_by_side(
         {level: partial(drained, bench, source, rows, settings={"LOG_LEVEL": level}) for level in ("INFO", "ERROR")},
@@ -189,7 +189,7 @@ def logging(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
-    """The forest at batches of 100, compiled and as it is."""
+    """The forest in batches of 100, compiled and not."""
     transactions = backlog(20_000)
     compiled, own = (load_model(bench, FOREST, compiled=flag) for flag in (True, False))
     found = side_by_side(

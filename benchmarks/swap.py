@@ -1,4 +1,4 @@
-"""What it costs to move the champion's alias while the predictor is at work."""
+"""The cost of moving the champion's alias while the predictor works."""
 
 from collections import defaultdict
 from functools import partial
@@ -22,7 +22,7 @@ _EVERY_S = 2.0
 
 
 def swaps(bench: Bench, *, rounds: int, rate: int, moves: int) -> Section:
-    """The same stream while the alias stays, and while it goes to and fro between two versions."""
+    """The same stream while the alias stays, and while it alternates between two versions."""
     other = another_version(bench)
     found = side_by_side(
         {

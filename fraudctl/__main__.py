@@ -145,6 +145,7 @@ def train(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Train a model, measure it on cards it never saw, and register it."""
+    from sandbox.generator import training_frame
     from training import aliases
     from training import train as training
 
@@ -154,7 +155,7 @@ def train(
         if if_absent and (present := aliases.bearer(of)):
             console.print(f"{of.name} version {present} is {of.alias} already")
             return
-        frame = training.read(sources) if sources else training.generate(seed=seed)
+        frame = training.read(sources) if sources else training_frame(seed=seed)
         if validated:
             frame = training.together(frame, training.read([validated]))
         trained = training.fit(frame, seed=seed, target_precision=target_precision)

@@ -1,6 +1,6 @@
-"""The ledger: every transaction followed by identity through the topics, the mailbox and the table.
+"""The ledger: follows every transaction by identity through the topics, the mailbox and the table.
 
-Nothing here asks the services: each figure is counted where the thing itself lies.
+No figure comes from the services: each is counted in the topic, mailbox or table itself.
 """
 
 import time
@@ -32,7 +32,7 @@ _NOT_REPORTED = ("suspects", "mail_delays", "dead_letter_places")
 
 
 class _Seen(msgspec.Struct, gc=False):
-    """As much of a record as the ledger needs."""
+    """The fields of a record that the ledger needs."""
 
     trans_num: str
     unix_time: int
@@ -46,24 +46,30 @@ class _Seen(msgspec.Struct, gc=False):
 
 @dataclass
 class Topics:
-    """What was read back from the topics since the start."""
+    """What the topics have received since the start."""
 
     records_1: int = 0
     records_2: int = 0
-    repeated: list[Identity] = field(default_factory=list)  # on either topic, once for each time too many
-    misplaced: list[Identity] = field(default_factory=list)  # on topic_2 before one that was before it on topic_1
-    dead_letters: defaultdict[Place, list[Place]] = field(default_factory=lambda: defaultdict(list))  # by their origin
-    refused_rows: int = 0  # of the dead letters, the rows of the API's answers that are no transactions
-    produced_ms: dict[Identity, int] = field(default_factory=dict)  # the record's own timestamp on topic_1
-    visible_ms: dict[Identity, float] = field(default_factory=dict)  # when a committed-only reader had it from topic_2
+    repeated: list[Identity] = field(default_factory=list)  # on either topic, once for each repetition
+    misplaced: list[Identity] = field(default_factory=list)  # predicted after a later transaction of the same card
+    dead_letters: defaultdict[Place, list[Place]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # by the place of the original record
+    refused_rows: int = 0  # dead letters of the producer, for rows of the API that are not valid transactions
+    produced_ms: dict[Identity, int] = field(default_factory=dict)  # the timestamp of the record on topic_1
+    visible_ms: dict[Identity, float] = field(
+        default_factory=dict
+    )  # when a read_committed consumer received it from topic_2
     frauds: set[Identity] = field(default_factory=set)
     dead: set[Identity] = field(default_factory=set)
-    last_source: dict[int, int] = field(default_factory=dict)  # by card, the offset on topic_1 of its last prediction
+    last_source: dict[int, int] = field(
+        default_factory=dict
+    )  # by card, the offset on topic_1 of the transaction predicted last
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """The account of a run. It balances if nothing was lost and nothing doubled."""
+    """The figures of a run. It balances if nothing was lost or duplicated."""
 
     served: int
     fetched: int
@@ -81,26 +87,24 @@ class Ledger:
     out_of_order: int
     seconds: float
     latency_ms: Mapping[str, Mapping[str, float | None]]
-    suspects: Mapping[str, list[Identity]]  # the identities of what is wrong, by what it is
-    mail_delays: list[
-        tuple[int, float]
-    ]  # when a fraud was written to topic_1 (epoch ms), and how long its mail took (ms)
-    dead_letter_places: Mapping[Place, Sequence[Place]]  # by where the records were that they keep
+    suspects: Mapping[str, list[Identity]]  # by kind of problem, the identities concerned
+    mail_delays: list[tuple[int, float]]  # of each fraud: written to topic_1 (epoch ms), and until its mail (ms)
+    dead_letter_places: Mapping[Place, Sequence[Place]]  # by the place of the original record
 
     @property
     def balanced(self) -> bool:
-        """True if every transaction served is where it must be, once, in its card's order, and every fraud mailed."""
+        """True if every transaction arrived everywhere once and in its card's order, and every fraud was mailed."""
         return not self.suspects and self.mailed_frauds == self.predicted_frauds
 
     def report(self) -> dict[str, object]:
-        """The figures as they go into the report file."""
+        """The figures for the report file."""
         return {name: value for name, value in asdict(self).items() if name not in _NOT_REPORTED}
 
 
 class TopicReader:
-    """Reads both topics and their dead letters as they grow, in a thread of its own.
+    """Reads both topics and their dead letters continuously, in a thread of its own.
 
-    It has to keep up rather than read at the end: an embedded broker forgets old records.
+    Reading everything at the end is not possible: the embedded broker drops old records.
     """
 
     def __init__(self, properties: Mapping[str, str], *, topic_1: str) -> None:
@@ -111,15 +115,15 @@ class TopicReader:
         self._thread = Thread(target=self._read, name="ledger", daemon=True)
         self.topics = Topics()
         self._next: dict[tuple[str, int], int] = {}
-        self.positions: dict[tuple[str, int], int] = {}  # after the last record read, which no marker follows
+        self.positions: dict[tuple[str, int], int] = {}  # one past the last record read, markers not counted
 
     def start(self, starts: Iterable[TopicPartition]) -> None:
-        """Read from these offsets on."""
+        """Start to read at these offsets."""
         self._next = {(start.topic, start.partition): start.offset for start in starts}
         self._thread.start()
 
     def stop(self) -> Topics:
-        """Read what is there, then stop. Returns everything read."""
+        """Read to the end, then stop. Returns everything that was read."""
         self._stop.set()
         self._thread.join()
         return self.topics
@@ -129,7 +133,7 @@ class TopicReader:
             self._read_until_silence()
 
     def _read_until_silence(self) -> None:
-        """Read on until nothing has come for a while: a client may have lost its way while the broker was away."""
+        """Read until no record has come for a while, then use a new client: one may hang after a broker outage."""
         reader = consumer(self._properties, group="ledger")
         reader.assign([TopicPartition(*place, offset) for place, offset in (self._next | self.positions).items()])
         last_record = time.monotonic()
@@ -184,11 +188,11 @@ class TopicReader:
 
 
 def _origin(letter: Message) -> Place | None:
-    """Where the record was that a dead letter keeps; None for the mark of a replay, which is no dead letter."""
+    """The place of a dead letter's original record. None for a replay marker, which is not a dead letter."""
     found = {name: content for name, content in headers(letter) if isinstance(content, bytes)}
     if "dlq-replayed" in found:
         return None
-    if "dlq-offset" not in found:  # a row that never was on a topic
+    if "dlq-offset" not in found:  # a row that the producer refused
         return coordinates(letter)
     return found["dlq-topic"].decode(), int(found["dlq-partition"]), int(found["dlq-offset"])
 
@@ -204,9 +208,9 @@ def draw_up(
     engine: sa.Engine,
     seconds: float,
 ) -> Ledger:
-    """Compare, by identity, what the source served with what lies on the topics, in the mailbox and in the table.
+    """Compare, by identity, what the source served with the topics, the mailbox and the table.
 
-    `repeats` counts the transactions that the source served again.
+    `repeats` is how many transactions the source served again.
     """
     produced, predicted = topics.produced_ms.keys(), topics.visible_ms.keys()
     mailed_ms, emails = mailed(mailbox, predicted, since_ms=since_ms, sender=sender)
@@ -217,7 +221,7 @@ def draw_up(
         "missing in the mailbox": topics.frauds - mailed_ms.keys() - topics.dead,
         "missing in the table": predicted - ingested_ms.keys() - topics.dead,
     }
-    if len(missing["missing on topic_1"]) == topics.refused_rows:  # which have no identity
+    if len(missing["missing on topic_1"]) == topics.refused_rows:  # a refused row has no identity to compare
         del missing["missing on topic_1"]
     suspects = {**missing, "repeated": topics.repeated, "out of order": topics.misplaced}
     return Ledger(
@@ -250,7 +254,7 @@ def draw_up(
 def mailed(
     mailbox: Path, identities: Iterable[Identity], *, since_ms: int, sender: str
 ) -> tuple[dict[Identity, float], int]:
-    """When each transaction that a mail names was first mailed (epoch ms), and how many mails there are."""
+    """When each of these transactions was first mailed (epoch ms), and the number of mails."""
     by_message_id = {message_id(identity, sender=sender): identity for identity in identities}
     first: dict[Identity, float] = {}
     emails = 0
@@ -265,9 +269,9 @@ def mailed(
 
 
 def _stored(engine: sa.Engine, identities: Iterable[Identity], *, since_ms: int) -> dict[Identity, float]:
-    """When each of these transactions that was stored since then got into the table, in epoch ms.
+    """When each of these transactions was first stored, in epoch ms, if it was stored since then.
 
-    A row of an earlier run bears its own time of ingestion, but the time of the prediction that was stored last.
+    A row that an earlier run inserted keeps its ingestion time, but has the prediction time of the latest upsert.
     """
     wanted = set(identities)
     query = sa.text("""
@@ -280,9 +284,11 @@ def _stored(engine: sa.Engine, identities: Iterable[Identity], *, since_ms: int)
 
 
 def _latency(begin: Mapping[Identity, float], end: Mapping[Identity, float]) -> dict[str, float | None]:
-    """Milliseconds from `begin` to `end`, median and 99th percentile, over the transactions in both."""
+    """Median and 99th percentile of the milliseconds from `begin` to `end`, over the transactions in both."""
     both = begin.keys() & end.keys()
-    spans = [span for identity in both if (span := end[identity] - begin[identity]) >= 0]  # not from an earlier run
+    spans = [
+        span for identity in both if (span := end[identity] - begin[identity]) >= 0
+    ]  # negative if stored by an earlier run
     if not spans:
         return {"p50": None, "p99": None}
     p50, p99 = np.percentile(spans, (50, 99))

@@ -1,4 +1,4 @@
-"""The local stack and the four services on it, each a process of its own."""
+"""The local stack, and the services on it, each in a process of its own."""
 
 import os
 import re
@@ -8,23 +8,27 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import requests
+
 from sandbox.apache import ApacheKafka, missing
 from sandbox.embedded import CLIENT_SETTINGS, EmbeddedBroker
 from sandbox.mailbox import Mailbox
 from sandbox.payments_api import PaymentsApi
 from sandbox.postgres import Postgres
-from sandbox.processes import Process, StandInError, python
+from sandbox.processes import Process, StandInError, free_port, port_open, python
 from sandbox.registry import Registry
+from services.catalogue import BY_NAME
 from shared.settings import ServiceSettings, kafka_properties
 
 SENDER = "alarm@fraud-alarm.example"
 RECIPIENT = "analyst@fraud-alarm.example"
+_ANSWER_S = 1.0
 _INHERITED = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Addresses:
-    """Where the services find what they need."""
+    """The addresses of everything that the services need."""
 
     client_properties: Path
     api_url: str
@@ -34,7 +38,7 @@ class Addresses:
     delivery: str
 
     def environment(self) -> dict[str, str]:
-        """The services' environment: these settings, and nothing else of the project's from outside."""
+        """The services' environment: these settings, and none of the project's variables from this process's own."""
         inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         return inherited | {
             "PYTHONUNBUFFERED": "1",
@@ -48,16 +52,16 @@ class Addresses:
             "SMTP_TLS": "none",
             "ALERT_FROM": SENDER,
             "ALERT_TO": RECIPIENT,
-            "ALERT_BURST": "1000000",  # a mail for each fraud: the ledger follows them one by one
+            "ALERT_BURST": "1000000",  # a mail for each fraud, since the ledger checks them one by one
             "DELIVERY": self.delivery,
             "BACKOFF_MAX_SECONDS": "5",
-            "METRICS_PORT": "0",  # several of them share this machine
+            "METRICS_PORT": "0",  # `service` gives each its own
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """The parts, started; `database` and `broker` are None where somebody else's are used."""
+    """The started parts. `database` and `broker` are None where the demo was given running ones."""
 
     broker: ApacheKafka | EmbeddedBroker | None
     database: Postgres | None
@@ -69,7 +73,7 @@ class Stack:
 
 
 def choose_broker(wanted: str) -> tuple[str, str]:
-    """What `local_stack` takes for `auto`, `embedded`, `apache`, HOST:PORT or a file, and a line on what that means.
+    """The broker for `local_stack` to use, and its description, for `auto`, `embedded`, `apache`, HOST:PORT or a file.
 
     Raises StandInError for anything else.
     """
@@ -82,10 +86,10 @@ def choose_broker(wanted: str) -> tuple[str, str]:
             return "embedded", f"{EmbeddedBroker.description}; {reason}"
         return "apache", ApacheKafka.description
     if Path(wanted).is_file():
-        return wanted, f"Kafka as {wanted} says"
+        return wanted, f"Kafka with the settings in {wanted}"
     if not re.fullmatch(r"\S+:\d{1,5}", wanted):
         raise StandInError(f"--broker: {wanted!r} is not auto, embedded, apache, HOST:PORT or a client.properties file")
-    return wanted, f"Kafka at {wanted}, as it is"
+    return wanted, f"Kafka at {wanted}"
 
 
 @contextmanager
@@ -96,10 +100,10 @@ def local_stack(
     api_options: tuple[str, ...] = (),
     database_url: str | None = None,
 ) -> Iterator[Stack]:
-    """Start everything the services need in `directory`, a champion included, and stop it at the end.
+    """Start everything that the services need in `directory`, including a champion, and stop it at the end.
 
-    `broker` is a kind, or the HOST:PORT or the client.properties file of one that runs; `database_url` likewise.
-    Raises StandInError, SettingsError for such a file.
+    `broker` is `embedded`, `apache`, or the HOST:PORT or client.properties file of a running one. With `database_url`,
+    no database is started. Raises StandInError, and SettingsError for an invalid file.
     """
     directory = directory.resolve()
     given = Path(broker).resolve() if Path(broker).is_file() else None
@@ -151,25 +155,42 @@ def local_stack(
 
 
 def _training(directory: Path, registry: Registry) -> Process:
-    """Trains on generated transactions while the registry starts, and makes the model its champion."""
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": registry.uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7"}
+    """Trains on generated transactions while the registry starts, and makes the model the champion."""
+    # Threads of scikit-learn that wait for each other take minutes on cores that are busy with everything else.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment |= {"MLFLOW_TRACKING_URI": registry.uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7"}
     log = directory / "logs" / "train.log"
     return Process("training", python("fraudctl", "train", "--seed", "1"), env=environment, log=log, cwd=directory)
 
 
 def service(name: str, directory: Path, environment: Mapping[str, str], *, replica: int = 1) -> Process:
-    """One of the four services as a process, logging to `logs/<name>.log`; ready when it has work to do.
+    """A service as a process that logs to `logs/<name>.log`.
 
-    Further replicas have a number, in their logs' names and in their own.
+    It counts as ready from the first time that its /ready reports so, whatever outage follows: a service that reads a
+    topic has then joined its group. The producer joins none and also starts while its API is away: it is ready as soon
+    as it listens on METRICS_PORT. A further replica has its number in its log's name and in REPLICA.
     """
     directory = directory.resolve()
     full_name = name if replica == 1 else f"{name}-{replica}"
-    sign = "event='started'" if name == "producer" else "event='assigned'"
     own = dict(environment)
+    port = int(own["METRICS_PORT"]) or free_port()
+    own["METRICS_PORT"] = str(port)
     if replica > 1:
         own["REPLICA"] = f"{environment['REPLICA']}-{replica}"
-    log = directory / "logs" / f"{full_name}.log"
-    process = Process(
-        full_name, python(f"services.{name}"), env=own, log=log, cwd=directory, ready=lambda: process.said(sign)
+    joins = bool(BY_NAME[name].groups)
+    return Process(
+        full_name,
+        python(BY_NAME[name].module),
+        env=own,
+        log=directory / "logs" / f"{full_name}.log",
+        cwd=directory,
+        ready=lambda: _was_ready(port) if joins else port_open(port),
     )
-    return process
+
+
+def _was_ready(port: int) -> bool:
+    """Whether the service that answers there has been ready since its start."""
+    try:
+        return bool(requests.get(f"http://127.0.0.1:{port}/ready", timeout=_ANSWER_S).json()["was_ready"])
+    except requests.RequestException:
+        return False

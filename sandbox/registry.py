@@ -1,4 +1,4 @@
-"""The model registry: a real MLflow server with an sqlite store."""
+"""The model registry: a real MLflow server with an SQLite store."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from sandbox.processes import Process, free_port, python
 
 
 class Registry(Process):
-    """MLflow on 127.0.0.1; its port and what was logged stay over stop, kill and start."""
+    """MLflow on 127.0.0.1. Its port and its contents survive stop, kill and restart."""
 
     def __init__(self, directory: Path, *, port: int | None = None) -> None:
         self._directory = directory.resolve()
@@ -36,14 +36,14 @@ class Registry(Process):
 
 
 def main() -> int:
-    """Serve until SIGTERM, in this very process: the `mlflow server` command takes three, and twice the time."""
+    """Serve until SIGTERM, in this process: the `mlflow server` command takes three processes and twice the time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
     arguments = parser.parse_args()
-    # MLflow reads these when it is imported.
+    # MLflow reads these variables when it is imported.
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # it would start consumers of its own
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # otherwise it starts more processes
     from mlflow.server import constants
 
     os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = f"sqlite:///{arguments.directory / 'mlflow.db'}"

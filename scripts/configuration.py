@@ -1,4 +1,4 @@
-"""docs/configuration.md and shared/variables.py, from the settings classes: `python -m scripts.configuration`."""
+"""Writes docs/configuration.md and shared/variables.py from the settings classes: `python -m scripts.configuration`."""
 
 import re
 import textwrap
@@ -14,7 +14,7 @@ READERS: dict[str, type[Settings]] = {service.name: service.settings for service
 
 
 class Variable(NamedTuple):
-    """An environment variable, as it is documented."""
+    """The documentation of an environment variable."""
 
     name: str
     type: str
@@ -22,87 +22,98 @@ class Variable(NamedTuple):
     meaning: str
 
 
-_BY_LIBRARIES = "By libraries, in the environment alone"
-_BY_COMPOSE = "By `docker compose`, in the shell or in `.env`"
+_BY_LIBRARIES = "Read by libraries, from the environment only"
+_BY_COMPOSE = "Read by `docker compose`, from the shell or `.env`"
 _AROUND = {
     _BY_LIBRARIES: (
-        Variable("OMP_NUM_THREADS", "whole number", "`1`", "predictor: threads of scikit-learn and numpy"),
+        Variable("OMP_NUM_THREADS", "whole number", "`1`", "Predictor: number of threads of scikit-learn and numpy"),
         Variable(
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
             "whole number",
             "`0`; `fraudctl train`, `promote`, `rollback`: `2`",
-            "Of a call to the registry",
+            "Retries of a call to the registry",
         ),
         Variable(
             "MLFLOW_HTTP_REQUEST_TIMEOUT",
             "seconds",
             "`5`; `fraudctl train`, `promote`, `rollback`: `120`",
-            "Of a call to the registry",
+            "Timeout of a call to the registry",
         ),
-        Variable("MLFLOW_DISABLE_TELEMETRY", "true or false", "`true`", "Whether MLflow keeps its use to itself"),
-        Variable("ORT_DISABLE_TELEMETRY", "true or false", "`true`", "Whether ONNX Runtime keeps its use to itself"),
+        Variable("MLFLOW_DISABLE_TELEMETRY", "true or false", "`true`", "Disables MLflow's telemetry"),
+        Variable("ORT_DISABLE_TELEMETRY", "true or false", "`true`", "Disables ONNX Runtime's telemetry"),
         Variable(
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT",
             "true or false",
             "`true`",
-            "fraudctl: whether MLflow keeps the addresses of runs to itself",
+            "fraudctl: do not print the URLs of MLflow runs",
         ),
-        Variable("AWS_ACCESS_KEY_ID", "text", "", "S3: `fraudctl export`, `fraudctl train`, and models that lie there"),
-        Variable("AWS_SECRET_ACCESS_KEY", "secret", "", "Its secret"),
-        Variable("AWS_SESSION_TOKEN", "secret", "", "The third, of credentials that end"),
-        Variable("AWS_DEFAULT_REGION", "text", "", "Its region"),
-        Variable("AWS_ENDPOINT_URL", "URL", "", "S3 of another provider"),
-        Variable("MLFLOW_S3_ENDPOINT_URL", "URL", "", "The same, for MLflow"),
-        Variable("REQUESTS_CA_BUNDLE", "path", "", "Whom to trust for `https://`: the API, the webhook and MLflow"),
-        Variable("SSL_CERT_FILE", "path", "the system's", "Whom the alerter trusts for its mail server"),
+        Variable(
+            "AWS_ACCESS_KEY_ID",
+            "text",
+            "",
+            "S3 access key: `fraudctl export`, `fraudctl train`, models in S3",
+        ),
+        Variable("AWS_SECRET_ACCESS_KEY", "secret", "", "S3 secret key"),
+        Variable("AWS_SESSION_TOKEN", "secret", "", "S3 session token, for temporary credentials"),
+        Variable("AWS_DEFAULT_REGION", "text", "", "S3 region"),
+        Variable("AWS_ENDPOINT_URL", "URL", "", "Endpoint of another S3 provider"),
+        Variable("MLFLOW_S3_ENDPOINT_URL", "URL", "", "The same for MLflow"),
+        Variable("REQUESTS_CA_BUNDLE", "path", "", "CA certificates for `https://`: the API, the webhook and MLflow"),
+        Variable("SSL_CERT_FILE", "path", "the system's", "CA certificates for the alerter's mail server"),
     ),
     _BY_COMPOSE: (
         Variable(
             "CLIENT_PROPERTIES",
             "path",
-            "`./client.properties.example`, of docker-compose.cloud.yml `./client.properties`",
-            "On the host: what compose mounts",
+            "`./client.properties.example`; with docker-compose.cloud.yml `./client.properties`",
+            "File on the host that compose mounts into the containers",
         ),
-        Variable("EXTRA_PACKAGES", "text", "", "What models of your own need on top, such as `lightgbm==4.6.0`"),
-        Variable("EXTRA_DEBIAN_PACKAGES", "text", "", "The libraries that those need, such as `libgomp1`"),
+        Variable("EXTRA_PACKAGES", "text", "", "Packages to add for your own models, such as `lightgbm==4.6.0`"),
+        Variable("EXTRA_DEBIAN_PACKAGES", "text", "", "Debian packages that those need, such as `libgomp1`"),
     ),
-    "By the local stack, the tests and the benchmarks": (
-        Variable("KAFKA_HOME", "path", "", "An Apache Kafka that is installed; without it, its jars are fetched once"),
-        Variable("XDG_CACHE_HOME", "path", "`~/.cache`", "Where those jars are kept"),
-        Variable("CI", "text", "", "Tests that would be skipped for want of a broker fail"),
+    "Read by the local stack, the tests and the benchmarks": (
+        Variable(
+            "KAFKA_HOME", "path", "", "Folder of an installed Apache Kafka; if not set, its jars are downloaded once"
+        ),
+        Variable("XDG_CACHE_HOME", "path", "`~/.cache`", "Folder in which those jars are cached"),
+        Variable("CI", "text", "", "If set, tests that need Apache Kafka fail instead of being skipped"),
     ),
 }
 
 _INTRODUCTION = """\
 # Configuration
 
-Made from the settings classes by `python -m scripts.configuration`; a test fails while it is out of date.
+Generated from the settings classes by `make configuration`. A test fails if this page is out of date.
 
 A service reads its settings from the environment and from a file `secrets.env` in its working directory; the
 environment wins. With Docker, compose passes `secrets.example.env` and then `secrets.env` as the environment. An empty
-value counts as not set. A missing or wrong one stops the start with one line that names it, and exit code 2.
+value counts as not set. If a required setting is missing or a value is invalid, the service prints one line that names
+the setting and exits with code 2.
 
-**Secrets in files.** Each of these settings may also be given as its name and `_FILE`: the path of a UTF-8 text file
-that holds the value, less the end of its last line. So `DATABASE_URL_FILE=/run/secrets/database_url` keeps the login
-out of the environment, where whoever may inspect the container reads it. Of the two, only one may be set: an empty
-`DATABASE_URL=` takes back the one of `secrets.example.env`. A file is read once, at the start.
+**Secrets in files.** Each setting can also be read from a file: append `_FILE` to its name, and set it to the path of a
+UTF-8 text file with the value. A newline at the end of the file is ignored.
+`DATABASE_URL_FILE=/run/secrets/database_url` keeps the login out of the environment, where everybody who may inspect
+the container can read it. Set only one of the two: an empty `DATABASE_URL=` cancels the value in
+`secrets.example.env`. A file is read once, at the start.
 
-**Unknown names.** What `secrets.env` sets and nobody reads is ignored, with a warning at the start that names it, and
-the setting that was meant if one is much like it; never its value. What another service or a library reads is known. In
-the environment, where compose puts the file's, most belongs to somebody else: of that, a warning names what has more
-than ten letters and is a setting's name but for one or so. `fraudctl doctor`, run beside the file, finds the others.
+**Unknown names.** A variable in `secrets.env` that no service and no library reads is ignored. A warning at the start
+names it, and the setting that was probably meant, but never its value. Most variables in the environment are not the
+project's, so there the warning is limited to names of more than ten letters that differ from a setting's name by about
+one letter. Compose passes the file as the environment; `fraudctl doctor`, run in the file's folder, finds all unknown
+names.
 
-`fraudctl` reads the same settings, each command those of the service whose part it deals with: `train`, `promote` and
-`rollback` the registry's of the predictor, which its options override, `labels`, `export` and `migrate` the database's
-alone, `alert-test` the alerter's, and all that deals with Kafka what every service reads.
+`fraudctl` reads the same settings. Each command reads those of the service that it is about: `train`, `promote` and
+`rollback` the predictor's settings of the registry, which their options override; `labels`, `export` and `migrate` only
+those of the database; `alert-test` those of the alerter; and every command that uses Kafka those that all services
+read.
 
-No secret is ever shown: not by a log, not by an error, not by the `repr` of the settings. A login in a URL
-(`https://user:password@host/`) is left out of logs and errors as well.
+Secrets never appear in logs, errors or the `repr` of the settings. Logins in URLs (`https://user:password@host/`) are
+removed from logs and errors as well.
 """
 
 
 def document() -> str:
-    """docs/configuration.md."""
+    """The text of docs/configuration.md."""
     parts = [_INTRODUCTION]
     for readers, variables in _by_readers().items():
         of_all = len(readers) == len(READERS)
@@ -115,14 +126,14 @@ def document() -> str:
 
 
 def names() -> str:
-    """shared/variables.py."""
+    """The text of shared/variables.py."""
     settings = {field.upper() for settings in READERS.values() for field in settings.model_fields}
     of_libraries = {variable.name for variable in _AROUND[_BY_LIBRARIES]}
     listed = [
         f"{name} = (\n" + "".join(f'    "{each}",\n' for each in sorted(found)) + ")\n"
         for name, found in (("NAMES", settings), ("OF_LIBRARIES", of_libraries))
     ]
-    made = '"""What is read from the environment, written by `python -m scripts.configuration`."""\n\n'
+    made = '"""The environment variables that are read. Generated by `python -m scripts.configuration`."""\n\n'
     return made + "\n".join(listed)
 
 
@@ -130,12 +141,12 @@ def _with_cloud(others: tuple[Variable, ...]) -> str:
     text = (ROOT / "docker-compose.cloud.yml").read_text()
     taken = dict.fromkeys(re.findall(r"(?<!\$)\$\{(\w+)", text))  # in its order
     listed = _listed([f"`{name}`" for name in taken if name not in {each.name for each in others}])
-    lead = "With `docker-compose.cloud.yml` these come from there as well, whatever `secrets.env` says of them"
+    lead = "With `docker-compose.cloud.yml`, these are read from there as well, and override `secrets.env`"
     return "\n".join(textwrap.wrap(f"{lead}: {listed}.", 120, break_on_hyphens=False)) + "\n"
 
 
 def _by_readers() -> Mapping[tuple[str, ...], list[Variable]]:
-    """Those with the most readers first; a setting that differs between services stands there once for each."""
+    """Variables by their readers, most readers first. One that differs between services is listed for each."""
     readers: dict[Variable, list[str]] = {}
     for service, settings in READERS.items():
         for variable in _variables(settings):
@@ -157,7 +168,7 @@ def _variables(settings: type[Settings]) -> Iterator[Variable]:
 
 
 def _type(field: Mapping[str, Any]) -> str:
-    """A JSON schema's type in words."""
+    """The type of a JSON schema's field in words."""
     form = next((each for each in field.get("anyOf", ()) if each["type"] != "null"), field)
     if "enum" in form:
         return _listed([f"`{each}`" for each in form["enum"]], "or")

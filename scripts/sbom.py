@@ -1,4 +1,4 @@
-"""The bill of materials of each image, in CycloneDX, from what its lock installs: `make sbom`."""
+"""The bill of materials of each image, in CycloneDX, from the packages that its lock installs: `make sbom`."""
 
 import json
 import subprocess
@@ -8,27 +8,27 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from scripts.lock import lock_of
 from services.catalogue import BY_NAME
 
 ROOT = Path(__file__).parents[1]
 IMAGES = (*BY_NAME, "tools")
-# What their licence files say, where their metadata does not.
-UNSAID = {"huey": "MIT", "protobuf": "BSD-3-Clause", "skops": "MIT"}
-_SAYS_NOTHING = "License :: OSI Approved"
+# Licences that are stated in a file of the package, but not in its metadata.
+UNDECLARED = {"huey": "MIT", "protobuf": "BSD-3-Clause", "skops": "MIT"}
+_UNSPECIFIC = "License :: OSI Approved"
 
 
 def install(image: str, venv: Path) -> Path:
-    """The image's own locked requirements in a new venv, their hashes checked. Returns its site-packages."""
+    """Install the image's locked requirements into a new venv, hashes checked. Returns its site-packages."""
     uv = Path(sysconfig.get_path("scripts")) / "uv"
-    lock = ROOT / "services" / "requirements" / f"{image}.txt"
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, venv], check=True)
-    subprocess.run([uv, "pip", "sync", "--quiet", "--python", venv, "--require-hashes", lock], check=True)
+    subprocess.run([uv, "pip", "sync", "--quiet", "--python", venv, "--require-hashes", lock_of(image)], check=True)
     (site_packages,) = (venv / "lib").glob("python*/site-packages")
     return site_packages
 
 
 def bill(venv: Path) -> dict[str, Any]:
-    """What is installed there, as CycloneDX."""
+    """The packages that are installed there, as CycloneDX."""
     tool: list[str | Path] = [
         sys.executable,
         "-m",
@@ -40,20 +40,20 @@ def bill(venv: Path) -> dict[str, Any]:
     done = subprocess.run([*tool, "--output-reproducible", venv / "bin" / "python"], check=True, stdout=subprocess.PIPE)
     found: dict[str, Any] = json.loads(done.stdout)
     for component in found["components"]:
-        if component["name"] in UNSAID and not licences(component):
-            component["licenses"] = [{"license": {"id": UNSAID[component["name"]]}}]
+        if component["name"] in UNDECLARED and not licences(component):
+            component["licenses"] = [{"license": {"id": UNDECLARED[component["name"]]}}]
     return found
 
 
 def licences(component: dict[str, Any]) -> list[str]:
-    """What a component's licences are called: SPDX's identifiers where it has them."""
-    said = (entry.get("expression") or entry["license"] for entry in component.get("licenses", []))
-    named = (each if isinstance(each, str) else each.get("id") or each["name"] for each in said)
-    return [name for name in named if name != _SAYS_NOTHING]
+    """The names of a component's licences: SPDX identifiers where there are any."""
+    declared = (entry.get("expression") or entry["license"] for entry in component.get("licenses", []))
+    named = (each if isinstance(each, str) else each.get("id") or each["name"] for each in declared)
+    return [name for name in named if name != _UNSPECIFIC]
 
 
 def main() -> int:
-    """Write build/sbom/<image>.cdx.json for each image and list the licences; exit code 1 if one is not known."""
+    """Write build/sbom/<image>.cdx.json for each image and list all licences. Exit code 1 if one is unknown."""
     directory = ROOT / "build" / "sbom"
     directory.mkdir(parents=True, exist_ok=True)
     listed: dict[str, tuple[list[str], list[str]]] = {}
@@ -64,11 +64,11 @@ def main() -> int:
         (directory / f"{image}.cdx.json").write_text(json.dumps(found, indent=2) + "\n")
         for component in found["components"]:
             listed.setdefault(f"{component['name']} {component['version']}", (licences(component), []))[1].append(image)
-    for name, (said, images) in sorted(listed.items(), key=lambda each: each[0].lower()):
-        print(f"{name:40} {'; '.join(said) or 'UNKNOWN':60} {', '.join(images)}")  # noqa: T201
-    unknown = [name for name, (said, _) in listed.items() if not said]
+    for name, (names, images) in sorted(listed.items(), key=lambda each: each[0].lower()):
+        print(f"{name:40} {'; '.join(names) or 'UNKNOWN':60} {', '.join(images)}")  # noqa: T201
+    unknown = [name for name, (names, _) in listed.items() if not names]
     if unknown:
-        print(f"no licence known: {', '.join(unknown)}", file=sys.stderr)  # noqa: T201
+        print(f"sbom: unknown licence: {', '.join(unknown)}. Add it to UNDECLARED in scripts/sbom.py.", file=sys.stderr)  # noqa: T201
     return int(bool(unknown))
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 
 import msgspec
 import structlog
@@ -23,6 +23,7 @@ _WATCH_S = 1.0
 # One for the process, like its metrics. Several threads write here, each under names of its own.
 _turns: dict[str, float] = {}  # monotonic: when a loop last turned or a call began
 _waiting_for: dict[str, str] = {}
+_was_ready = Event()
 
 
 def turned(loop: str) -> None:
@@ -60,8 +61,10 @@ def waits_for(what: str, reason: str) -> None:
 
 
 def has(what: str) -> None:
-    """Clear what `waits_for(what)` reported."""
+    """Clear what `waits_for(what)` reported. The service is not ready before the first call that leaves nothing."""
     _waiting_for.pop(what, None)
+    if not _waiting_for:
+        _was_ready.set()
 
 
 def serve(service: str, settings: ServiceSettings) -> None:
@@ -82,8 +85,10 @@ def serve(service: str, settings: ServiceSettings) -> None:
                 stalled = {name: round(seconds, 1) for name, seconds in slow(stall_s).items()}
                 self._report(not stalled, {"live": not stalled, "service": service, "stalled": stalled})
             elif self.path == "/ready":
-                reasons = dict(_waiting_for)
-                self._report(not reasons, {"ready": not reasons, "service": service, "waiting_for": reasons})
+                was_ready = _was_ready.is_set()
+                reasons = dict(_waiting_for) if _waiting_for or was_ready else {"start": "the service has just started"}
+                answer = {"ready": not reasons, "service": service, "waiting_for": reasons, "was_ready": was_ready}
+                self._report(not reasons, answer)
             else:
                 self._answer(404, "text/plain", b"not found: use /live, /ready or /metrics\n")
 

@@ -19,7 +19,7 @@ from confluent_kafka import Message, Producer, TopicPartition
 from rehearsal.stack import Addresses, service
 from sandbox.apache import ApacheKafka, missing
 from sandbox.embedded import CLIENT_SETTINGS, EmbeddedBroker
-from sandbox.generator import transactions
+from sandbox.generator import training_frame, transactions
 from sandbox.mailbox import Mailbox
 from sandbox.postgres import Postgres
 from sandbox.processes import Process
@@ -201,7 +201,7 @@ def engine(postgres: Postgres) -> Iterator[sa.Engine]:
 def registry(session_directory: Path) -> Iterator[Registry]:
     """An MLflow registry whose model `fraud` has a champion."""
     with Registry(session_directory / "registry") as server:
-        trained = train.fit(train.generate(seed=1), seed=1)
+        trained = train.fit(training_frame(seed=1), seed=1)
         train.register(trained, Alias(server.uri, "fraud", "champion"))
         yield server
 

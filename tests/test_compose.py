@@ -275,7 +275,8 @@ def test_both_sides_of_a_connection_name_the_same() -> None:
 @pytest.mark.parametrize("name", [name for name, container in CONTAINERS.items() if "build" in container])
 def test_an_image_holds_what_its_command_runs(name: str) -> None:
     build, (program, *arguments) = CONTAINERS[name]["build"], started(CONTAINERS[name])
-    lock = ROOT / build["context"] / "services" / "requirements" / f"{build['args']['SERVICE']}.txt"
+    locked = build["args"].get("REQUIREMENTS", build["args"]["SERVICE"])
+    lock = ROOT / build["context"] / "services" / "requirements" / f"{locked}.txt"
 
     assert (ROOT / build["context"] / build["dockerfile"]).is_file()
     assert lock.is_file()

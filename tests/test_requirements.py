@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.lock import BASE, LOCKS, lock_of
 from scripts.sbom import bill, install, licences
 from services.catalogue import BY_NAME
 
@@ -36,7 +37,7 @@ def imported(module: str, seen: set[str]) -> Iterator[str]:
 
 @pytest.mark.parametrize("service", BY_NAME)
 def test_what_a_service_imports_is_in_its_lock(service: str) -> None:
-    lock = (ROOT / f"services/requirements/{service}.txt").read_text()
+    lock = lock_of(service).read_text()
     locked = {name.lower().replace("_", "-") for name in re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)}
     distributions = packages_distributions()
 
@@ -49,7 +50,20 @@ def test_what_a_service_imports_is_in_its_lock(service: str) -> None:
     ("service", "heavy"), [("producer", "pandas"), ("producer", "scikit-learn"), ("alerter", "pandas")]
 )
 def test_the_light_images_stay_light(service: str, heavy: str) -> None:
-    assert f"\n{heavy}==" not in (ROOT / f"services/requirements/{service}.txt").read_text()
+    assert f"\n{heavy}==" not in lock_of(service).read_text()
+
+
+def test_every_lock_has_the_versions_of_the_checkout() -> None:
+    versions = re.findall(r"^[\w.-]+==\S+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+
+    for path in (ROOT / "services/requirements").iterdir():
+        assert path.stem in LOCKS
+        assert set(re.findall(r"^[\w.-]+==\S+", path.read_text(), re.MULTILINE)) <= set(versions)
+
+
+def test_a_service_without_dependencies_of_its_own_installs_those_of_all() -> None:
+    assert lock_of("a-new-service") == lock_of(BASE)
+    assert "\nconfluent-kafka==" in lock_of(BASE).read_text()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,5 @@
 
 import os
 
-# It would tell its makers of its use, from a thread that changes the environment under a request's feet. Before mlflow
-# is imported.
+# MLflow's telemetry thread changes os.environ while requests read it; disable it before mlflow is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

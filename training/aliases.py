@@ -1,4 +1,4 @@
-"""Which version bears an alias, and which bore it before: moved there, and moved back."""
+"""Aliases of model versions in the registry: which version has one, moving it, and moving it back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +25,11 @@ class Alias(NamedTuple):
 
 
 class NoSuchVersion(Exception):
-    """There is none to move the alias to; the message says which was meant."""
+    """There is no such version to move the alias to."""
 
 
 def bearer(of: Alias) -> str | None:
-    """The version that bears the alias, or None. Raises Outage if the registry does not answer."""
+    """The version that has the alias, or None. Raises Outage if the registry does not answer."""
     with _registry(of) as client:
         try:
             return str(client.get_model_version_by_alias(of.name, of.alias).version)
@@ -40,7 +40,7 @@ def bearer(of: Alias) -> str | None:
 
 
 def exists(of: Alias, version: str) -> bool:
-    """Whether the registered model has such a version. Raises Outage."""
+    """Whether the registered model has this version. Raises Outage."""
     with _registry(of) as client:
         try:
             return client.get_model_version(of.name, version) is not None
@@ -51,7 +51,7 @@ def exists(of: Alias, version: str) -> bool:
 
 
 def move(of: Alias, version: str) -> None:
-    """Give the alias to a version, and remember which had it. Raises Outage."""
+    """Give the alias to a version, and remember the version that had it. Raises Outage."""
     before = bearer(of)
     with _registry(of) as client:
         client.set_registered_model_alias(of.name, of.alias, version)
@@ -60,21 +60,24 @@ def move(of: Alias, version: str) -> None:
 
 
 def move_back(of: Alias) -> str:
-    """Give the alias back to the version that had it before, and so on at each call. Raises NoSuchVersion, Outage."""
+    """Give the alias back to the version that had it before. Each further call goes back one more.
+
+    Returns that version. Raises NoSuchVersion if there is none, and Outage.
+    """
     now = bearer(of)
     with _registry(of) as client:
-        earlier = [version for version in _earlier(client, of) if version != now]  # somebody may have moved it by hand
+        earlier = [version for version in _earlier(client, of) if version != now]  # it may have been moved by hand
         while earlier:
             version = earlier.pop(0)
             if exists(of, version):
                 client.set_registered_model_alias(of.name, of.alias, version)
                 _remember(client, of, earlier)
                 return version
-    raise NoSuchVersion(f"no version bore {of} before")
+    raise NoSuchVersion(f"no earlier version of {of} to go back to")
 
 
 def away(tracking_uri: str, error: MlflowException) -> Outage:
-    """What an answer of the registry means that is none."""
+    """The Outage for a registry that does not answer."""
     return Outage(without_credentials(f"MLflow at {tracking_uri}: {str(error).splitlines()[0]}"))
 
 

@@ -1,7 +1,7 @@
-"""From the raw columns to what the model learns from; all of it travels inside the model's artifact.
+"""The features that the model learns from, computed from the raw columns. This module is part of the model's artifact.
 
-No identifiers, no raw `unix_time`, no date: in the training file the first lies seven years off, and a date says which
-part of the file a row is from, not whether it is a fraud.
+Identifiers, `unix_time` and the date are left out: in the training file `unix_time` is seven years off, and the date
+tells from which part of the file a row is, not whether it is a fraud.
 """
 
 import numpy as np
@@ -29,9 +29,9 @@ _EARTH_RADIUS_KM = 6371.0
 
 
 def make_features(raw: pd.DataFrame) -> np.ndarray:
-    """The columns RAW, (n, 9), as numbers (n, 6) in the order of FEATURES; an unknown category is NaN.
+    """The columns RAW, (n, 9), as numbers (n, 6) in the order of FEATURES. An unknown category becomes NaN.
 
-    Raises ValueError for a time or a date of birth that is none.
+    Raises ValueError for an invalid time or date of birth.
     """
     times, births = raw["trans_date_trans_time"].tolist(), raw["dob"].tolist()
     hours = np.array([int(time[11:13]) for time in times], dtype=float)

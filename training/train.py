@@ -1,10 +1,9 @@
-"""The model: how it is made, how good it is on cards it never saw, and how it gets into the registry."""
+"""Training: fit the model, measure it on cards that it has not seen, and register it."""
 
 import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 
 import cloudpickle
@@ -30,9 +29,8 @@ from sklearn.model_selection import GroupShuffleSplit
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from sandbox.generator import training_frame
 from shared.profile import Profile, make_profile
-from shared.records import FEATURES
+from shared.records import FEATURES, REFERENCE
 from training import aliases, features
 from training.aliases import Alias
 
@@ -40,36 +38,33 @@ TARGET_PRECISION = 0.9
 _TIME = "trans_date_trans_time"
 _FORMS = {_TIME: r"\d{4}-[01]\d-[0-3]\d [0-2]\d:[0-5]\d:[0-5]\d", "dob": r"\d{4}-[01]\d-[0-3]\d"}
 _HELD_OUT = 0.3
-_FEWEST = 20  # rows of either kind on either side of a split by time
-_SUREST = 100
-_GENERATED_ROWS = 60_000
-_GENERATED_FRAUD_RATE = 0.05  # the local stack's: a threshold is right for the share that it was chosen on
-_GENERATED_START = datetime(2024, 1, 1, tzinfo=UTC)
+_LEAST_ROWS = 20  # frauds, and legitimate rows, on each side of a split by time
+_TOP = 100
 _PACKAGES = ("cloudpickle", "numpy", "pandas", "scikit-learn")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A fitted pipeline over the raw columns, its threshold, and how it did on what it had not seen."""
+    """A fitted pipeline over the raw columns, its threshold, and its results on held-out rows."""
 
     pipeline: Pipeline
     threshold: float
     labels: np.ndarray  # (n,) of 0 and 1, of the held-out rows
-    probabilities: np.ndarray  # (n,) of fraud, by a model that had not seen them
+    probabilities: np.ndarray  # (n,) of fraud, by a model that has not seen the rows
     held_out: str
     profile: Profile
 
     @property
     def metrics(self) -> dict[str, float]:
-        """On the held-out rows, at the threshold where it matters."""
+        """Metrics on the held-out rows, at the threshold where they depend on one."""
         alarms = self.probabilities >= self.threshold
         (true_negatives, false_positives), (false_negatives, true_positives) = confusion_matrix(self.labels, alarms)
-        surest = self.labels[np.argsort(-self.probabilities, kind="stable")[:_SUREST]]
+        top = self.labels[np.argsort(-self.probabilities, kind="stable")[:_TOP]]
         return {
             "average_precision": float(average_precision_score(self.labels, self.probabilities)),
             "precision": float(precision_score(self.labels, alarms, zero_division=0.0)),
             "recall": float(recall_score(self.labels, alarms)),
-            f"precision_at_{_SUREST}": float(surest.mean()),
+            f"precision_at_{_TOP}": float(top.mean()),
             "true_positives": float(true_positives),
             "false_positives": float(false_positives),
             "false_negatives": float(false_negatives),
@@ -78,7 +73,7 @@ class Trained:
 
 
 def build_pipeline(*, seed: int) -> Pipeline:
-    """Feature making and gradient boosting in one estimator whose input is a frame of the raw columns."""
+    """Features and gradient boosting in one estimator. Its input is a frame of the raw columns."""
     trees = HistGradientBoostingClassifier(
         learning_rate=0.1,
         max_iter=100,
@@ -92,9 +87,9 @@ def build_pipeline(*, seed: int) -> Pipeline:
 
 
 def choose_threshold(labels: np.ndarray, probabilities: np.ndarray, *, target_precision: float) -> float:
-    """The lowest threshold (n labels of 0 and 1, n probabilities) that reaches the precision.
+    """The lowest threshold that reaches the precision, given n labels of 0 and 1 and n probabilities.
 
-    Where none does, the one with the highest precision: few alarms rather than false ones.
+    If none does, the one with the highest precision: few alarms rather than many false ones.
     """
     precision, _, thresholds = precision_recall_curve(labels, probabilities)
     reaching = np.flatnonzero(precision[:-1] >= target_precision)
@@ -102,10 +97,10 @@ def choose_threshold(labels: np.ndarray, probabilities: np.ndarray, *, target_pr
 
 
 def fit(frame: pd.DataFrame, *, seed: int, target_precision: float = TARGET_PRECISION) -> Trained:
-    """Train on labelled transactions in the training file's columns; rows without a label are left out.
+    """Train on labelled transactions in the training file's columns. Rows without a label are ignored.
 
-    The measured model saw neither the cards nor, where the labels allow it, the time that it is measured on; the model
-    returned has learnt from all. Raises ValueError if either part has no frauds, or nothing but frauds.
+    The metrics are those of a model that has not seen the held-out cards nor, where the labels allow it, their time.
+    The returned model is trained on all rows. Raises ValueError if either part has no frauds, or only frauds.
     """
     frame = frame.dropna(subset=["is_fraud"])
     labels = frame["is_fraud"].to_numpy(dtype=int)
@@ -128,11 +123,11 @@ def fit(frame: pd.DataFrame, *, seed: int, target_precision: float = TARGET_PREC
 
 
 def split(frame: pd.DataFrame, labels: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """What to learn from and what to measure on, as masks (n,), and in words what is held out.
+    """The masks (n,) of the rows to train on and the rows to hold out, and a description of the latter.
 
-    Cards are on one side only. So is time, the last part of it being held out, if both sides then still have frauds
-    enough and legitimate rows; a file whose frauds and legitimate rows are from different years is split by card alone.
-    Raises ValueError if even then a side has no frauds, or nothing but frauds.
+    Each card is on one side only. The last part of the time is held out as well, if both sides then keep enough frauds
+    and legitimate rows. Otherwise the split is by card alone, as for a file whose frauds and legitimate rows are from
+    different years. Raises ValueError if even then a side has no frauds, or only frauds.
     """
     cards = GroupShuffleSplit(n_splits=1, test_size=_HELD_OUT, random_state=seed)
     unseen = np.zeros(len(frame), dtype=bool)
@@ -140,26 +135,26 @@ def split(frame: pd.DataFrame, labels: np.ndarray, *, seed: int) -> tuple[np.nda
     times = frame[_TIME].astype(str)
     later = (times >= times.sort_values().iloc[int(len(times) * (1 - _HELD_OUT))]).to_numpy()
     by_time = (~unseen & ~later, unseen & later)
-    if all(min(np.bincount(labels[part], minlength=2)) >= _FEWEST for part in by_time):
+    if all(min(np.bincount(labels[part], minlength=2)) >= _LEAST_ROWS for part in by_time):
         return *by_time, f"{_HELD_OUT:.0%} of the cards, in the last {_HELD_OUT:.0%} of the time"
     if any(len(np.unique(labels[part])) < 2 for part in (~unseen, unseen)):
-        raise ValueError("training needs frauds on more cards: none are left to learn from, or to measure on")
+        raise ValueError("training needs frauds on more cards: either the training or the held-out rows have none")
     return ~unseen, unseen, f"{_HELD_OUT:.0%} of the cards"
 
 
 def register(trained: Trained, of: Alias) -> str:
     """Log the pipeline and its threshold to MLflow, give the new version the alias, and return its number.
 
-    Raises Outage if the registry does not do it.
+    Raises Outage if the registry fails.
     """
     mlflow.set_tracking_uri(of.tracking_uri)
-    cloudpickle.register_pickle_by_value(features)  # the artifact must load where this package is not installed
+    cloudpickle.register_pickle_by_value(features)  # the artifact must load without this package
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     try:
         mlflow.set_experiment(of.name)
         with mlflow.start_run(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            example = generate(seed=0, rows=3)[features.RAW]  # nobody's, for whoever reads the registry
+            example = pd.DataFrame([msgspec.structs.asdict(REFERENCE)])[features.RAW]  # no customer's data
             learner = trained.pipeline.named_steps["trees"].get_params()
             mlflow.log_params({**learner, "threshold": trained.threshold, "held_out": trained.held_out})
             mlflow.set_tags({f"version.{package}": version(package) for package in _PACKAGES})
@@ -189,7 +184,7 @@ def register(trained: Trained, of: Alias) -> str:
 
 
 def curves(trained: Trained) -> dict[str, Figure]:
-    """Pictures of how it did on the held-out rows, by name."""
+    """Plots of the results on the held-out rows, by name."""
     labels, probabilities = trained.labels, trained.probabilities
     found = {}
     for name, draw in {
@@ -210,39 +205,33 @@ def _fitted(raw: pd.DataFrame, labels: np.ndarray, seed: int) -> Pipeline:
 
 
 def read(sources: Sequence[str]) -> pd.DataFrame:
-    """Training files (paths or URLs, with or without the unnamed first column), one after the other.
+    """The rows of training files (paths or URLs, with or without the unnamed first column), in this order.
 
-    Raises OSError for what cannot be opened, ValueError for what is not in the training format.
+    Raises OSError for a file that cannot be opened, ValueError for one that is not in the training format.
     """
     frames = []
     for source in sources:
         try:
             frame = pd.read_csv(source, dtype={"cc_num": str})
-        except ImportError as error:  # of what opens s3:// and the like
+        except ImportError as error:  # the package for s3:// and the like is missing
             raise ValueError(f"{source}: {error}") from None
         except OSError as error:
             raise error if error.filename and error.strerror else OSError(f"{source}: {error}") from None
-        except Exception as error:  # pandas' own, and whatever a transport has
+        except Exception as error:  # pandas and the transports have errors of their own
             raise ValueError(f"{source}: {error or type(error).__name__}") from None
         if absent := [name for name in FEATURES if name not in frame]:
             raise ValueError(f"{source}: columns missing: {', '.join(absent)}")
         if frame[features.RAW].isna().any(axis=None):
-            raise ValueError(f"{source}: empty values in the columns that the model learns from")
+            raise ValueError(f"{source}: empty values in columns that the model learns from")
         for name, form in _FORMS.items():
             if wrong := int((~frame[name].astype(str).str.fullmatch(form)).sum()):
-                raise ValueError(
-                    f"{source}: in {wrong:,} rows, {name} is not of the form YYYY-MM-DD{' HH:MM:SS' * (name == _TIME)}"
-                )
+                wanted = "YYYY-MM-DD HH:MM:SS" if name == _TIME else "YYYY-MM-DD"
+                raise ValueError(f"{source}: in {wrong:,} rows, {name} does not have the form {wanted}")
         frames.append(frame[list(FEATURES)])
     return pd.concat(frames, ignore_index=True)
 
 
 def together(frame: pd.DataFrame, confirmed: pd.DataFrame) -> pd.DataFrame:
-    """Training rows and confirmed rows; of a transaction that is in both, the label that somebody confirmed."""
+    """Training rows and confirmed rows together. For a transaction in both, the confirmed label wins."""
     rows = pd.concat([frame, confirmed.dropna(subset=["is_fraud"])], ignore_index=True)
     return rows.drop_duplicates(["trans_num", "unix_time"], keep="last", ignore_index=True)
-
-
-def generate(*, seed: int, rows: int = _GENERATED_ROWS) -> pd.DataFrame:
-    """Generated transactions to train on, with more frauds than there are in life."""
-    return training_frame(rows=rows, seed=seed, start=_GENERATED_START, fraud_rate=_GENERATED_FRAUD_RATE)

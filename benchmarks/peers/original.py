@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def predict(consumer: Consumer, arguments: argparse.Namespace) -> None:
-    """From one topic to the other."""
+    """Predict every message of one topic onto the other."""
     model = mlflow.sklearn.load_model(arguments.model)
     columns = arguments.columns.split(",")
     producer = Producer({"bootstrap.servers": arguments.bootstrap})

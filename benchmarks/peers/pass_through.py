@@ -1,4 +1,4 @@
-"""The clients alone: every record written as it was read, and nothing waited for. No loop in Python can be faster."""
+"""The clients alone: every record is written as it was read. No loop in Python can be faster."""
 
 import argparse
 from threading import Event

@@ -34,13 +34,13 @@ def main() -> None:
 
 
 def add_field(row: dict[str, object]) -> dict[str, object]:
-    """The least that can be done."""
+    """Add a field to the record."""
     row["prediction"] = 0
     return row
 
 
 def asker(arguments: argparse.Namespace) -> Callable[[dict[str, object]], dict[str, object]]:
-    """What the model says of the row."""
+    """A function that adds the model's prediction to a row."""
     model = mlflow.sklearn.load_model(arguments.model)
     columns = arguments.columns.split(",")
 

@@ -1,4 +1,4 @@
-"""This project's own stream loop with the least to do: a field added to every record, at least once."""
+"""This project's stream loop, adding a field to every record, at least once."""
 
 import argparse
 from collections.abc import Sequence

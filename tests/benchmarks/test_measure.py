@@ -1,4 +1,4 @@
-"""The figures of the benchmarks: what is counted, in which order, and when the guard barks."""
+"""The figures of the benchmarks: what is counted, in which order, and when the guard fails."""
 
 import io
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import __main__ as main
+from benchmarks import guard
 from benchmarks.measure import Bar, Figure, Section, percentiles, side_by_side
 
 
@@ -42,31 +42,31 @@ def test_the_guard_fails_when_a_ratio_has_fallen_by_a_third_and_falls_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[float], code: int
 ) -> None:
     (tmp_path / "guard.json").write_text(json.dumps({"this / that": 1.0}))
-    monkeypatch.setattr(main, "_COMMITTED", tmp_path / "guard.json")
+    monkeypatch.setattr(guard, "_COMMITTED", tmp_path / "guard.json")
     other = Bar("another", Figure((0.0,)), 9)
 
     def measure() -> Section:
         return section(Bar("this / that", Figure((seen.pop(0),)), 0.5), other)
 
-    assert main.guarded([measure], Console(file=io.StringIO())) == code
+    assert guard.guarded([measure], Console(file=io.StringIO())) == code
     assert not seen
 
 
 def test_the_guard_fails_when_a_limit_is_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "guard.json").write_text("{}")
-    monkeypatch.setattr(main, "_COMMITTED", tmp_path / "guard.json")
+    monkeypatch.setattr(guard, "_COMMITTED", tmp_path / "guard.json")
     wrong = Bar("labels that differ", Figure((1.0,)), 0, at_most=True)
 
-    assert main.guarded([lambda: section(wrong)], Console(file=io.StringIO())) == 1
+    assert guard.guarded([lambda: section(wrong)], Console(file=io.StringIO())) == 1
 
 
-def test_the_guard_misses_what_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guard_fails_when_a_ratio_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "guard.json").write_text(json.dumps({"this / that": 1.0}))
-    monkeypatch.setattr(main, "_COMMITTED", tmp_path / "guard.json")
+    monkeypatch.setattr(guard, "_COMMITTED", tmp_path / "guard.json")
 
     renamed = Bar("renamed / that", Figure((1.0,)), 0.5)
 
-    assert main.guarded([lambda: section(renamed)], Console(file=io.StringIO())) == 1
+    assert guard.guarded([lambda: section(renamed)], Console(file=io.StringIO())) == 1
 
 
 def section(*bars: Bar) -> Section:

@@ -15,8 +15,9 @@ import pytest
 from mlflow.models import infer_signature
 from sklearn.linear_model import LogisticRegression
 
+from sandbox.generator import training_frame
 from sandbox.registry import Registry
-from training import aliases, train
+from training import aliases
 from training.aliases import Alias
 
 Fraudctl = Callable[..., "CompletedProcess[str]"]
@@ -105,11 +106,11 @@ def test_there_is_no_way_back_from_the_first(champion: Alias, fraudctl: Fraudctl
 
     back = fraudctl("rollback")
 
-    assert (back.returncode, back.stderr) == (2, f"fraudctl: no version bore {champion} before\n")
+    assert (back.returncode, back.stderr) == (2, f"fraudctl: no earlier version of {champion} to go back to\n")
 
 
 def test_train_takes_files_and_confirmed_rows(champion: Alias, fraudctl: Fraudctl, tmp_path: Path) -> None:
-    history = train.generate(seed=1).head(9000)
+    history = training_frame(seed=1).head(9000)
     history.head(4000).to_csv(tmp_path / "spring.csv")
     history.iloc[4000:8000].to_csv(tmp_path / "summer.csv")
     history.tail(1000).to_csv(tmp_path / "validated.csv")

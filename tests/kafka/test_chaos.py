@@ -1,4 +1,4 @@
-"""Fault campaigns: a short one that holds, and promises that do not."""
+"""Fault campaigns: a short one in which every promise holds, and how broken promises are reported."""
 
 import dataclasses
 import json
@@ -12,8 +12,10 @@ from typing import Any, cast
 import pytest
 from conftest import Rig
 
-from rehearsal.campaign import SCENARIOS, Run, broken_promises
+from rehearsal.campaign import broken_promises
+from rehearsal.faults import Run
 from rehearsal.ledger import Ledger
+from rehearsal.scenarios import SCENARIOS
 from services.catalogue import CORE
 
 HELD = Ledger(
@@ -36,12 +38,17 @@ def run(**changes: Any) -> Run:
         ({"suspects": {"missing on topic_2": [("abc", 5)]}}, {}, "", "missing on topic_2: 1: abc 5"),
         ({"mailed_frauds": 1}, {}, "", "1 of 2 frauds mailed"),
         ({"repeated_mails": 1}, {}, "", ""),
-        ({"repeated_mails": 2}, {}, "", "2 mails repeated, the alerter was killed 1 times"),
-        ({"dead_letter_places": {PLACE: [LETTER]}}, {}, "", "good records in the dead letters: 1: topic_1 0 7"),
+        ({"repeated_mails": 2}, {}, "", "2 mails repeated, but the alerter was killed 1 times"),
+        ({"dead_letter_places": {PLACE: [LETTER]}}, {}, "", "valid records in the dead letters: 1: topic_1 0 7"),
         ({"dead_letter_places": {PLACE: [LETTER]}}, {"rubbish": {PLACE}}, "", ""),
-        ({"dead_letter_places": {PLACE: [LETTER, LETTER]}}, {"rubbish": {PLACE}}, "", "several dead letters of one"),
-        ({}, {"rubbish": {PLACE}}, "", "rubbish that is not in the dead letters: 1: topic_1 0 7"),
-        ({}, {}, "Traceback (most recent call last)", "a service ended with a traceback"),
+        (
+            {"dead_letter_places": {PLACE: [LETTER, LETTER]}},
+            {"rubbish": {PLACE}},
+            "",
+            "records with several dead letters",
+        ),
+        ({}, {"rubbish": {PLACE}}, "", "rubbish without a dead letter: 1: topic_1 0 7"),
+        ({}, {}, "Traceback (most recent call last)", "a service logged a traceback"),
         ({}, {}, "%4|MAXPOLL|", "a consumer was evicted"),
     ],
 )
@@ -54,10 +61,10 @@ def test_a_promise_that_does_not_hold_is_named(
     assert said in "".join(broken)
 
 
-def test_a_service_that_does_not_stop_when_told_to_is_named() -> None:
-    broken = SCENARIOS["stop"].broken(run(stubborn=["alerter"]), HELD)
+def test_a_service_that_does_not_stop_cleanly_is_named() -> None:
+    broken = SCENARIOS["stop"].broken(run(bad_stops=["alerter"]), HELD)
 
-    assert broken == ["alerter did not end well within 10 s of SIGTERM"]
+    assert broken == ["alerter did not exit with 0 within 10 s of SIGTERM"]
 
 
 def test_an_unknown_scenario_is_refused_by_name() -> None:
@@ -70,7 +77,7 @@ def test_an_unknown_scenario_is_refused_by_name() -> None:
 
 
 def campaign(directory: Path, scenario: str, *, minutes: float) -> dict[str, Any]:
-    """What a campaign of this one scenario reports, which holds."""
+    """The report of a campaign of one scenario, in which every promise held."""
     report = directory / "report.json"
     options = ["--scenario", scenario, "--minutes", str(minutes), "--seed", "5"]
     options += ["--report", str(report), "--work-dir", str(directory / "work")]
@@ -82,10 +89,8 @@ def campaign(directory: Path, scenario: str, *, minutes: float) -> dict[str, Any
 
 @pytest.mark.kafka
 @pytest.mark.timeout(300)
-def test_services_that_are_told_to_stop_do_so_in_time_and_lose_and_repeat_nothing(
-    tmp_path: Path, apache_rig: Rig
-) -> None:
-    del apache_rig  # asks for Apache Kafka, so that its absence is dealt with in one place
+def test_services_stop_in_time_on_sigterm_and_lose_and_repeat_nothing(tmp_path: Path, apache_rig: Rig) -> None:
+    del apache_rig  # requested so that the test is skipped where Apache Kafka cannot run
 
     stop = campaign(tmp_path, "stop", minutes=0.6)
 
@@ -103,7 +108,7 @@ def test_a_short_campaign_holds(tmp_path: Path, apache_rig: Rig) -> None:
     poison = campaign(tmp_path, "poison", minutes=0.3)
 
     assert poison["rubbish"] == poison["dead_letters"] > 5
-    assert poison["faults"]["mended and replayed"] == 1
+    assert poison["faults"]["fixed and replayed"] == 1
     assert poison["served"] > 3000
     assert poison["lost"] == poison["duplicates"] == poison["out_of_order"] == 0
     assert poison["mailed_frauds"] == poison["predicted_frauds"] > 20

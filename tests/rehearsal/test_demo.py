@@ -1,4 +1,4 @@
-"""What a newcomer runs."""
+"""The demo, as a newcomer runs it."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ def fraudctl(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def children_of(directory: Path) -> list[str]:
-    """Command lines of processes that work in this folder."""
+    """The command lines of the processes that use this folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -91,7 +91,7 @@ def test_a_file_goes_through_and_every_digit_arrives(tmp_path: Path, first_colum
 
 
 @pytest.mark.timeout(300)
-def test_without_a_number_it_runs_until_ctrl_c_and_then_drains(tmp_path: Path) -> None:
+def test_without_a_number_it_streams_until_ctrl_c_and_then_drains(tmp_path: Path) -> None:
     work, report = tmp_path / "work", tmp_path / "report.json"
     process = fraudctl(
         *("demo", "--rate", "100", "--broker", "embedded", "--report", str(report), "--work-dir", str(work))
@@ -115,7 +115,7 @@ def test_without_java_it_takes_the_embedded_broker_and_says_so(tmp_path: Path) -
 
     environment = {"PATH": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", "from sandbox.stack import choose_broker; print(*choose_broker('auto'))"],
+        [sys.executable, "-c", "from rehearsal.stack import choose_broker; print(*choose_broker('auto'))"],
         capture_output=True,
         text=True,
         env=environment,
@@ -153,7 +153,7 @@ def test_a_wrong_call_is_refused_by_name(arguments: list[str], named: str) -> No
     ("text", "named"),
     [("a,b\n1,2\n", "columns missing: trans_date_trans_time"), ("", "columns missing"), (None, "no rows")],
 )
-def test_a_source_that_is_no_training_file_is_named(tmp_path: Path, text: str | None, named: str) -> None:
+def test_a_source_in_another_format_is_refused_by_name(tmp_path: Path, text: str | None, named: str) -> None:
     source = tmp_path / "source.csv"
     header = ",".join(training_frame(rows=1, seed=1, start=START).columns) + "\n"
     source.write_text(header if text is None else text)

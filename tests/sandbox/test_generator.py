@@ -1,4 +1,4 @@
-"""The generated stream: what somebody who knows the real one would look for in it."""
+"""The generated stream has the known properties of the real one."""
 
 from collections import defaultdict
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""The payments API's stand-in, as a client of the real one would meet it."""
+"""The simulator of the payments API, as a client sees it."""
 
 import json
 import socket
@@ -44,7 +44,7 @@ def api(tmp_path: Path) -> Iterator[Start]:
 
 
 def rows(url: str, client: Any = requests) -> list[list[Any]]:
-    """What one call brings, of a session or on a connection of its own."""
+    """The rows of one call, in the session or on a connection of its own."""
     table = json.loads(client.get(url, timeout=10).json())
     assert tuple(table["columns"]) == RAW_COLUMNS
     assert len(table["index"]) == len(table["data"])
@@ -63,7 +63,7 @@ def generated(count: int) -> list[list[Any]]:
 
 
 def account(**changes: object) -> dict[str, object]:
-    """The source's status when `served` rows went out once each, save for the changes."""
+    """The status after `served` rows were served once each, with these changes."""
     return {
         "sent": changes.get("served", 0),
         "repeats": 0,
@@ -92,7 +92,7 @@ def test_an_answer_is_json_within_json_in_split_form(api: Start) -> None:
     assert len(table["data"]) == 1
 
 
-def test_by_itself_it_draws_one_payment_a_call_that_happens_now(api: Start) -> None:
+def test_by_default_each_call_returns_one_payment_with_the_present_time(api: Start) -> None:
     url = api().url
     before_ms = time.time() * 1000
     (first,), (second,) = rows(url), rows(url)
@@ -101,7 +101,7 @@ def test_by_itself_it_draws_one_payment_a_call_that_happens_now(api: Start) -> N
     assert first[TRANS_NUM] != second[TRANS_NUM]
 
 
-def test_what_happens_now_is_what_happens_at_this_hour(api: Start) -> None:
+def test_payments_with_the_present_time_are_typical_of_the_hour(api: Start) -> None:
     source = api("--seed", "1", "--fraud-rate", "0.5")
     hour = datetime.now(UTC).hour
     served = [row for _ in range(300) for row in rows(source.url)]
@@ -111,7 +111,7 @@ def test_what_happens_now_is_what_happens_at_this_hour(api: Start) -> None:
     assert {there[row[TRANS_NUM]] for row in served} <= {hour, datetime.now(UTC).hour}
 
 
-def test_every_row_comes_once_and_in_order_and_then_none(api: Start) -> None:
+def test_every_row_is_served_once_and_in_order_and_then_none(api: Start) -> None:
     source = api(*ALL_AT_ONCE, "--transactions", "1200", "--max-rows", "500")
 
     calls = [rows(source.url) for _ in range(4)]
@@ -149,7 +149,7 @@ def test_a_client_with_nothing_to_fetch_does_not_spin(api: Start) -> None:
     assert 0.2 < time.monotonic() - began < 2
 
 
-def test_what_is_held_back_is_not_served(api: Start) -> None:
+def test_rows_beyond_the_limit_are_not_served(api: Start) -> None:
     source = api(*ALL_AT_ONCE, "--held", "--max-rows", "7")
     assert rows_until_empty(source.url) == []
 
@@ -164,7 +164,7 @@ def test_what_is_held_back_is_not_served(api: Start) -> None:
     assert rows(source.url) == generated(57)[50:]
 
 
-def test_held_rows_fall_due_at_the_rate_when_they_are_let_go(api: Start) -> None:
+def test_rows_become_due_at_the_rate_once_the_limit_is_lifted(api: Start) -> None:
     source = api("--rate", "20", "--seed", "1", "--held")
     for _ in range(4):
         assert rows(source.url) == []
@@ -187,7 +187,7 @@ def test_a_file_is_served_value_for_value(api: Start, tmp_path: Path, row_number
     assert max(len(str(row[CC_NUM])) for row in found) == 19
 
 
-def test_a_file_may_leave_labels_open(api: Start, tmp_path: Path) -> None:
+def test_a_file_may_lack_labels(api: Start, tmp_path: Path) -> None:
     write_source(tmp_path / "rows.csv", 2, is_fraud="")
 
     found = rows(api("--source", str(tmp_path / "rows.csv")).url)
@@ -217,7 +217,7 @@ def test_a_file_that_cannot_be_served_is_one_line_and_exit_code_2(tmp_path: Path
         "unlabelled.csv": "columns missing: is_fraud",
         "nowhere.csv": "No such file",
         "header.csv": "no rows",
-        "broken.csv": "line 21 cannot be read",
+        "broken.csv": "line 21 has an invalid value",
         "binary.csv": "not",
     }
     processes = {}
@@ -289,7 +289,7 @@ def test_the_same_seed_misbehaves_the_same(api: Start) -> None:
     assert first != statuses("2")
 
 
-def test_rows_meant_for_a_client_that_went_away_come_again(api: Start) -> None:
+def test_rows_for_a_client_that_disconnects_are_served_again(api: Start) -> None:
     source = api(*ALL_AT_ONCE, "--transactions", "20", "--held")
     address = urlsplit(source.url)
     for _ in range(3):
@@ -304,7 +304,7 @@ def test_rows_meant_for_a_client_that_went_away_come_again(api: Start) -> None:
     assert source.status()["served"] == 20
 
 
-def test_confirmed_rows_are_those_whose_client_came_back(api: Start) -> None:
+def test_rows_are_confirmed_when_their_client_calls_again(api: Start) -> None:
     source = api(*ALL_AT_ONCE, "--confirmed", "--transactions", "25", "--max-rows", "10")
     with requests.Session() as client:
         assert rows(source.url, client) == generated(10)
@@ -335,7 +335,7 @@ def test_any_request_on_the_connection_confirms_and_one_on_another_does_not(api:
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_unconfirmed_rows_come_again_first_and_in_order(api: Start, reset: bool) -> None:
+def test_unconfirmed_rows_are_served_again_first_and_in_order(api: Start, reset: bool) -> None:
     source = api(*ALL_AT_ONCE, "--confirmed", "--transactions", "45", "--max-rows", "10")
     address = urlsplit(source.url)
     clients = [HTTPConnection(str(address.hostname), address.port, timeout=10) for _ in range(3)]
@@ -355,7 +355,7 @@ def test_unconfirmed_rows_come_again_first_and_in_order(api: Start, reset: bool)
     assert source.status() == account(served=45, exhausted=True)
 
 
-def test_a_limit_does_not_hold_back_what_went_out_before(api: Start) -> None:
+def test_a_limit_does_not_apply_to_rows_served_before(api: Start) -> None:
     source = api(*ALL_AT_ONCE, "--confirmed", "--max-rows", "10")
     with requests.Session() as first:
         assert len(rows(source.url, first)) == 10
@@ -384,7 +384,7 @@ def test_it_is_exhausted_only_when_the_last_row_is_confirmed(api: Start) -> None
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_client_that_comes_back_confirms_whatever_it_gets_for_it(api: Start, fault: str) -> None:
+def test_a_client_that_calls_again_confirms_whatever_the_answer_is(api: Start, fault: str) -> None:
     source = api(*ALL_AT_ONCE, "--confirmed", "--max-rows", "10")
     with requests.Session() as client:
         assert rows(source.url, client) == generated(10)
@@ -430,11 +430,11 @@ def test_a_wrong_order_is_refused_and_changes_nothing(api: Start) -> None:
 
 def test_an_unknown_fault_is_named_at_the_start(tmp_path: Path) -> None:
     assert "repeats" in FAULTS
-    with pytest.raises(StandInError, match="no such fault: fire"):
+    with pytest.raises(StandInError, match="unknown fault: fire"):
         PaymentsApi("--misbehave", "fire,5xx", log=tmp_path / "api.log").start()
 
 
-def test_it_says_where_it_listens_is_healthy_and_ends_when_asked_to(tmp_path: Path) -> None:
+def test_it_prints_its_address_is_healthy_and_ends_on_sigterm(tmp_path: Path) -> None:
     log = tmp_path / "api.log"
     process = Process("api", python("sandbox.payments_api", "--port", "0"), log=log)
     with process:

@@ -1,4 +1,4 @@
-"""The local stack's parts: they say why they do not start, keep what they must, and never outlive who started them."""
+"""The parts of the local stack: errors at their start, what survives a restart, and that they end with their parent."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def test_a_child_dies_with_its_parent_however_that_ends(tmp_path: Path, end: sig
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps a port for who asks by its number")
-def test_a_port_that_was_given_out_is_a_servers_alone() -> None:
+def test_a_reserved_port_goes_only_to_a_server_that_asks_for_it() -> None:
     port = free_port()
 
     with closing(socket.socket()) as stranger, pytest.raises(OSError, match="in use"):
@@ -64,9 +64,9 @@ def test_a_port_that_was_given_out_is_a_servers_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ready", "reason"), [(lambda: False, "part ended at its start: no such port"), (lambda: True, None)]
+    ("ready", "reason"), [(lambda: False, "part ended during its start: no such port"), (lambda: True, None)]
 )
-def test_what_ends_at_its_start_tells_its_last_words(
+def test_a_child_that_ends_during_its_start_is_reported_with_its_last_line(
     tmp_path: Path, ready: Callable[[], bool], reason: str | None
 ) -> None:
     part = Process("part", [sys.executable, "-c", "exit('no such port')"], log=tmp_path / "log", ready=ready)
@@ -77,7 +77,7 @@ def test_what_ends_at_its_start_tells_its_last_words(
         part.start()
 
 
-def test_what_never_gets_ready_is_ended(tmp_path: Path) -> None:
+def test_a_child_that_never_gets_ready_is_killed(tmp_path: Path) -> None:
     part = Process(
         "part",
         [sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(60)"],
@@ -85,18 +85,18 @@ def test_what_never_gets_ready_is_ended(tmp_path: Path) -> None:
         ready=lambda: False,
         ready_timeout_s=1,
     )
-    with pytest.raises(StandInError, match="part was not ready in 1 s"):
+    with pytest.raises(StandInError, match="part was not ready after 1 s"):
         part.start()
     assert not part.running
 
 
-def test_a_module_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_module_is_reported(tmp_path: Path) -> None:
     part = Process("part", python("sandbox.nowhere"), log=tmp_path / "log", ready=lambda: False)
     with pytest.raises(StandInError, match=r"No module named sandbox\.nowhere"):
         part.start()
 
 
-def test_postgresql_keeps_its_rows_over_stop_and_kill(tmp_path: Path) -> None:
+def test_postgresql_keeps_its_rows_across_stop_and_kill(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     with Postgres(tmp_path / "database") as database:
 
@@ -126,7 +126,7 @@ def client(mailbox: Mailbox, *, timeout_s: float = 10.0) -> smtplib.SMTP:
 
 
 def deliver(session: smtplib.SMTP, subject: str, *recipients: str) -> dict[str, tuple[int, bytes]]:
-    """Have a mail accepted; returns the recipients that were refused."""
+    """Send a mail that is accepted. Returns the refused recipients."""
     return session.sendmail("a@bank.example", recipients or ("b@bank.example",), f"Subject: {subject}\r\n\r\ntext\r\n")
 
 
@@ -134,7 +134,7 @@ def kept(mailbox: Mailbox) -> list[str]:
     return [str(mail.message["Subject"]) for mail in messages(mailbox.directory)]
 
 
-def test_a_mail_tells_whom_it_went_to_and_is_kept_byte_for_byte(mailbox: Mailbox) -> None:
+def test_a_mail_is_stored_byte_for_byte_with_its_recipients(mailbox: Mailbox) -> None:
     with client(mailbox) as session:
         deliver(session, "one", "b@bank.example", "c@bank.example")
 
@@ -143,7 +143,7 @@ def test_a_mail_tells_whom_it_went_to_and_is_kept_byte_for_byte(mailbox: Mailbox
     assert mail.path.read_bytes().partition(b"\r\n")[2] == b"Subject: one\r\n\r\ntext\r\n"
 
 
-def test_a_refusal_for_now_comes_at_any_stage_with_any_code_and_nothing_is_kept(mailbox: Mailbox) -> None:
+def test_temporary_refusals_come_at_every_stage_with_every_code_and_nothing_is_stored(mailbox: Mailbox) -> None:
     mailbox.misbehave("4xx")
     refusals = set()
     for number in range(12):
@@ -165,7 +165,7 @@ def test_a_refusal_for_now_comes_at_any_stage_with_any_code_and_nothing_is_kept(
 
 
 @pytest.mark.parametrize("refused_before", [False, True])
-def test_a_mail_under_way_is_refused_for_now_too(mailbox: Mailbox, refused_before: bool) -> None:
+def test_a_mail_in_progress_is_refused_temporarily_too(mailbox: Mailbox, refused_before: bool) -> None:
     with client(mailbox) as session:
         session.ehlo()
         if refused_before:
@@ -183,7 +183,7 @@ def test_a_mail_under_way_is_refused_for_now_too(mailbox: Mailbox, refused_befor
     assert kept(mailbox) == []
 
 
-def test_421_hangs_up(mailbox: Mailbox) -> None:
+def test_421_closes_the_connection(mailbox: Mailbox) -> None:
     mailbox.misbehave("4xx")
     with client(mailbox) as session:
         session.ehlo()
@@ -193,7 +193,7 @@ def test_421_hangs_up(mailbox: Mailbox) -> None:
             session.noop()
 
 
-def test_who_is_gone_is_refused_and_the_others_get_the_mail(mailbox: Mailbox) -> None:
+def test_an_unknown_recipient_is_refused_and_the_others_get_the_mail(mailbox: Mailbox) -> None:
     mailbox.misbehave("5xx-one-recipient")
     with client(mailbox) as session:
         refused = deliver(session, "one", "gone.analyst@bank.example", "b@bank.example")
@@ -205,7 +205,7 @@ def test_who_is_gone_is_refused_and_the_others_get_the_mail(mailbox: Mailbox) ->
     assert (mail.message["Subject"], mail.message["X-Envelope-To"]) == ("one", "b@bank.example")
 
 
-def test_a_hanging_server_takes_connections_and_says_nothing(mailbox: Mailbox) -> None:
+def test_a_hanging_server_accepts_connections_and_does_not_answer(mailbox: Mailbox) -> None:
     with client(mailbox) as before:
         before.ehlo()
         mailbox.misbehave("hang")
@@ -224,7 +224,7 @@ def test_a_hanging_server_takes_connections_and_says_nothing(mailbox: Mailbox) -
 
 @pytest.mark.parametrize("then", [None, "4xx"])
 @pytest.mark.parametrize("patient", [True, False])
-def test_a_mail_under_way_when_the_server_hangs_is_never_kept(
+def test_a_mail_in_progress_when_the_server_hangs_is_never_stored(
     mailbox: Mailbox, patient: bool, then: str | None
 ) -> None:
     session = client(mailbox)
@@ -254,7 +254,7 @@ def test_a_mail_under_way_when_the_server_hangs_is_never_kept(
     assert kept(mailbox) == ["next"]
 
 
-def test_a_mail_that_began_to_arrive_while_the_server_hung_is_never_kept(mailbox: Mailbox) -> None:
+def test_a_mail_that_began_to_arrive_while_the_server_hung_is_never_stored(mailbox: Mailbox) -> None:
     with client(mailbox) as session:
         session.ehlo()
         session.mail("a@bank.example")
@@ -275,7 +275,7 @@ def test_a_mail_that_began_to_arrive_while_the_server_hung_is_never_kept(mailbox
     assert kept(mailbox) == []
 
 
-def test_a_bad_day_ends_with_the_process(mailbox: Mailbox) -> None:
+def test_a_fault_ends_with_the_process(mailbox: Mailbox) -> None:
     mailbox.misbehave("hang")
     with pytest.raises(smtplib.SMTPServerDisconnected):
         client(mailbox, timeout_s=0.1)
@@ -288,9 +288,9 @@ def test_a_bad_day_ends_with_the_process(mailbox: Mailbox) -> None:
     assert kept(mailbox) == ["one"]
 
 
-def test_an_unknown_bad_day_is_refused(mailbox: Mailbox) -> None:
+def test_an_unknown_fault_is_refused(mailbox: Mailbox) -> None:
     assert FAULTS == ("4xx", "5xx-one-recipient", "hang")
-    with pytest.raises(ValueError, match="no such fault: fire"):
+    with pytest.raises(ValueError, match="unknown fault: fire"):
         mailbox.misbehave("fire")
 
 

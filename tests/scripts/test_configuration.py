@@ -74,7 +74,8 @@ def test_every_setting_is_documented() -> None:
 
 
 def test_what_compose_takes_from_the_shell_is_documented_as_such() -> None:
-    (section,) = re.findall(r"^## By `docker compose`.*?(?=^## )", configuration.document(), re.MULTILINE | re.DOTALL)
+    heading = "## Read by `docker compose`"
+    (section,) = re.findall(rf"^{heading}.*?(?=^## )", configuration.document(), re.MULTILINE | re.DOTALL)
     files = list(ROOT.glob("docker-compose*.yml"))
     taken = {name for file in files for name in re.findall(r"(?<!\$)\$\{(\w+)", file.read_text())}
 

@@ -28,6 +28,7 @@ from secured import SecuredKafka
 from typer.testing import CliRunner
 
 from fraudctl.__main__ import app
+from sandbox.generator import training_frame
 from sandbox.mailbox import Mailbox, messages
 from sandbox.registry import Registry
 from shared.kafka import topics
@@ -206,7 +207,7 @@ def guarded(
 def test_with_exactly_these_rights_it_runs_and_each_that_is_taken_away_is_named_until_it_is_back(
     guarded: Guarded, registry: Registry, engine: sa.Engine, mailbox: Mailbox
 ) -> None:
-    trained = train.fit(train.generate(seed=1).head(4000), seed=1)
+    trained = train.fit(training_frame(seed=1).head(4000), seed=1)
     for alias in ("champion", "challenger"):
         train.register(trained, Alias(registry.uri, "guarded", alias))
     users = ("producer", "predictor", "alerter", "db_sink")

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
-from sandbox.generator import transactions
+from sandbox.generator import training_frame, transactions
 from services.predictor.drift import Monitor, psi
 from services.predictor.scoring import Seen
 from shared.profile import Profile, make_profile
@@ -23,7 +23,7 @@ ROWS = 1500
 
 @pytest.fixture(scope="module")
 def profile() -> Profile:
-    return train.fit(train.generate(seed=1), seed=1).profile
+    return train.fit(training_frame(seed=1), seed=1).profile
 
 
 @pytest.fixture(scope="module")

@@ -27,13 +27,13 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from rehearsal.stack import service
+from sandbox.generator import training_frame
 from sandbox.processes import Process
 from sandbox.registry import Registry
 from shared.kafka import topics
 from shared.kafka.messages import NOTHING, headers
 from shared.provenance import from_headers
 from shared.records import FEATURES, REFERENCE, Transaction, decode_prediction, encode_transaction
-from training import train
 
 NUMERIC = ["cc_num", "amt", "zip", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long"]
 
@@ -153,7 +153,7 @@ def test_a_row_that_the_model_cannot_score_is_isolated(champion_rig: Rig) -> Non
 
 @pytest.mark.parametrize("with_signature", [True, False])
 def test_a_model_made_by_hand_is_served_as_it_was_logged(rig: Rig, registry: Registry, with_signature: bool) -> None:
-    history = train.generate(seed=3).head(4000)
+    history = training_frame(seed=3).head(4000)
     forest = Pipeline([("scale", StandardScaler()), ("forest", RandomForestClassifier(150, n_jobs=-1, random_state=0))])
     forest.fit(history[NUMERIC], history["is_fraud"].astype(int))
     mlflow.set_tracking_uri(registry.uri)
@@ -463,7 +463,7 @@ def test_a_model_that_only_mlflow_can_ask_is_served(rig: Rig, registry: Registry
 def test_other_libraries_models_are_served_with_their_probabilities(
     rig: Rig, registry: Registry, name: str, kind: str
 ) -> None:
-    history = train.generate(seed=3).head(4000)
+    history = training_frame(seed=3).head(4000)
     rows, labels = history[NUMERIC].astype(float), history["is_fraud"].astype(int)
     mlflow.set_tracking_uri(registry.uri)
     mlflow.set_experiment("by-hand")

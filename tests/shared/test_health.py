@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from threading import Event
 
 import pytest
 import requests
@@ -79,6 +80,27 @@ def test_ready_says_what_it_waits_for(port: int) -> None:
     assert metrics.OUTAGES._value.get() == outages + 1
     assert metrics.OUTAGE_SECONDS._value.get() > seconds
     assert f"fraud_alarm_outages_under_way {others}" in ask(port, "/metrics").text
+
+
+def test_a_service_is_not_ready_before_it_has_had_all_that_it_waits_for(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_was_ready", Event())
+    at_its_start = ask(port, "/ready")
+    health.waits_for("the database", "connection refused")
+    health.waits_for("the group", "not joined yet")
+    health.has("the database")
+    joining = ask(port, "/ready")
+    health.has("the group")
+    at_work = ask(port, "/ready")
+    health.waits_for("the database", "connection refused")
+    in_an_outage = ask(port, "/ready")
+    health.has("the database")
+
+    answers = [at_its_start, joining, at_work, in_an_outage]
+    assert [answer.status_code for answer in answers] == [503, 503, 200, 503]
+    assert [answer.json()["was_ready"] for answer in answers] == [False, False, True, True]
+    assert at_its_start.json()["waiting_for"]
 
 
 @pytest.mark.parametrize("password", ["secret-word", "sec/ret-word", "sec?ret-word", "sec@ret-word"])

@@ -1,4 +1,4 @@
-"""An alias moves, and moves back."""
+"""Moving an alias, and moving it back."""
 
 import uuid
 
@@ -15,7 +15,7 @@ from training.aliases import Alias, NoSuchVersion
 
 @pytest.fixture
 def champion(registry: Registry) -> Alias:
-    """The alias of a model of this test's own, which has three versions."""
+    """The alias of a model with three versions, used by this test alone."""
     champion = Alias(registry.uri, f"moved-{uuid.uuid4().hex[:8]}", "champion")
     mlflow.set_tracking_uri(registry.uri)
     mlflow.set_experiment("moved")
@@ -32,7 +32,7 @@ def champion(registry: Registry) -> Alias:
     return champion
 
 
-def test_each_way_back_is_one_further(champion: Alias) -> None:
+def test_each_rollback_goes_back_one_version_further(champion: Alias) -> None:
     assert aliases.bearer(champion) is None
     for version in ("1", "2", "3"):
         aliases.move(champion, version)
@@ -41,19 +41,19 @@ def test_each_way_back_is_one_further(champion: Alias) -> None:
     assert aliases.move_back(champion) == "2"
     assert aliases.move_back(champion) == "1"
     assert aliases.bearer(champion) == "1"
-    with pytest.raises(NoSuchVersion, match=f"no version bore {champion} before"):
+    with pytest.raises(NoSuchVersion, match=f"no earlier version of {champion} to go back to"):
         aliases.move_back(champion)
     assert aliases.bearer(champion) == "1"
 
 
-def test_to_stay_is_no_move(champion: Alias) -> None:
+def test_moving_an_alias_to_its_own_version_is_not_remembered(champion: Alias) -> None:
     for version in ("1", "2", "2"):
         aliases.move(champion, version)
 
     assert aliases.move_back(champion) == "1"
 
 
-def test_a_version_that_was_deleted_is_passed_over(champion: Alias) -> None:
+def test_a_deleted_version_is_skipped(champion: Alias) -> None:
     for version in ("1", "2", "3"):
         aliases.move(champion, version)
     mlflow.MlflowClient(champion.tracking_uri).delete_model_version(champion.name, "2")

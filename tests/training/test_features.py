@@ -1,4 +1,4 @@
-"""What the model sees of a transaction."""
+"""The features of a transaction."""
 
 from datetime import UTC, datetime
 
@@ -64,12 +64,12 @@ def test_a_refund_is_no_error() -> None:
 @pytest.mark.parametrize(
     ("wrong", "named"), [({"trans_date_trans_time": "yesterday, at noon"}, "at"), ({"dob": "unknown"}, "unknown")]
 )
-def test_a_time_that_is_none_is_refused(wrong: dict[str, object], named: str) -> None:
+def test_an_invalid_time_is_refused(wrong: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         one(**wrong)
 
 
-def test_only_the_columns_it_needs_matter_in_whatever_order(raw: pd.DataFrame) -> None:
+def test_only_the_needed_columns_matter_in_any_order(raw: pd.DataFrame) -> None:
     np.testing.assert_array_equal(make_features(raw), make_features(raw[RAW[::-1]]))
 
 
@@ -81,5 +81,5 @@ def test_a_row_by_itself_has_the_features_it_has_in_a_batch(raw: pd.DataFrame) -
     np.testing.assert_array_equal(together, alone)
 
 
-def test_neither_identifiers_nor_the_raw_time_are_looked_at() -> None:
+def test_identifiers_and_the_raw_time_are_not_used() -> None:
     assert not {"cc_num", "trans_num", "unix_time", "first", "last", "street", "zip"} & set(RAW)

@@ -1,4 +1,4 @@
-"""The model: how good it is, what it refuses to learn from, and how it gets out of the registry again."""
+"""Training: how good the model is, which data is refused, and loading the model from the registry."""
 
 import json
 import os
@@ -40,7 +40,7 @@ print(json.dumps(model.predict_proba(pd.read_csv(sys.stdin))[:, 1].tolist()))
 
 @pytest.fixture(scope="module")
 def history() -> pd.DataFrame:
-    return train.generate(seed=1).head(8000)
+    return training_frame(seed=1).head(8000)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_measures_count_every_row_that_was_held_out(trained: train.Trained) 
 
 
 def test_it_is_measured_on_later_rows_of_other_cards() -> None:
-    history = train.generate(seed=1)
+    history = training_frame(seed=1)
     labels = history["is_fraud"].to_numpy(dtype=int)
 
     known, unseen, held_out = train.split(history, labels, seed=1)
@@ -100,7 +100,7 @@ def test_it_is_measured_on_later_rows_of_other_cards() -> None:
 
 
 def test_a_file_whose_frauds_are_from_other_days_is_split_by_card_alone() -> None:
-    history = train.generate(seed=1).head(8000)
+    history = training_frame(seed=1).head(8000)
     labels = history["is_fraud"].to_numpy(dtype=int)
     days = np.where(labels == 1, "2020-06-21", "2019-01-01")
     history = history.assign(trans_date_trans_time=days + history["trans_date_trans_time"].str[10:])
@@ -112,7 +112,7 @@ def test_a_file_whose_frauds_are_from_other_days_is_split_by_card_alone() -> Non
     assert "time" not in held_out
 
 
-def test_a_confirmed_label_takes_the_place_of_the_one_before(history: pd.DataFrame) -> None:
+def test_a_confirmed_label_replaces_the_original(history: pd.DataFrame) -> None:
     confirmed = history.iloc[[3]].assign(is_fraud=1 - history["is_fraud"].iloc[3])
 
     rows = train.together(history.head(10), pd.concat([confirmed, history.iloc[[20]]]))
@@ -137,9 +137,9 @@ def test_rows_without_a_label_are_left_out(history: pd.DataFrame, trained: train
     assert again.metrics == trained.metrics
 
 
-def test_it_is_measured_on_cards_it_never_saw() -> None:
+def test_it_is_measured_on_unseen_cards() -> None:
     # Each card's frauds are known by its population: whoever saw the card has nothing left to guess.
-    history = train.generate(seed=1).head(6000)
+    history = training_frame(seed=1).head(6000)
     cards = {card: number for number, card in enumerate(history["cc_num"].unique())}
     number = history["cc_num"].map(cards)
     guess = np.random.default_rng(0).random(len(cards)) < 0.3
@@ -176,7 +176,7 @@ def test_an_unknown_category_is_scored_all_the_same(
 
 
 def test_the_local_stacks_champion_raises_an_alarm_within_two_minutes_at_any_hour() -> None:
-    trained = train.fit(train.generate(seed=1), seed=1)  # as `fraudctl train` does
+    trained = train.fit(training_frame(seed=1), seed=1)  # as `fraudctl train` does
     start = datetime(2024, 5, 17, tzinfo=UTC)
     stream = training_frame(rows=60_000, seed=2, start=start, fraud_rate=0.05, fraud_hours=ROUND_THE_CLOCK)
 
@@ -190,7 +190,7 @@ def test_the_local_stacks_champion_raises_an_alarm_within_two_minutes_at_any_hou
 @needs_sample
 @pytest.mark.parametrize("seed", [1, 2])
 def test_what_the_generator_teaches_holds_for_real_transactions(seed: int) -> None:
-    trained = train.fit(train.generate(seed=seed), seed=seed)
+    trained = train.fit(training_frame(seed=seed), seed=seed)
     sample = pd.read_csv(SAMPLE)
 
     probabilities = trained.pipeline.predict_proba(sample[list(FEATURES)])[:, 1]
@@ -218,7 +218,7 @@ def test_files_are_read_with_and_without_their_row_numbers(history: pd.DataFrame
     assert frame["cc_num"].tolist() == [str(card) for card in pd.concat([history.head(20), history.tail(10)])["cc_num"]]
 
 
-def test_a_file_that_is_no_training_file_is_named(tmp_path: Path) -> None:
+def test_a_file_in_another_format_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
 
     with pytest.raises(ValueError, match=r"other\.csv: columns missing: trans_date_trans_time"):

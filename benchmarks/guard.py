@@ -1,0 +1,50 @@
+"""The guard: a few ratios that no change may lower, measured in a minute and compared with those in guard.json."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import predictor, sink
+from benchmarks.load import Suite
+from benchmarks.measure import Section
+from benchmarks.report import show
+
+GUARD: dict[str, Suite] = {
+    "ceiling": lambda bench, rounds: predictor.against_its_ceiling(
+        bench, rounds=rounds, rows=60_000, guarantee="exactly_once"
+    ),
+    "sink": lambda bench, rounds: sink.against_postgres(bench, rounds=rounds, rows=60_000),
+    "compiled": lambda bench, rounds: predictor.compiled_scoring(bench, rounds=rounds),
+}
+_COMMITTED = Path(__file__).with_name("guard.json")
+_STILL_GOOD = 0.7  # share of a ratio in guard.json
+_TRIES = 3
+
+
+def guarded(suites: Iterable[Callable[[], Section]], console: Console) -> int:
+    """0 if each suite, in one try of three, reaches 70 % of its ratios in guard.json and passes no limit; else 1.
+
+    A real regression fails every time; a busy machine is unlikely to spoil three tries.
+    """
+    least = {what: _STILL_GOOD * ratio for what, ratio in json.loads(_COMMITTED.read_text()).items()}
+    measured: set[str] = set()
+
+    def holds(suite: Callable[[], Section]) -> bool:
+        section = suite()
+        show(section, console)
+        good = all(bar.reached for bar in section.bars if bar.at_most)
+        for bar in section.bars:
+            if bar.what in least:
+                measured.add(bar.what)
+                fallen = bar.seen.median < least[bar.what]
+                good = good and not fallen
+                verdict = "[red]has fallen" if fallen else "[green]holds"
+                console.print(f"{bar.what}: {bar.seen.median:.2f}, at least {least[bar.what]:.2f} {verdict}")
+        return good
+
+    held = [any(holds(suite) for _ in range(_TRIES)) for suite in suites]
+    for what in least.keys() - measured:
+        console.print(f"{what}: [red]not measured")
+    return int(not all(held) or measured != least.keys())

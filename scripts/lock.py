@@ -1,0 +1,56 @@
+"""The hash-locked requirements: requirements.txt for a checkout, services/requirements/ for each image.
+
+`python -m scripts.lock` keeps the versions that are locked and adds or removes what pyproject.toml or the catalogue ask
+for; with `--upgrade`, every version is resolved anew.
+"""
+
+import argparse
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from services.catalogue import BY_NAME
+
+ROOT = Path(__file__).parents[1]
+BASE = "base"  # the dependencies that all services have, for an image without extras of its own
+LOCKS: Mapping[str, Sequence[str]] = {
+    **{service.name: service.extras for service in BY_NAME.values() if service.extras},
+    BASE: (),
+    "tools": ("tools",),
+}
+"""Each file in services/requirements, by name, and the extras of pyproject.toml that it locks."""
+
+
+def lock_of(image: str) -> Path:
+    """The requirements that the image installs."""
+    return ROOT / "services" / "requirements" / f"{image if image in LOCKS else BASE}.txt"
+
+
+def main() -> int:
+    """Write every lock. Exit code 1 if the dependencies cannot be resolved; uv then prints why."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upgrade", action="store_true", help="Upgrade every locked version.")
+    upgrade = ["--upgrade"] if parser.parse_args().upgrade else []
+    everything = ROOT / "requirements.txt"
+    try:
+        _compile(everything, "--all-extras", *upgrade)
+        for name, extras in LOCKS.items():
+            _compile(lock_of(name), *(f"--extra={extra}" for extra in extras), f"--constraints={everything.name}")
+    except subprocess.CalledProcessError:
+        return 1
+    return 0
+
+
+def _compile(lock: Path, *options: str) -> None:
+    """Lock pyproject.toml's dependencies, and those of the extras in `options`, for every platform."""
+    uv = Path(sysconfig.get_path("scripts")) / "uv"
+    settings = ["--quiet", "--universal", "--python-version=3.11", "--generate-hashes"]
+    settings += ["--no-emit-index-url", "--no-header"]
+    files = ("pyproject.toml", "--output-file", lock.relative_to(ROOT))
+    subprocess.run([uv, "pip", "compile", *settings, *options, *files], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
