@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SERVICES := producer predictor alerter db_sink
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
-.PHONY: demo test lint format bench guard chaos kafka lock configuration sbom clean
+.PHONY: demo test lint format bench guard chaos kafka lock configuration docs sbom clean
 
 ## A stream of transactions through everything, on this machine. Options: make demo ARGS="--broker embedded"
 demo: $(VENV)/.ready
@@ -20,6 +20,7 @@ lint: $(VENV)/.ready
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python -m scripts.wording
 
 format: $(VENV)/.ready
 	@$(BIN)/ruff check --fix .
@@ -54,6 +55,10 @@ lock: $(VENV)/.ready
 ## Write docs/configuration.md anew, from the settings classes
 configuration: $(VENV)/.ready
 	@$(BIN)/python -m scripts.configuration
+
+## Build the documentation as a site in build/site; open build/site/index.html
+docs: $(VENV)/.ready
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 ## What each image is made of: CycloneDX in build/sbom, and a list of licences
 sbom: $(VENV)/.ready
