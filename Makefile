@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench guard chaos kafka lock configuration sbom clean
+.PHONY: demo test lint format bench guard chaos kafka lock configuration docs sbom clean
 
 ## A stream of transactions through everything, on this machine. Options: make demo ARGS="--broker embedded"
 demo: $(VENV)/.ready
@@ -18,6 +18,7 @@ lint: $(VENV)/.ready
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python -m scripts.wording
 
 format: $(VENV)/.ready
 	@$(BIN)/ruff check --fix .
@@ -47,6 +48,10 @@ lock: $(VENV)/.ready
 ## Write docs/configuration.md anew, from the settings classes
 configuration: $(VENV)/.ready
 	@$(BIN)/python -m scripts.configuration
+
+## Build the documentation as a site in build/site; open build/site/index.html
+docs: $(VENV)/.ready
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 ## What each image is made of: CycloneDX in build/sbom, and a list of licences
 sbom: $(VENV)/.ready
