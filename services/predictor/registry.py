@@ -91,7 +91,7 @@ class Registry:
                 except OSError as error:
                     if error.errno != errno.ENOSPC:
                         raise
-                    log.warning("model_not_kept", reason=str(error))
+                    log.warning("model_not_kept", folder=str(self._cache), reason=str(error.strerror).lower())
                     folder = Path(_download(self.name, found.version, uncached))
                 return self._read(folder, found.version)
         except (Outage, UnusableModel):
@@ -124,7 +124,7 @@ class Registry:
             Path(partial.name).rename(note)
             wanted = {each.read_text() for each in self._cache.glob("*.last-good")}
         except OSError as error:
-            log.warning("model_not_kept", reason=str(error))
+            log.warning("model_not_kept", folder=str(self._cache), reason=str(error.strerror).lower())
             return
         for other in self._cache.iterdir():
             with suppress(OSError):  # another replica may remove it at the same time
