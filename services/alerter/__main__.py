@@ -1,4 +1,4 @@
-"""The alerter: every fraud on topic_2 reaches a person, at once, by e-mail and by webhook."""
+"""The alerter: reports every fraud on topic_2 by e-mail, by webhook, or both."""
 
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
@@ -13,7 +13,7 @@ from shared.stream.loop import open_stream
 
 
 def serve(settings: AlerterSettings, shutdown: Event) -> None:
-    """Raise alarms until shutdown."""
+    """Send alarms until shutdown, each channel in a thread and a consumer group of its own. Raises SettingsError."""
     properties = kafka_properties(settings)
     channels = configured(settings)
     streams = [
@@ -33,7 +33,7 @@ def serve(settings: AlerterSettings, shutdown: Event) -> None:
             for stream, each in zip(streams, channels, strict=True)
         ]
         wait(running, return_when=FIRST_COMPLETED)
-        shutdown.set()  # if one fails, all end: the container is restarted
+        shutdown.set()  # if one channel fails, all stop, and the container is restarted
     for channel, stream in zip(channels, running, strict=True):
         channel.close()
         stream.result()

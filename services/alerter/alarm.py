@@ -1,4 +1,4 @@
-"""A fraud on topic_2, and what people and other systems may be shown of it: no full card number, no birth date."""
+"""Alarms: the frauds on topic_2, and the fields of them that are sent. No full card number, no birth date."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,28 +19,28 @@ from shared.records import REFERENCE, TIME_FORMAT, Prediction, decode_prediction
 
 
 class Alarm(NamedTuple):
-    """A transaction that was called fraud, and by whom."""
+    """A transaction that was predicted to be fraud, and the model that predicted it."""
 
     prediction: Prediction
     provenance: Provenance
 
     @property
     def identity(self) -> tuple[str, int]:
-        """The transaction's own."""
+        """(trans_num, unix_time) of the transaction."""
         return self.prediction.identity
 
 
 class Found(NamedTuple):
-    """What the first messages of a batch hold, each with the number of its message, counted from 1."""
+    """What the first `read` messages of a batch hold, each with the number of its message, counted from 1."""
 
-    read: int  # so many of the messages
+    read: int
     alarms: list[tuple[int, Alarm]]
-    dead: list[tuple[int, Record]]
-    repeats: int  # alarms that were raised before, or that come twice
+    dead: list[tuple[int, Record]]  # dead letters
+    repeats: int  # alarms that were sent before, or are in the batch twice
 
 
-def find(messages: Sequence[Message], raised: Remembered, *, group: str, most: int) -> Found:
-    """The alarms of a batch that are still to be raised, up to so many, and a dead letter for what cannot be read."""
+def find(messages: Sequence[Message], sent: Remembered, *, group: str, most: int) -> Found:
+    """The first `most` alarms of a batch that were not sent yet, and dead letters for messages that cannot be read."""
     alarms: list[tuple[int, Alarm]] = []
     dead: list[tuple[int, Record]] = []
     identities: set[tuple[str, int]] = set()
@@ -53,7 +53,7 @@ def find(messages: Sequence[Message], raised: Remembered, *, group: str, most: i
             continue
         if not prediction.prediction:
             continue
-        if prediction.identity in raised or prediction.identity in identities:
+        if prediction.identity in sent or prediction.identity in identities:
             repeats += 1
             continue
         alarms.append((number, Alarm(prediction, from_headers(headers(message)))))
@@ -65,7 +65,7 @@ def find(messages: Sequence[Message], raised: Remembered, *, group: str, most: i
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """An alarm in people's words."""
+    """The texts of an alarm in a mail."""
 
     amount: str
     merchant: str
@@ -80,9 +80,9 @@ class Shown:
 
 
 def show(alarm: Alarm) -> Shown:
-    """Every text on one line, and of a length that fits there."""
+    """The texts of an alarm, each on one line and at most 200 characters long."""
     prediction, provenance = alarm
-    known = provenance.probability is not None
+    has_probability = provenance.probability is not None
     return Shown(
         amount=dollars(prediction.amt),
         merchant=merchant_of(alarm),
@@ -90,7 +90,7 @@ def show(alarm: Alarm) -> Shown:
         place=one_line(f"{prediction.city}, {prediction.state}"),
         time=f"{one_line(prediction.trans_date_trans_time)} UTC",
         card=mask_card(prediction.cc_num),
-        probability=f"{provenance.probability:.1%}" if known else "not given by this model",
+        probability=f"{provenance.probability:.1%}" if has_probability else "not provided by this model",
         model=one_line(f"{provenance.model_name} version {provenance.model_version}"),
         trans_num=one_line(prediction.trans_num),
         unix_time=prediction.unix_time,
@@ -98,7 +98,7 @@ def show(alarm: Alarm) -> Shown:
 
 
 def fields(alarm: Alarm) -> dict[str, str | float | int | None]:
-    """An alarm for machines."""
+    """The fields of an alarm in a post and in a CSV file."""
     prediction, provenance = alarm
     return {
         "trans_num": prediction.trans_num,
@@ -117,31 +117,31 @@ def fields(alarm: Alarm) -> dict[str, str | float | int | None]:
 
 
 def merchant_of(alarm: Alarm) -> str:
-    """Its name without the prefix that every merchant of the source bears."""
+    """The merchant's name, without the `fraud_` with which every merchant of the source begins."""
     return one_line(alarm.prediction.merchant.removeprefix("fraud_"))
 
 
 def dollars(amount: float) -> str:
-    """`$1,147.91`."""
+    """An amount as text: `$1,147.91`."""
     return f"${amount:,.2f}"
 
 
 def one_line(text: str) -> str:
-    """So that no header, no row of a text and no line of a log can be forged."""
+    """The text on one line, at most 200 characters: it cannot forge a mail header, a table row or a log line."""
     return " ".join("".join(each if each.isprintable() else " " for each in text).split())[:200]
 
 
-def digest_of(alarms: Sequence[Alarm]) -> str:
-    """The same for the same transactions, whatever their order."""
+def batch_id(alarms: Sequence[Alarm]) -> str:
+    """An identifier (32 hexadecimal digits) that is the same for the same transactions in any order."""
     return hashlib.sha256(repr(sorted(alarm.identity for alarm in alarms)).encode()).hexdigest()[:32]
 
 
 def sample(now: datetime) -> Alarm:
-    """What an alarm looks like, when none was raised."""
+    """A made-up alarm, to test a channel or a template."""
     values = msgspec.structs.asdict(REFERENCE) | {
         "trans_date_trans_time": f"{now.astimezone(UTC):{TIME_FORMAT}}",
         "unix_time": int(now.timestamp()),
-        "merchant": "Test of the alarm, nothing happened",
+        "merchant": "Test alarm, no payment was made",
         "amt": 1147.91,
     }
     return Alarm(Prediction(**values, prediction=1), Provenance("sample", "0", 0.973))

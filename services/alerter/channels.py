@@ -1,4 +1,4 @@
-"""The ways an alarm can take: each with a consumer group and a pace of its own, so that none holds up another."""
+"""The channels that send alarms. Each has its own consumer group and pace, so that none holds up another."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,29 +25,32 @@ from shared.stream.flight import Outcome
 
 log = structlog.get_logger()
 
-_REMEMBERED = 20_000  # alarms; what was accepted is committed at once, so that few can come again
-_LARGEST_POST = 500
+_REMEMBERED = 20_000  # alarms; accepted ones are committed at once, so only few are redelivered
+_LARGEST_POST = 500  # alarms
 _CATCH_UP_S = 1.0
 
 
 class Channel(Protocol):
-    """A way to people or systems."""
+    """Sends alarms to people or to other systems."""
 
     name: str
     group: str
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Raise alarms of a batch. Raises Outage."""
+        """Send alarms of a batch; those beyond the outcome's `done` are sent later. Raises Outage."""
 
     def test(self) -> None:
-        """Send a sample. Raises Outage or Poison."""
+        """Send a sample alarm. Raises Outage or Poison."""
 
     def close(self) -> None:
-        """Hang up."""
+        """Disconnect."""
 
 
 class ByMail:
-    """The first at once; in a flood, digests. A mail is accepted, then its offsets are committed, then the next one."""
+    """Mails the first alarms singly and at once, and digests in a flood.
+
+    The offsets of a mail are committed after the server accepted it and before the next mail.
+    """
 
     name = "mail"
 
@@ -62,54 +65,57 @@ class ByMail:
         self._largest_digest = largest_digest
         self._mailed = Remembered(_REMEMBERED)
         self._started_ms = time.time() * 1000
-        self._catches_up = pace.burst < largest_digest
+        self._catching_up = pace.burst < largest_digest  # see _caught_up
         self._refused_digests = 0
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Mail the first alarm of the batch, or a digest once alarms were gathered for long enough.
+        """Send at most one mail: about the first alarm, or a digest of alarms that were gathered for long enough.
 
-        What is not finished is left for the next round: a crash repeats one mail at the most.
+        Later messages are redelivered, so a crash repeats one mail at most.
         """
-        alone = not self._catches_up and self._pace.lets_one_go()
-        found = find(messages, self._mailed, group=self.group, most=1 if alone else self._largest_digest)
+        single = not self._catching_up and self._pace.allows_single()
+        found = find(messages, self._mailed, group=self.group, most=1 if single else self._largest_digest)
         metrics.ALARMS_WAITING.labels(self.name).set(len(found.alarms))
         if not found.alarms:
             return _finished(found)
         first, _ = found.alarms[0]
         if before := [letter for number, letter in found.dead if number < first]:
-            return Outcome(first - 1, dead=before)  # they go first: were they not accepted, the mail would be repeated
-        if alone:
-            refused = _raise(messages, found, self._single, self._limit, by=self)
-            self._pace.one_went()
+            return Outcome(first - 1, dead=before)  # by themselves: if they cannot be written, no mail is repeated
+        if single:
+            refused = _send(messages, found, self._single, self._limit, by=self)
+            self._pace.single_sent()
             return _finished(found, refused)
-        if self._catches_up and messages[first - 1].timestamp()[1] >= self._started_ms:
+        if self._catching_up and messages[first - 1].timestamp()[1] >= self._started_ms:
             return self._caught_up(messages)
         if len(found.alarms) < self._largest_digest:
-            seconds = self._pace.gather_s(at_most_s=_CATCH_UP_S) if self._catches_up else self._pace.gather_s()
+            seconds = self._pace.gather_s(at_most_s=_CATCH_UP_S) if self._catching_up else self._pace.gather_s()
             if seconds > 0:
-                return Outcome(first - 1, keep=_kept(messages, found), again_in_s=seconds)
-        if self._catches_up and len(found.alarms) <= self._pace.burst:
+                return Outcome(first - 1, keep=_to_keep(messages, found), again_in_s=seconds)
+        if self._catching_up and len(found.alarms) <= self._pace.burst:
             return self._caught_up(messages)
-        self._catches_up = False
+        self._catching_up = False
         self._refused_digests = 0
-        refused = _raise(messages, found, self._digest, self._limit, by=self)
-        self._pace.all_went()
+        refused = _send(messages, found, self._digest, self._limit, by=self)
+        self._pace.digest_sent()
         return _finished(found, refused)
 
     def test(self) -> None:
-        """Mail a sample."""
+        """Mail a sample alarm. Raises Outage or Poison."""
         now = datetime.now(UTC)
         self._mailer.send(self._composer.single(sample(now), now=now))
 
     def close(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         self._mailer.close()
 
     def _caught_up(self, messages: Sequence[Message]) -> Outcome:
-        """More than a burst that waited when this process began goes out in a digest: perhaps its predecessor mailed
-        them in one, and was killed before it could commit. But there are not so many."""
-        self._catches_up = False
-        self._pace.all_went()
+        """Continue at the normal pace: when this process started, no more alarms waited than a burst.
+
+        If more had waited, they would be mailed in a digest, not singly: the predecessor may have mailed them in one
+        and been killed before the commit.
+        """
+        self._catching_up = False
+        self._pace.digest_sent()
         return self.handle(messages)
 
     def _single(self, alarms: Sequence[Alarm]) -> Sequence[None]:
@@ -127,7 +133,7 @@ class ByMail:
             self._mailer.send(self._composer.digest(alarms, now=datetime.now(UTC)))
         except Poison as poison:
             self._refused_digests += 1
-            if self._refused_digests > 2 * log2(self._largest_digest):  # so many one alarm alone cannot spoil
+            if self._refused_digests > 2 * log2(self._largest_digest):  # more than one bad alarm can cause
                 raise Outage(f"digests are refused: {poison}") from None
             raise
         for alarm in alarms:
@@ -138,7 +144,7 @@ class ByMail:
 
 
 class ByWebhook:
-    """All of a batch at once, up to some hundred a post: it is read by a machine."""
+    """Posts the alarms of a batch at once, up to 500 in a post, to a system that needs no digests."""
 
     name = "webhook"
 
@@ -150,20 +156,20 @@ class ByWebhook:
         self._flow = Flow("alarms_posted")
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Post the first alarms of the batch; what comes after them is left for the next round."""
+        """Post the first 500 alarms of the batch; later messages are redelivered. Raises Outage."""
         self._flow.report_if_due()
         found = find(messages, self._posted, group=self.group, most=_LARGEST_POST)
         metrics.ALARMS_WAITING.labels(self.name).set(len(found.alarms))
         if not found.alarms:
             return _finished(found)
-        return _finished(found, _raise(messages, found, self._post, self._limit, by=self))
+        return _finished(found, _send(messages, found, self._post, self._limit, by=self))
 
     def test(self) -> None:
-        """Post a sample."""
+        """Post a sample alarm. Raises Outage or Poison."""
         self._webhook.post([sample(datetime.now(UTC))], kind="fraud.test")
 
     def close(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         self._flow.report()
         self._webhook.close()
 
@@ -176,18 +182,18 @@ class ByWebhook:
 
 
 def configured(settings: AlerterSettings) -> list[Channel]:
-    """Those that are configured. Raises SettingsError if there is none, or one of them lacks something."""
+    """The configured channels, at least one. Raises SettingsError if there is none or a setting is missing."""
     found = [_mail(settings)] if settings.smtp_host else []
     found += [_webhook(settings)] if settings.webhook_url else []
     if settings.smtp_host and settings.webhook_url and settings.alerter_group == settings.webhook_group:
-        raise SettingsError("WEBHOOK_GROUP: the same as ALERTER_GROUP, of which each has to be told everything")
+        raise SettingsError("WEBHOOK_GROUP: must differ from ALERTER_GROUP, so that each channel receives every alarm")
     if not found:
-        raise SettingsError("SMTP_HOST: missing, and so is WEBHOOK_URL: alarms need a way out")
+        raise SettingsError("SMTP_HOST: missing, and so is WEBHOOK_URL: set at least one of them to send alarms")
     return found
 
 
 def mailer(settings: AlerterSettings) -> Mailer:
-    """The way to the mail server."""
+    """A client of the mail server."""
     return Mailer(
         host=settings.smtp_host or "",
         port=settings.smtp_port,
@@ -200,9 +206,9 @@ def mailer(settings: AlerterSettings) -> Mailer:
 
 def _mail(settings: AlerterSettings) -> Channel:
     if not settings.alert_from:
-        raise SettingsError("ALERT_FROM: missing")
+        raise SettingsError("ALERT_FROM: missing, but SMTP_HOST is set")
     if not settings.alert_to:
-        raise SettingsError("ALERT_TO: missing")
+        raise SettingsError("ALERT_TO: missing, but SMTP_HOST is set")
     return ByMail(
         mailer(settings),
         Composer(sender=settings.alert_from, recipients=settings.alert_to, templates=settings.alert_templates),
@@ -215,7 +221,7 @@ def _mail(settings: AlerterSettings) -> Channel:
 
 def _webhook(settings: AlerterSettings) -> Channel:
     if not settings.webhook_secret:
-        raise SettingsError("WEBHOOK_SECRET: missing")
+        raise SettingsError("WEBHOOK_SECRET: missing, but WEBHOOK_URL is set")
     try:
         webhook = Webhook(
             url=settings.webhook_url or "",
@@ -227,7 +233,7 @@ def _webhook(settings: AlerterSettings) -> Channel:
     return ByWebhook(webhook, group=settings.webhook_group, limit=Limit.from_settings(settings))
 
 
-def _raise(
+def _send(
     messages: Sequence[Message],
     found: Found,
     send: Callable[[Sequence[Alarm]], Sequence[None]],
@@ -235,21 +241,21 @@ def _raise(
     *,
     by: Channel,
 ) -> list[Record]:
-    """Send them; returns a dead letter for each that is refused for good. Raises Outage."""
+    """Send the alarms; returns a dead letter for each that is refused for good. Raises Outage."""
 
-    def try_to(alarms: Sequence[Alarm]) -> Sequence[None]:
+    def counted(alarms: Sequence[Alarm]) -> Sequence[None]:
         try:
             done = send(alarms)
         except Outage:
             metrics.ALARMS.labels(by.name, "failed").inc(len(alarms))
             raise
         except Poison:
-            metrics.ALARMS.labels(by.name, "failed").inc(len(alarms) == 1)  # several are tried again in halves
+            metrics.ALARMS.labels(by.name, "failed").inc(len(alarms) == 1)  # more are retried in halves
             raise
         metrics.ALARMS.labels(by.name, "sent").inc(len(alarms))
         return done
 
-    results = isolate([alarm for _, alarm in found.alarms], try_to)
+    results = isolate([alarm for _, alarm in found.alarms], counted)
     limit.check(results)
     return [
         dead_letter(messages[number - 1], str(result), group=by.group)
@@ -258,8 +264,11 @@ def _raise(
     ]
 
 
-def _kept(messages: Sequence[Message], found: Found) -> list[Message]:
-    """What has to come again while alarms are gathered: not the many transactions between them."""
+def _to_keep(messages: Sequence[Message], found: Found) -> list[Message]:
+    """The messages to redeliver while alarms are gathered: from the first alarm on, without legitimate transactions.
+
+    The last message of each partition is among them, as `Outcome.keep` requires.
+    """
     wanted = {number for number, _ in (*found.alarms, *found.dead)}
     wanted |= set({message.partition(): number for number, message in enumerate(messages, start=1)}.values())
     return [messages[number - 1] for number in sorted(wanted) if number >= found.alarms[0][0]]

@@ -1,4 +1,4 @@
-"""Alarms as e-mails: what they say, and how they reach the mail server."""
+"""Alarms as e-mails: composing them, and sending them through a mail server."""
 
 import csv
 import hashlib
@@ -17,9 +17,10 @@ from pathlib import Path
 import jinja2
 import structlog
 
-from services.alerter.alarm import Alarm, Shown, digest_of, dollars, fields, sample, show
+from services.alerter.alarm import Alarm, Shown, batch_id, dollars, fields, sample, show
 from services.alerter.settings import SmtpTls
 from shared.errors import Outage, Poison, SettingsError
+from shared.network import why_unreachable
 from shared.privacy import without_digits
 
 log = structlog.get_logger()
@@ -30,13 +31,13 @@ _WIDE = policy.SMTP.clone(max_line_length=990)
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TEMPLATES = ("alert.txt", "alert.html", "digest.txt", "digest.html")
 _CARDS_THREADED = 10_000
-# At the start of a text, or behind what separates cells where the comma is a decimal one.
+# What starts a formula: at the start of a text, or after a cell separator of countries with a decimal comma.
 _FORMULA = re.compile("(^|[;\t|])([^\\S\t]*[=+@\uff1d\uff0b\uff0d\uff20-])")
 
 
 @dataclass(frozen=True)
 class Card:
-    """The alarms of one card in a digest, the oldest first."""
+    """The alarms of one card in a digest, oldest first."""
 
     card: str
     amount: str
@@ -44,28 +45,29 @@ class Card:
 
 
 class Composer:
-    """Writes the mails, from its own templates or from those of the same name in a folder of the operator's."""
+    """Composes mails from the built-in templates, or from those of the same names in the folder `templates`."""
 
     def __init__(self, *, sender: str, recipients: Sequence[str], templates: Path | None = None) -> None:
-        """Raises SettingsError for a folder or a template of the operator's that cannot be used."""
+        """Raises SettingsError if the folder or one of its templates cannot be used."""
         self._sender = sender
         self._recipients = ", ".join(recipients)
-        own = jinja2.PackageLoader("services.alerter")
-        self._built_in = _environment(own)
+        built_in = jinja2.PackageLoader("services.alerter")
+        self._built_in = _environment(built_in)
         self._environment = self._built_in
-        self._threads: dict[int, str] = {}  # by card, the Message-ID of its first alarm; the oldest first
+        self._threads: dict[int, str] = {}  # by card, the Message-ID of its first alarm; oldest first
         if templates:
             if not templates.is_dir():
-                raise SettingsError(f"ALERT_TEMPLATES: no folder {templates}")
-            self._environment = _environment(jinja2.ChoiceLoader([jinja2.FileSystemLoader(templates), own]))
+                raise SettingsError(f"ALERT_TEMPLATES: {templates} is not a folder")
+            self._environment = _environment(jinja2.ChoiceLoader([jinja2.FileSystemLoader(templates), built_in]))
             for name in _TEMPLATES:
                 try:
                     self._environment.get_template(name).render(_context([sample(datetime.now(UTC))]))
-                except Exception as error:  # a template may call and divide
-                    raise SettingsError(f"ALERT_TEMPLATES: {name}: {type(error).__name__}: {error}") from None
+                except Exception as error:  # a template may call methods and divide by zero
+                    reason = f"{type(error).__name__}: {error}"
+                    raise SettingsError(f"ALERT_TEMPLATES: {templates / name} fails on a sample: {reason}") from None
 
     def single(self, alarm: Alarm, *, now: datetime) -> EmailMessage:
-        """The mail about one fraud. A card's alarms form a thread."""
+        """The mail about one alarm. Mails about the same card form a thread."""
         shown = show(alarm)
         subject = f"Fraud alert: {shown.amount} at {shown.merchant} (card ending {shown.card[-4:]})"
         identity = message_id(alarm.identity, sender=self._sender)
@@ -79,11 +81,11 @@ class Composer:
         return message
 
     def digest(self, alarms: Sequence[Alarm], *, now: datetime) -> EmailMessage:
-        """The mail about several frauds: a table, card by card, and the same as CSV."""
+        """The mail about several alarms: a table grouped by card, and a CSV file."""
         cards = len({alarm.prediction.cc_num for alarm in alarms})
         amount = dollars(sum(alarm.prediction.amt for alarm in alarms))
         subject = f"Fraud digest: {len(alarms):,} alarms on {cards:,} card{'s' * (cards > 1)}, {amount}"
-        message = self._message(subject, f"<digest.{digest_of(alarms)}@{self._domain}>", now)
+        message = self._message(subject, f"<digest.{batch_id(alarms)}@{self._domain}>", now)
         self._fill(message, "digest", alarms)
         name = f"frauds-{now.astimezone(UTC):%Y%m%dT%H%M%SZ}.csv"
         message.add_attachment(table(alarms), subtype="csv", filename=name)
@@ -100,7 +102,7 @@ class Composer:
         message["To"] = self._recipients
         message["Date"] = format_datetime(now.astimezone(UTC))
         message["Message-ID"] = identity
-        message["Auto-Submitted"] = "auto-generated"  # RFC 3834: no vacation replies, please
+        message["Auto-Submitted"] = "auto-generated"  # RFC 3834: prevents vacation replies
         return message
 
     def _fill(self, message: EmailMessage, name: str, alarms: Sequence[Alarm]) -> None:
@@ -111,7 +113,7 @@ class Composer:
     def _rendered(self, name: str, context: Mapping[str, object]) -> str:
         try:
             return self._environment.get_template(name).render(context)
-        except Exception as error:  # an alarm must not wait for a template to be mended
+        except Exception as error:  # an alarm must not wait until a template is fixed
             if self._environment is self._built_in:
                 raise
             log.warning("template_failed", template=name, reason=f"{type(error).__name__}: {error}")
@@ -130,7 +132,7 @@ def _environment(loader: jinja2.BaseLoader) -> jinja2.Environment:
 
 
 def _context(alarms: Sequence[Alarm]) -> dict[str, object]:
-    """What a template may use: `alarm` (the first), `cards`, `count`, `amount`."""
+    """The variables of a template: `alarm` (the first), `cards`, `count` and `amount` (total, as text)."""
     return {
         "alarm": show(alarms[0]),
         "cards": by_card(alarms),
@@ -140,7 +142,7 @@ def _context(alarms: Sequence[Alarm]) -> dict[str, object]:
 
 
 def by_card(alarms: Sequence[Alarm]) -> list[Card]:
-    """The alarms card by card, those that lost most first."""
+    """The alarms grouped by card, largest total amount first."""
     groups: dict[int, list[Alarm]] = {}
     for alarm in sorted(alarms, key=lambda alarm: alarm.identity[::-1]):
         groups.setdefault(alarm.prediction.cc_num, []).append(alarm)
@@ -151,7 +153,7 @@ def by_card(alarms: Sequence[Alarm]) -> list[Card]:
 
 
 def table(alarms: Sequence[Alarm]) -> str:
-    """The alarms as CSV with a header, in which no text can start a formula."""
+    """The alarms as CSV with a header line. No text in it can start a formula."""
     out = io.StringIO()
     writer = csv.writer(out)
     rows = [fields(alarm) for alarm in alarms]
@@ -161,12 +163,15 @@ def table(alarms: Sequence[Alarm]) -> str:
 
 
 def _inert(text: str) -> str:
-    """Behind an apostrophe, a spreadsheet takes it for text (https://owasp.org/www-community/attacks/CSV_Injection)."""
+    """The text with an apostrophe before each formula, so that a spreadsheet shows it as text.
+
+    https://owasp.org/www-community/attacks/CSV_Injection
+    """
     return _FORMULA.sub(r"\1'\2", text)
 
 
 def message_id(identity: tuple[str, int], *, sender: str) -> str:
-    """The same for the same transaction for ever, so that a repeated alarm is recognisable (RFC 5322, 3.6.4)."""
+    """The Message-ID (RFC 5322, 3.6.4) of an alarm: always the same for a transaction, so repeats are recognisable."""
     trans_num, unix_time = identity
     left = trans_num if _PLAIN_ID.fullmatch(trans_num) else hashlib.sha256(trans_num.encode()).hexdigest()
     return f"<{left}.{unix_time}@{sender.rpartition('@')[2]}>"
@@ -174,7 +179,7 @@ def message_id(identity: tuple[str, int], *, sender: str) -> str:
 
 @dataclass(kw_only=True)
 class Mailer:
-    """One connection to the mail server, opened when needed and kept."""
+    """A client of the mail server, with one connection that is opened when needed and kept."""
 
     host: str
     port: int
@@ -185,9 +190,9 @@ class Mailer:
     _connection: smtplib.SMTP | None = None
 
     def send(self, message: EmailMessage) -> None:
-        """Have the server accept the message.
+        """Send the message; returns once the server has accepted it.
 
-        Raises Poison if it refuses this message's content for good, Outage for anything else that went wrong.
+        Raises Poison if the server refuses this message's content for good, Outage for any other failure.
         """
         reused = self._connection is not None
         try:
@@ -195,25 +200,40 @@ class Mailer:
         except smtplib.SMTPServerDisconnected as error:
             self.close()
             if not reused or isinstance(error.__context__, TimeoutError):
-                raise Outage(f"mail server: {error}") from None
-            self.send(message)  # servers hang up on idle clients
-        except (smtplib.SMTPDataError, smtplib.SMTPSenderRefused) as error:  # the size is told with the sender
+                raise self._unreachable(error) from None
+            self.send(message)  # servers disconnect idle clients
+        except (smtplib.SMTPDataError, smtplib.SMTPSenderRefused) as error:  # MAIL FROM also announces the size
             self.close()
-            reason = f"mail server: {error.smtp_code} {_text(error.smtp_error)}"
+            reason = self._answer(error.smtp_code, error.smtp_error)
             raise (Poison(reason) if _about_this_message(error) else Outage(reason)) from None
         except smtplib.SMTPRecipientsRefused as error:
             self.close()
             code, text = next(iter(error.recipients.values()))
-            raise Outage(f"mail server refuses every recipient: {code} {_text(text)}") from None
+            raise Outage(f"{self._answer(code, text)} (every recipient refused; check ALERT_TO)") from None
+        except smtplib.SMTPAuthenticationError as error:
+            self.close()
+            reason = self._answer(error.smtp_code, error.smtp_error)
+            raise Outage(f"{reason} (check SMTP_USERNAME and SMTP_PASSWORD)") from None
         except smtplib.SMTPResponseException as error:
             self.close()
-            raise Outage(f"mail server: {error.smtp_code} {_text(error.smtp_error)}") from None
-        except (smtplib.SMTPException, OSError, UnicodeError) as error:
+            raise Outage(self._answer(error.smtp_code, error.smtp_error)) from None
+        except (smtplib.SMTPException, UnicodeError) as error:
             self.close()
-            raise Outage(f"mail server: {type(error).__name__}: {error}") from None
+            raise Outage(f"mail server {self.host}:{self.port}: {str(error).rstrip('.')}") from None
+        except OSError as error:
+            self.close()
+            raise self._unreachable(error) from None
+
+    def _unreachable(self, error: OSError) -> Outage:
+        reason = why_unreachable(error, default="connection closed by the server")
+        remedy = "Check that it runs, and SMTP_HOST, SMTP_PORT and SMTP_TLS"
+        return Outage(f"cannot reach the mail server {self.host}:{self.port}: {reason}. {remedy}")
+
+    def _answer(self, code: int, text: bytes | str) -> str:
+        return f"mail server {self.host}:{self.port} answered {code} {_text(text)}"
 
     def close(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         connection, self._connection = self._connection, None
         if connection:
             connection.close()
@@ -225,7 +245,7 @@ class Mailer:
             log.warning("recipient_refused", recipient=recipient, reason=f"{code} {_text(text)}")
 
     def connect(self) -> smtplib.SMTP:
-        """A connection of its own, logged in. Raises SMTPException, OSError, UnicodeError."""
+        """A new connection, logged in. Raises SMTPException, OSError, UnicodeError."""
         context = ssl.create_default_context()
         if self.tls == "implicit":
             connection: smtplib.SMTP = smtplib.SMTP_SSL(self.host, self.port, timeout=self.timeout_s, context=context)
@@ -243,11 +263,11 @@ class Mailer:
 
 
 def _about_this_message(error: smtplib.SMTPDataError | smtplib.SMTPSenderRefused) -> bool:
-    """True for a permanent refusal that the next message need not meet.
+    """Whether a refusal is permanent and about this message, so that the next one may be accepted.
 
-    By the enhanced status code, where there is one (RFC 3463): 5.6.x is the content, 5.2.3 and 5.3.4 are the size. The
-    others are about the account, the sender or a policy. Without one, 552 is the size (RFC 1870), and whatever else is
-    said of the message's data is about the message.
+    Enhanced status codes (RFC 3463) decide where there is one: 5.6.x is about the content, 5.2.3 and 5.3.4 are about
+    the size; all others are about the account, the sender or a policy. Without one, 552 is about the size (RFC 1870),
+    and any permanent refusal of the message's data is about the message.
     """
     enhanced = re.match(rb"5\.\d+\.\d+", error.smtp_error if isinstance(error.smtp_error, bytes) else b"")
     if enhanced:

@@ -1,18 +1,18 @@
-"""Which alarms were raised: one that comes again, because its commit failed or its partition came back, is known."""
+"""The alarms sent last, to recognise one that is redelivered after a failed commit or a rebalance."""
 
 
 class Remembered:
-    """The identities whose alarm this process raised last, at most `size` of them."""
+    """The identities of the last `size` alarms that this process sent."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._identities: dict[tuple[str, int], None] = {}  # the oldest first
+        self._identities: dict[tuple[str, int], None] = {}  # oldest first
 
     def __contains__(self, identity: tuple[str, int]) -> bool:
         return identity in self._identities
 
     def add(self, identity: tuple[str, int]) -> None:
-        """Remember one, and forget the oldest if they are too many."""
+        """Remember an identity, and forget the oldest if there are more than `size`."""
         self._identities[identity] = None
         if len(self._identities) > self._size:
             del self._identities[next(iter(self._identities))]

@@ -1,4 +1,4 @@
-"""The alerter's settings."""
+"""Settings of the alerter."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,38 +6,50 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
-from shared.settings import StreamSettings
+from shared.settings import StreamSettings, matching
 
 SmtpTls = Literal["none", "starttls", "implicit"]
-Address = Annotated[str, Field(pattern=r"^[^\s@<>,]+@[^\s@<>,]+$")]
+Address = Annotated[str, matching(r"[^\s@<>,]+@[^\s@<>,]+", "not an e-mail address")]
+PrintableAscii = Annotated[str, matching(r"[ -~]+", "must be printable ASCII")]
+HttpUrl = Annotated[str, matching(r"https?://\S+", "must be a URL that begins with http:// or https://")]
 
 
 class AlerterSettings(StreamSettings):
-    """What the alerter reads from its environment."""
+    """The settings of the alerter."""
 
     max_batch_size: int = Field(
-        2000, ge=1, le=20_000, description="Most records in a batch, and half as many alarms in a digest"
+        2000, ge=1, le=20_000, description="Most records in a batch; a digest holds at most half as many alarms"
     )
-    alerter_group: str = Field("alerter", min_length=1, description="Consumer group on topic_2 of the mails")
-    smtp_host: str | None = Field(None, min_length=1, description="Mail server; without one, no mails")
-    smtp_port: int = Field(587, ge=1, le=65535, description="Its port")
-    smtp_tls: SmtpTls = Field("starttls", description="How the connection is encrypted")
-    smtp_timeout_seconds: float = Field(20.0, gt=0, description="Longest wait for one of its answers")
-    smtp_username: str | None = Field(None, pattern=r"^[ -~]+$", description="Login, if the server wants one")
-    smtp_password: SecretStr | None = Field(None, description="Its password")
-    alert_from: Address | None = Field(None, description="Sender of the alarms")
-    alert_to: Annotated[tuple[Address, ...], NoDecode] = Field((), description="Recipients, separated by commas")
-    alert_burst: int = Field(10, ge=0, description="Mails that go out at once before alarms are gathered in digests")
+    alerter_group: str = Field("alerter", min_length=1, description="Consumer group on topic_2 for mails")
+    smtp_host: str | None = Field(
+        None, min_length=1, description="Host of the mail server; without it, no mails are sent"
+    )
+    smtp_port: int = Field(587, ge=1, le=65535, description="Port of the mail server")
+    smtp_tls: SmtpTls = Field("starttls", description="Encryption of the connection to the mail server")
+    smtp_timeout_seconds: float = Field(20.0, gt=0, description="Longest wait for each answer of the mail server")
+    smtp_username: PrintableAscii | None = Field(None, description="User name, if the mail server needs a login")
+    smtp_password: SecretStr | None = Field(None, description="Password for SMTP_USERNAME")
+    alert_from: Address | None = Field(None, description="Sender address of the mails")
+    alert_to: Annotated[tuple[Address, ...], NoDecode] = Field(
+        (), description="Recipients of the mails, separated by commas"
+    )
+    alert_burst: int = Field(
+        10, ge=0, description="Alarms that are mailed singly and at once before further ones are gathered in a digest"
+    )
     alert_digest_seconds: float = Field(
-        60.0, gt=0, description="How long a digest gathers; for each such time, one of the burst comes back"
+        60.0,
+        gt=0,
+        description="How long alarms are gathered for a digest; the burst allowance refills by one in this time",
     )
-    alert_templates: Path | None = Field(None, description="Folder whose templates replace the mails' own")
-    webhook_url: str | None = Field(
-        None, repr=False, pattern=r"^https?://\S+$", description="Where alarms are posted as JSON"
+    alert_templates: Path | None = Field(
+        None, description="Folder with mail templates that replace the built-in ones of the same name"
     )
-    webhook_secret: SecretStr | None = Field(None, min_length=16, description="What the posts are signed with")
-    webhook_timeout_seconds: float = Field(10.0, gt=0, description="Longest wait for an answer")
-    webhook_group: str = Field("alerter-webhook", min_length=1, description="Consumer group on topic_2 of the posts")
+    webhook_url: HttpUrl | None = Field(None, repr=False, description="URL to which alarms are posted as JSON")
+    webhook_secret: SecretStr | None = Field(None, min_length=16, description="Key that signs the posts")
+    webhook_timeout_seconds: float = Field(10.0, gt=0, description="Longest wait for the answer to a post")
+    webhook_group: str = Field(
+        "alerter-webhook", min_length=1, description="Consumer group on topic_2 for posts to the webhook"
+    )
 
     @field_validator("alert_to", mode="before")
     @classmethod
@@ -48,5 +60,5 @@ class AlerterSettings(StreamSettings):
     @classmethod
     def _ascii(cls, value: SecretStr | None) -> SecretStr | None:
         if value and not value.get_secret_value().isascii():
-            raise ValueError("only ASCII can be sent to a mail server")
+            raise ValueError("must be ASCII")
         return value

@@ -1,4 +1,4 @@
-"""The db_sink: every transaction with its prediction into PostgreSQL, once."""
+"""The db_sink: stores every transaction of topic_2 with its prediction in PostgreSQL, once."""
 
 from collections.abc import Sequence
 from threading import Event
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 class Table(sink.Sink[Row]):
-    """The table of transactions; an upsert on the identity makes storing idempotent."""
+    """The table of transactions. Storing is idempotent: it is an upsert on the identity."""
 
     place = "the database's schema"
 
@@ -48,7 +48,7 @@ class Table(sink.Sink[Row]):
 
 
 def serve(settings: SinkSettings, shutdown: Event) -> None:
-    """Migrate the schema, then store until shutdown."""
+    """Migrate the schema, then store until shutdown. Raises SettingsError."""
     try:
         engine = connect(settings.database_url.get_secret_value())
     except ValueError as error:

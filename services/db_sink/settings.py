@@ -1,4 +1,4 @@
-"""The db_sink's settings."""
+"""Settings of the db_sink."""
 
 from pydantic import Field, SecretStr
 
@@ -6,12 +6,12 @@ from shared.settings import Settings, StreamSettings
 
 
 class DatabaseSettings(Settings):
-    """What whoever deals with the table alone reads."""
+    """Read by everything that uses the database."""
 
     database_url: SecretStr = Field(description="postgresql://user:password@host:5432/name")
 
 
 class SinkSettings(StreamSettings, DatabaseSettings):
-    """What the db_sink reads from its environment."""
+    """The settings of the db_sink."""
 
     db_sink_group: str = Field("db_sink", min_length=1, description="Consumer group on topic_2")

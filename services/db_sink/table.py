@@ -1,4 +1,4 @@
-"""The table of transactions and how a batch gets into it."""
+"""The table of transactions: connecting, migrating the schema and storing batches."""
 
 import io
 import re
@@ -31,31 +31,34 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class Row(NamedTuple):
-    """What is stored of a record of topic_2."""
+    """A record of topic_2, as it is stored."""
 
     prediction: Prediction
     provenance: Provenance
 
 
 def connect(url: str) -> sa.Engine:
-    """An engine on psycopg2, whichever PostgreSQL driver the URL names. Raises ValueError for any other database."""
+    """An engine on psycopg2, whichever PostgreSQL driver the URL names; it does not connect yet.
+
+    Raises ValueError if the URL is not one of a PostgreSQL database.
+    """
     try:
         parsed = sa.make_url(url)
-    except (SQLAlchemyError, ValueError):  # whose words quote the password
+    except (SQLAlchemyError, ValueError):  # their messages quote the password
         raise ValueError("not a database URL") from None
-    if "@" in (parsed.host or ""):  # it is a part of the password, which would be told as a host that is not found
-        raise ValueError("not a database URL; an @ in a password is written as %40")
+    if "@" in (parsed.host or ""):  # part of the password: the error of the connection would quote it as a host
+        raise ValueError("not a database URL; write an @ in the password as %40")
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError("not a PostgreSQL URL")
     return sa.create_engine(
         parsed.set(drivername="postgresql+psycopg2"),
         pool_size=1,
-        pool_pre_ping=True,  # a restarted database is met here, not in the middle of a batch
+        pool_pre_ping=True,  # notices a restarted database before a batch, not in the middle of it
         max_overflow=0,
         connect_args={
             "connect_timeout": 10,
             "application_name": "fraud-alarm db_sink",
-            # a server that vanished without a word is noticed within half a minute
+            # notice within half a minute that a server vanished without closing the connection
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 4,
@@ -65,19 +68,19 @@ def connect(url: str) -> sa.Engine:
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Bring the schema to its newest version; several may do so at once. Raises Outage."""
+    """Upgrade the schema to its newest version. Safe to run in several processes at once. Raises Outage."""
     config = _config()
     try:
         with engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except (SQLAlchemyError, psycopg2.Error) as error:
-        hint = "; the tables' owner can: fraudctl migrate" if _sqlstate(error) == _DENIED else ""
+        hint = ". Run fraudctl migrate as the owner of the tables" if _sqlstate(error) == _DENIED else ""
         raise Outage(f"database: {reason(error)}{hint}") from None
 
 
 def versions(engine: sa.Engine) -> tuple[str | None, str | None]:
-    """The version of the schema, None before the first, and the newest that there is. Raises Outage."""
+    """The schema's version in the database (None: no schema yet) and the newest version. Raises Outage."""
     try:
         with engine.connect() as connection:
             present = MigrationContext.configure(connection).get_current_revision()
@@ -87,11 +90,10 @@ def versions(engine: sa.Engine) -> tuple[str | None, str | None]:
 
 
 def upsert(engine: sa.Engine, text: bytes) -> None:
-    """Store rows in one transaction: COPY into a temporary table, from there into the table by identity.
+    """Store rows, as made by `copy_text`, in one transaction: COPY to a temporary table, then upsert by identity.
 
-    `text` is copy_text's. A row that is there already gets the newer prediction; a label that somebody confirmed stays
-    as it is. Raises Poison if PostgreSQL rejects a row, Outage for everything else: a lost connection, a lock, a full
-    disk, a missing table.
+    A stored row gets the newer prediction; a confirmed label is not changed. Raises Poison if PostgreSQL rejects a
+    row, Outage for any other failure: a lost connection, a lock, a full disk, a missing table.
     """
     try:
         with engine.begin() as connection:
@@ -112,11 +114,11 @@ def _config() -> Config:
 
 
 _DENIED = "42501"  # SQLSTATE
-_UNSEEN = ("42P01", "3F000")  # SQLSTATE: no such table, no schema at all
+_NOT_FOUND = ("42P01", "3F000")  # SQLSTATE: undefined table, invalid schema name
 _COLUMNS = ", ".join(f'"{name}"' for name in (*FEATURES_2, *PROVENANCE))
-# SQLSTATE: data exceptions, violated constraints and views' check options, and what a trigger raises.
+# SQLSTATE: data exceptions, violated constraints and check options of views, and errors raised by triggers.
 _REJECTED = ("22", "23", "44", "P0001")
-# A lock that somebody holds for long is an outage with a name, not a silence.
+# Waiting for a lock fails after some seconds, so that it is logged as an outage.
 _STAGING = f"""
 SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s';
 CREATE TEMPORARY TABLE IF NOT EXISTS staging (LIKE {TABLE} INCLUDING DEFAULTS) ON COMMIT DELETE ROWS
@@ -131,11 +133,11 @@ _UPSERT = f"""
 INSERT INTO {TABLE} AS stored ({_COLUMNS}) SELECT {_COLUMNS} FROM staging
 ON CONFLICT (trans_num, unix_time) DO UPDATE SET {_UPDATED},
   is_fraud = CASE WHEN stored.validated_at IS NULL THEN EXCLUDED.is_fraud ELSE stored.is_fraud END
-"""  # noqa: S608 - nothing in it comes from outside
+"""  # noqa: S608 - only constants
 
 
 def copy_text(rows: Iterable[Row]) -> bytes:
-    """The rows, the last of each identity, as CSV for COPY: JSON's numbers, strings and null, commas between them.
+    """The last row of each identity, as CSV for COPY: numbers, strings and null as in JSON, separated by commas.
 
     https://www.postgresql.org/docs/current/sql-copy.html
     """
@@ -146,13 +148,13 @@ def copy_text(rows: Iterable[Row]) -> bytes:
 
 
 def stored(row: Row) -> tuple[object, ...]:
-    """What is stored of a row, in the order of FEATURES_2 and PROVENANCE."""
+    """The values of a row, in the order of FEATURES_2 and PROVENANCE."""
     name, version, probability, predicted_at_ms, partition, offset = astuple(row.provenance)
     return (*astuple(row.prediction), name, version, probability, _timestamp(predicted_at_ms), partition, offset)
 
 
-_as_json = msgspec.json.Encoder().encode_lines  # a line each: [...]
-_UNLIKE_CSV = re.compile(rb'\\[^\\"]').search  # CSV knows the escapes of quotes and of the backslash itself
+_as_json = msgspec.json.Encoder().encode_lines  # one JSON array a line
+_UNLIKE_CSV = re.compile(rb'\\[^\\"]').search  # JSON escapes that COPY does not understand
 
 
 def _csv(values: Iterable[object]) -> bytes:
@@ -167,7 +169,7 @@ def _csv_field(value: object) -> str:
 
 @lru_cache(1000)
 def _timestamp(epoch_ms: int | None) -> str | None:
-    """A batch of the predictor has one."""
+    """A time as text, cached: all rows of a predictor's batch have the same."""
     return None if epoch_ms is None else datetime.fromtimestamp(epoch_ms / 1000, UTC).isoformat()
 
 
@@ -176,10 +178,10 @@ def _sqlstate(error: Exception) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The database's own words without the values that they quote."""
+    """Why the database failed: its message, without the values that it may quote."""
     original = getattr(error, "orig", None) or error
-    said = getattr(getattr(original, "diag", None), "message_primary", None)
-    if said is None:  # it is about the connection: no values, but an address
-        return f"{type(original).__name__}: {str(original).strip().partition(chr(10))[0]}"
-    hint = " (or USAGE on schema public is missing)" if _sqlstate(error) in _UNSEEN else ""
-    return without_digits(f"{type(original).__name__}: {said}") + hint
+    message = getattr(getattr(original, "diag", None), "message_primary", None)
+    if message is None:  # about the connection: it quotes the address, and no values
+        return str(original).strip().partition("\n")[0]
+    hint = " (or USAGE on schema public is missing)" if _sqlstate(error) in _NOT_FOUND else ""
+    return without_digits(f"{type(original).__name__}: {message}") + hint

@@ -1,4 +1,4 @@
-"""The predictor's process."""
+"""The predictor: sets the environment of the libraries, then imports them and serves."""
 
 import os
 
@@ -6,7 +6,7 @@ from services.predictor.settings import PredictorSettings
 from shared import service
 
 _ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",  # replicas, not threads, use more cores
+    "OMP_NUM_THREADS": "1",  # run replicas to use more cores
     # The service has its own backoff; MLflow's retries take minutes and ignore SIGTERM.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
@@ -16,7 +16,7 @@ _ENVIRONMENT = {
 
 
 def main() -> None:
-    """Set what numpy, scikit-learn and MLflow read when they are imported, then import them and serve."""
+    """Run the predictor. Its libraries read the environment when they are imported, so it is set before."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from services.predictor.serving import serve

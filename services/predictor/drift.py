@@ -1,8 +1,8 @@
-"""Does live data still look like what the model learnt from? A sliding window of rows beside the model's own profile.
+"""Drift: a sliding window of live rows is compared with the profile of the model's training data.
 
 The measure is the population stability index (Siddiqi, Credit Risk Scorecards, Wiley 2006, chapter 9): over the bins of
-a feature, the sum of (live - expected) * ln(live / expected), where what is expected is the mixture of the profile's
-shares that the hours of the window call for.
+a feature, the sum of (live - expected) * ln(live / expected). The profile has shares for each quarter of the day; the
+expected shares are their average, weighted by how many rows of the window lie in each quarter.
 """
 
 from collections import deque
@@ -21,28 +21,27 @@ from shared.records import REFERENCE
 
 log = structlog.get_logger()
 
-_PIECE = 250  # rows that enter and leave the window together
-_FEATURES = QUARTERS + 2  # where their counts begin, behind those of the quarters and of two marks
-_HALF_A_ROW = 0.5  # in an empty bin, whose logarithm would be infinite
-
+_CHUNK = 250  # rows that enter and leave the window together
+_FEATURES = QUARTERS + 2  # where the counts of features begin, after those of the quarters and of two flags
+_SMOOTHING = 0.5  # rows added to every bin: the logarithm of an empty one would be infinite
 
 _LIMITS = {"outside_range": 0.05, "unknown": 0.005, "fraud_rate": 0.1, "milliseconds": 0.005}  # shares of the rows
-_BACK = 0.8  # of its limit: what goes to and fro around it is told once
+_BACK_BELOW = 0.8  # of its limit: a value that oscillates around the limit is logged once
 
 
 class Finding(NamedTuple):
     """One measure of one feature over the window."""
 
     feature: str
-    measure: str  # psi, outside_range, unknown; of the rows themselves: fraud_rate, milliseconds
+    measure: str  # psi, outside_range or unknown; of rows as a whole: fraud_rate or milliseconds
     value: float
 
 
 class _Feature(NamedTuple):
     name: str
-    stray: str  # the measure for values that lie in none of the bins
+    stray: str  # the measure of values that are in no bin
     shares: np.ndarray  # (quarters of the day, bins)
-    bins_of: Callable[[Sequence[Any]], np.ndarray]  # of values, those that stray being in one bin more
+    bins_of: Callable[[Sequence[Any]], np.ndarray]  # the bin (n,) of each value; values in no bin get bin `bins`
 
     @property
     def bins(self) -> int:
@@ -50,7 +49,7 @@ class _Feature(NamedTuple):
 
 
 class Window:
-    """The last rows beside a profile, counted in pieces."""
+    """The last rows (at least `rows`, rounded up to chunks), counted by the bins of a profile."""
 
     def __init__(self, profile: Profile, *, rows: int) -> None:
         self._features = [
@@ -58,44 +57,44 @@ class Window:
             *(_of_names(name, each) for name, each in profile.names.items()),
         ]
         self._waiting: list[Seen] = []
-        self._pieces: deque[np.ndarray] = deque(maxlen=-(-rows // _PIECE))
+        self._chunks: deque[np.ndarray] = deque(maxlen=-(-rows // _CHUNK))
 
     def add(self, rows: Sequence[Seen]) -> bool:
-        """Count rows in; the oldest leave a full window. Returns whether it is full, and holds new ones."""
+        """Add rows; the oldest leave a full window. Returns whether the window is full and has changed."""
         self._waiting += rows
         counted = 0
-        while len(self._waiting) - counted >= _PIECE:
-            self._pieces.append(self._count(self._waiting[counted : counted + _PIECE]))
-            counted += _PIECE
+        while len(self._waiting) - counted >= _CHUNK:
+            self._chunks.append(self._count(self._waiting[counted : counted + _CHUNK]))
+            counted += _CHUNK
         del self._waiting[:counted]
-        return counted > 0 and len(self._pieces) == self._pieces.maxlen
+        return counted > 0 and len(self._chunks) == self._chunks.maxlen
 
     def findings(self) -> list[Finding]:
-        """How far each feature lies from what is to be expected at these hours."""
-        rows, counts = _PIECE * len(self._pieces), np.sum(self._pieces, axis=0)
+        """Two measures of the rows as a whole and two of each feature. The window must not be empty."""
+        rows, counts = _CHUNK * len(self._chunks), np.sum(self._chunks, axis=0)
         quarters, (frauds, in_milliseconds) = counts[:QUARTERS], counts[QUARTERS:_FEATURES]
         found = [
             Finding("prediction", "fraud_rate", frauds / rows),
             Finding("unix_time", "milliseconds", in_milliseconds / rows),
         ]
-        at = _FEATURES
+        start = _FEATURES
         for feature in self._features:
-            bins, stray = counts[at : at + feature.bins], counts[at + feature.bins]
+            bins, stray = counts[start : start + feature.bins], counts[start + feature.bins]
             found.append(Finding(feature.name, "psi", psi(bins, quarters @ feature.shares)))
             found.append(Finding(feature.name, feature.stray, stray / rows))
-            at += feature.bins + 1
+            start += feature.bins + 1
         return found
 
     def _count(self, rows: Sequence[Seen]) -> np.ndarray:
-        """Counts of the quarters of the day, of two marks, and of each feature's bins."""
+        """The counts of quarters of the day, of two flags, and of the bins of each feature, in one array."""
         transactions = [row.transaction for row in rows]
         quarters = quarters_of(list(map(attrgetter("trans_date_trans_time"), transactions)))
-        marks = [sum(row.fraud for row in rows), sum(row.in_milliseconds for row in rows)]
+        flags = [sum(row.fraud for row in rows), sum(row.in_milliseconds for row in rows)]
         features = [
             np.bincount(each.bins_of(list(map(attrgetter(each.name), transactions))), minlength=each.bins + 1)
             for each in self._features
         ]
-        return np.concatenate([np.bincount(quarters, minlength=QUARTERS), marks, *features])
+        return np.concatenate([np.bincount(quarters, minlength=QUARTERS), flags, *features])
 
 
 def _of_numbers(name: str, known: Numbers) -> _Feature:
@@ -119,38 +118,38 @@ def _of_names(name: str, known: Names) -> _Feature:
 
 
 def psi(live: np.ndarray, expected: np.ndarray) -> float:
-    """The population stability index of counts (bins,), live and expected; 0 where they have the same shares."""
+    """The population stability index of live and expected counts (bins,): 0 for equal shares, without upper limit."""
     if not live.sum():
         return 0.0
-    share, due = (_smoothed(each) for each in (live, expected))
-    return float(((share - due) * np.log(share / due)).sum())
+    live_share, expected_share = _smoothed(live), _smoothed(expected)
+    return float(((live_share - expected_share) * np.log(live_share / expected_share)).sum())
 
 
 def _smoothed(counts: np.ndarray) -> np.ndarray:
-    smooth = counts + _HALF_A_ROW
+    smooth = counts + _SMOOTHING
     shares: np.ndarray = smooth / smooth.sum()
     return shares
 
 
 def _window(profile: Profile | None, *, rows: int) -> Window:
-    """One on the profile, if that fits transactions: it may be of a user's own making."""
+    """A window on the profile, or one without features if the profile does not fit transactions."""
     try:
-        tried = Window(profile or Profile({}, {}), rows=_PIECE)
-        tried.add([Seen(REFERENCE, False, False)] * _PIECE)
-        tried.findings()
-    except Exception as error:
+        trial = Window(profile or Profile({}, {}), rows=_CHUNK)
+        trial.add([Seen(REFERENCE, False, False)] * _CHUNK)
+        trial.findings()
+    except Exception as error:  # users may log profiles of their own
         log.warning("reference_profile_unusable", reason=without_digits(f"{type(error).__name__}: {error}"))
         return Window(Profile({}, {}), rows=rows)
     return Window(profile or Profile({}, {}), rows=rows)
 
 
 class Monitor:
-    """Says in the log when a measure of the live data passes its limit, and when it is back below it."""
+    """Logs when a measure of the live data exceeds its limit, and when it is back below it."""
 
     def __init__(
         self, profile: Profile | None, *, psi_limit: float, rows: int, before: "Monitor | None" = None
     ) -> None:
-        """`before` is what watched until now, for another model: what it said and has not taken back still stands."""
+        """`before` is the monitor of the previous model: what it logged and did not revoke stays in force."""
         self._rows = rows
         self._window = _window(profile, rows=rows)
         self._limits = _LIMITS | {"psi": psi_limit}
@@ -159,7 +158,7 @@ class Monitor:
         metrics.DRIFT_BEYOND.set(len(self._beyond))
 
     def add(self, rows: Sequence[Seen]) -> None:
-        """Count the rows in, and judge."""
+        """Add rows, and log measures that cross their limits."""
         if self._window.add(rows):
             for finding in self._window.findings():
                 self._judge(finding)
@@ -168,11 +167,11 @@ class Monitor:
         feature, measure, value = finding
         limit = self._limits[measure]
         metrics.DRIFT.labels(feature, measure).set(value)
-        about = {"feature": feature, "measure": measure, "value": round(value, 3), "limit": limit, "rows": self._rows}
+        fields = {"feature": feature, "measure": measure, "value": round(value, 3), "limit": limit, "rows": self._rows}
         if (feature, measure) not in self._beyond and value > limit:
             self._beyond.add((feature, measure))
-            log.warning("drift", **about)
-        elif (feature, measure) in self._beyond and value < _BACK * limit:
+            log.warning("drift", **fields)
+        elif (feature, measure) in self._beyond and value < _BACK_BELOW * limit:
             self._beyond.remove((feature, measure))
-            log.info("drift_over", **about)
+            log.info("drift_over", **fields)
         metrics.DRIFT_BEYOND.set(len(self._beyond))

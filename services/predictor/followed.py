@@ -1,4 +1,4 @@
-"""The versions that bear an alias: followed in the registry by a thread, and swapped between two batches."""
+"""Models that follow an alias: a thread watches the registry, and the model changes between two batches."""
 
 import time
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 
 class Followed:
-    """The model that bears an alias, or the last one that did and was good."""
+    """The model with an alias in the registry; if that version cannot be used, the last good one."""
 
     def __init__(self, registry: Registry, alias: str, *, required: bool) -> None:
         self.model: Model | None = None
@@ -27,13 +27,13 @@ class Followed:
         self._required = required
         self._found: Found | None = None
         self._refused: Found | None = None
-        self._why = ""  # it was
+        self._refusal_reason = ""
 
     def first(self) -> None:
-        """Have a model to begin with, if need be the last good one. Raises Outage if there is neither."""
+        """Load the first model: the registry's, or else the last good one on disk. Raises Outage if neither exists."""
         try:
             self.look()
-            reason = self._why
+            reason = self._refusal_reason
         except Outage as outage:
             reason = str(outage)
         if self.model is None:
@@ -45,16 +45,20 @@ class Followed:
             log.warning("last_good_model", version=self.version, digest=model.digest, reason=reason)
 
     def look(self) -> None:
-        """Have what bears the alias by now; a version that cannot be served changes nothing. Raises Outage."""
+        """Load the version that has the alias now, if it is another one.
+
+        A version that cannot be used is logged once and changes nothing. Raises Outage if the registry does not answer,
+        or if no version has the alias and one is required.
+        """
         try:
             found = self._registry.find(self._alias)
             if found is None and self._required:
-                raise Outage(f"no version is {self._alias}")
+                raise Outage(f"no version of {self._registry.name} has the alias {self._alias}; run fraudctl promote")
             if found == self._found or (found and found == self._refused):
                 return
-            model = self._ready(found) if found else None
+            model = self._load(found) if found else None
         except UnusableModel as error:
-            self._refused, self._why = found, str(error)
+            self._refused, self._refusal_reason = found, str(error)
             log.error("model_refused", alias=self._alias, reason=str(error), serving=self.version)
             return
         except Outage as outage:
@@ -66,10 +70,10 @@ class Followed:
 
     @property
     def version(self) -> str:
-        """In words."""
+        """The version that is served, or `none`."""
         return self.model.version if self.model else "none"
 
-    def _ready(self, found: Found) -> Model:
+    def _load(self, found: Found) -> Model:
         began = time.monotonic()
         model = self._registry.load(found)
         self._registry.keep(found, self._alias)
@@ -97,9 +101,9 @@ class Followed:
 def keep_up(
     followed: Sequence[Followed], *, every_s: float, now: Event, shutdown: Event, settings: StreamSettings
 ) -> Thread:
-    """Follow the aliases until shutdown, in the background: every so often, and `now` when that is set.
+    """Start a thread that looks at the aliases every `every_s` seconds, and when `now` is set, until shutdown.
 
-    Join the thread at the end, so that no process that converts a model, and no file half fetched, is left behind.
+    Join it at the end, so that no conversion process and no partial download is left behind.
     """
 
     def look() -> None:
@@ -107,13 +111,13 @@ def keep_up(
         for each in followed:
             try:
                 each.look()
-            except Outage as outage:  # of one alias, perhaps
+            except Outage as outage:  # still look at the other alias
                 outages.append(outage)
         if outages:
             raise outages[0]
 
     def run() -> None:
-        outage_log = OutageLog()  # the version that serves goes on serving
+        outage_log = OutageLog()  # without a name on /ready: the loaded version is still served
         with suppress(Outage):
             while not shutdown.is_set():
                 now.wait(every_s)

@@ -1,4 +1,4 @@
-"""A model in memory: which columns it wants, and what it says of a batch."""
+"""A model in memory: its input columns, and how it scores a batch."""
 
 import gzip
 import warnings
@@ -34,11 +34,11 @@ log = structlog.get_logger()
 _RECORDED = Path(__file__).with_name("recorded.jsonl.gz")
 _NUMBERS = frozenset({"cc_num", "amt", "zip", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long"})
 
-# These know their columns by place alone, and are given an array: a frame costs more than to score a small batch.
+# Models that need no column names are given an array: building a frame takes longer than scoring a small batch.
 warnings.filterwarnings("ignore", message="X does not have valid feature names")
 
-# For these, predict() is the class of the highest predict_proba(): one call answers both. For others, it need not be
-# (a support vector machine with Platt scaling, a tuned decision threshold), and predict() has the word.
+# For these, predict() is the class of the highest predict_proba(), so one call is enough. For others it may differ (a
+# support vector machine with Platt scaling, a tuned decision threshold), so predict() is called as well.
 _LABEL_IS_LIKELIEST = (
     Compiled,
     DecisionTreeClassifier,
@@ -51,29 +51,29 @@ _LABEL_IS_LIKELIEST = (
 
 
 class UnusableModel(Exception):
-    """This model cannot be served; the message says why."""
+    """This model cannot be served; the message is the reason."""
 
 
 class Score(NamedTuple):
-    """What the model says of one transaction."""
+    """The prediction for one transaction."""
 
     label: int  # 1 is fraud
-    probability: float | None  # of fraud; None if the model gives none
+    probability: float | None  # of fraud; None if the model provides none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model as it was logged, ready to score."""
+    """A model that is ready to score."""
 
     name: str
     version: str
     estimator: Any
     columns: tuple[str, ...]
-    threshold: float | None  # of the probability of fraud, if one was logged with the model
-    profile: Profile | None  # of what it learnt from, if one was logged with the model
-    as_array: bool  # whether it is given an array of numbers, not a frame
+    threshold: float | None  # for the probability of fraud, if one was logged with the model
+    profile: Profile | None  # of the training data, if one was logged with the model
+    as_array: bool  # whether its input is an array of numbers, not a frame
     logged_at: float  # epoch, seconds
-    digest: str = ""  # SHA-256 of its files, of one that comes from the registry
+    digest: str = ""  # SHA-256 of its files, if it comes from the registry
 
 
 def make_model(
@@ -87,16 +87,16 @@ def make_model(
     compiled: bool,
     shutdown: Event | None = None,
 ) -> Model:
-    """Make an estimator ready: its input columns from the signature or its own names, one thread, smoke-tested.
+    """A model that was tested on the recorded transactions and uses one thread. Raises UnusableModel.
 
-    `columns` are the signature's; with `compiled`, trees are compiled where that changes no answer and shutdown does
-    not come first. Raises UnusableModel.
+    `columns` are the input columns of the signature (default: `feature_names_in_` of the estimator). With `compiled`,
+    trees are compiled where that changes no label, unless shutdown is set first.
     """
     wanted = tuple(columns if columns is not None else getattr(estimator, "feature_names_in_", ()))
     if not wanted:
-        raise UnusableModel("it names no input columns: log it with a signature, or fit it on a DataFrame")
+        raise UnusableModel("no input columns known: log the model with a signature, or fit it on a DataFrame")
     if unknown := [column for column in wanted if column not in FEATURES]:
-        raise UnusableModel(f"it wants columns that transactions do not have: {', '.join(map(str, unknown))}")
+        raise UnusableModel(f"it needs columns that transactions do not have: {', '.join(map(str, unknown))}")
     _use_one_thread(estimator)
     threshold = metadata.get("threshold")
     model = Model(
@@ -119,7 +119,7 @@ def make_model(
 
 
 def _profile(metadata: Mapping[str, Any]) -> Profile | None:
-    """What the training left of its data. One that cannot be read is as good as none: scoring does not need it."""
+    """The profile of the training data, or None if none was logged or it cannot be read: scoring does not need it."""
     text = metadata.get("reference_profile")
     if text is None:
         return None
@@ -131,17 +131,17 @@ def _profile(metadata: Mapping[str, Any]) -> Profile | None:
 
 
 def _compiled(model: Model, shutdown: Event | None) -> Model:
-    """The model with its trees compiled, if that can be done and it then says the same of the recorded transactions."""
+    """The model with compiled trees, or the model itself if those do not score the recorded transactions the same."""
     try:
         threshold = 0.5 if model.threshold is None else model.threshold
         compiled = replace(model, estimator=Compiled(model.estimator, threshold=threshold, shutdown=shutdown))
-        theirs, ours = score(model, recorded()), score(compiled, recorded())
-        apart = max(
-            abs((one.probability or 0.0) - (other.probability or 0.0)) for one, other in zip(theirs, ours, strict=True)
+        wanted, found = score(model, recorded()), score(compiled, recorded())
+        difference = max(
+            abs((one.probability or 0.0) - (other.probability or 0.0)) for one, other in zip(wanted, found, strict=True)
         )
-        if apart > TOLERANCE or [each.label for each in theirs] != [each.label for each in ours]:
-            raise NotCompiled(f"it would answer otherwise, by up to {apart:.1e}")
-    except Exception as reason:  # whatever it is, the model itself can do without it
+        if difference > TOLERANCE or [each.label for each in wanted] != [each.label for each in found]:
+            raise NotCompiled(f"its probabilities or labels would change, by up to {difference:.1e}")
+    except Exception as reason:  # compiling is optional, whatever fails
         log.info("scoring_not_compiled", model=model.name, version=model.version, reason=str(reason))
         return model
     log.info("scoring_compiled", model=model.name, version=model.version)
@@ -150,20 +150,20 @@ def _compiled(model: Model, shutdown: Event | None) -> Model:
 
 @cache
 def recorded() -> Sequence[Transaction]:
-    """Some hundred transactions that any model of this project's data must be able to score; nobody's."""
+    """Several hundred transactions of made-up people, which every usable model can score."""
     return [row for line in gzip.open(_RECORDED) for row in read_topic_1(line).transactions]
 
 
 def score(model: Model, transactions: Sequence[Transaction]) -> list[Score]:
-    """Score a batch, in order, in one call of the model. Raises Poison if the model raises."""
+    """The scores of a batch, in order, by one call of the model. Raises Poison if the call fails."""
     try:
         rows = _array(transactions, model.columns) if model.as_array else _frame(transactions, model.columns)
         labels, probabilities = _predict(model, rows)
         if len(labels) != len(transactions):
-            raise ValueError("not one answer for each row")
+            raise ValueError("the model does not return one prediction for each row")
         if probabilities is not None and np.isnan(probabilities).any():
-            raise ValueError("the model's probability is not a number")
-    except Exception as error:  # whatever a user's model raises is about these rows, or about the model
+            raise ValueError("the model returns a probability that is not a number")
+    except Exception as error:  # a user's model may raise anything, about these rows or about itself
         raise Poison(without_digits(f"{type(error).__name__}: {error}")) from None
     if probabilities is None:
         return [Score(label, None) for label in labels.tolist()]
@@ -174,40 +174,40 @@ def _predict(model: Model, rows: pd.DataFrame | np.ndarray) -> tuple[Any, Any]:
     """Labels (n,) of 0 and 1, and the probabilities of fraud (n,) or None."""
     classes = list(getattr(model.estimator, "classes_", []))
     if not hasattr(model.estimator, "predict_proba") or 1 not in classes:
-        return _answers(model.estimator.predict(rows), model.threshold)
-    likelihoods = np.asarray(model.estimator.predict_proba(rows))
-    probabilities = likelihoods[:, classes.index(1)]
+        return _from_predict(model.estimator.predict(rows), model.threshold)
+    by_class = np.asarray(model.estimator.predict_proba(rows))
+    probabilities = by_class[:, classes.index(1)]
     if model.threshold is not None:
         return (probabilities >= model.threshold).astype(int), probabilities
     if isinstance(_final_step(model.estimator), _LABEL_IS_LIKELIEST):
-        return _labels(np.asarray(classes)[likelihoods.argmax(axis=1)]), probabilities
+        return _labels(np.asarray(classes)[by_class.argmax(axis=1)]), probabilities
     return _labels(model.estimator.predict(rows)), probabilities
 
 
-def _answers(predicted: Any, threshold: float | None) -> tuple[Any, Any]:
-    """Of a model that only predicts: labels, or probabilities if a threshold was logged with it."""
+def _from_predict(predicted: Any, threshold: float | None) -> tuple[Any, Any]:
+    """Labels and probabilities of a model that has only predict(): with a threshold, it must return probabilities."""
     if threshold is None:
         return _labels(predicted), None
     probabilities = np.asarray(predicted, dtype=float).ravel()
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise ValueError("the model was logged with a threshold, but predicts no probabilities")
+        raise ValueError("the model was logged with a threshold, but does not return probabilities")
     return (probabilities >= threshold).astype(int), probabilities
 
 
 def _labels(predicted: Any) -> Any:
     labels = np.asarray(predicted).ravel().astype(float)
     if not np.isin(labels, (0, 1)).all():
-        raise ValueError("the model answers with other labels than zero and one: probabilities need a logged threshold")
+        raise ValueError("the model returns labels other than 0 and 1; log a threshold if they are probabilities")
     return labels.astype(int)
 
 
 def _frame(transactions: Sequence[Transaction], columns: Sequence[str]) -> pd.DataFrame:
-    """The raw columns (n, len(columns)), in the model's order."""
+    """A frame (n, len(columns)) of the columns, in this order."""
     return pd.DataFrame({column: list(map(attrgetter(column), transactions)) for column in columns})
 
 
 def _array(transactions: Sequence[Transaction], columns: Sequence[str]) -> np.ndarray:
-    """The raw columns (n, len(columns)), in the model's order, as numbers."""
+    """An array (n, len(columns)) of the columns, in this order."""
     values = list(map(attrgetter(*columns), transactions))
     return np.array(values, dtype=float).reshape(len(transactions), len(columns))
 
@@ -218,7 +218,7 @@ def _final_step(estimator: Any) -> Any:
 
 
 def _use_one_thread(estimator: Any) -> None:
-    """Models logged with n_jobs=-1 are slower on small batches; replicas, not threads, use more cores."""
+    """Set n_jobs to 1: more threads are slower on small batches, and replicas use more cores."""
     if hasattr(estimator, "get_params"):
         jobs = [name for name in estimator.get_params() if name == "n_jobs" or name.endswith("__n_jobs")]
         estimator.set_params(**dict.fromkeys(jobs, 1))

@@ -1,9 +1,10 @@
-"""The champion: from the MLflow registry, or the last good one from the disk while the registry is away."""
+"""Loading model versions from the MLflow registry, or the last good one from disk while the registry is away."""
 
 import ctypes
 import errno
 import hashlib
 import importlib
+import re
 import shutil
 import tempfile
 import time
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import mlflow.artifacts
 import mlflow.pyfunc
+import requests
 import structlog
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model as LoggedModel
@@ -23,30 +25,35 @@ from mlflow.tracking import MlflowClient
 
 from services.predictor.model import Model, UnusableModel, make_model
 from shared.errors import Outage, SettingsError
+from shared.network import why_unreachable
+from shared.privacy import without_credentials
 
 log = structlog.get_logger()
 
-_WITH_ESTIMATOR = ("sklearn", "lightgbm", "xgboost", "catboost")
+_WITH_ESTIMATOR = ("sklearn", "lightgbm", "xgboost", "catboost")  # MLflow flavors
 _LONGEST_LOAD_S = 3600.0
+_MAX_REASON = 500  # characters
+_REFUSED = re.compile(r"error code (\d{3})|(\d{3}) (?:Client|Server) Error")
 _WITHOUT_RUN = "without-run"
-_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC})
+_TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC})
 
 
 class Found(NamedTuple):
-    """A version as the registry names it."""
+    """A version in the registry."""
 
     version: str
     run_id: str | None
 
 
 class Registry:
-    """The versions of one registered model, each kept on disk once it was loaded."""
+    """The versions of the registered model `name`. Loaded versions are cached on disk."""
 
     def __init__(
         self, *, tracking_uri: str, name: str, cache: Path, compiled: bool, shutdown: Event | None = None
     ) -> None:
-        """Raises SettingsError if nothing can be kept in the folder `cache`."""
-        self._name = name
+        """Raises SettingsError if the folder `cache` cannot be written, unless its disk is full."""
+        self.name = name
+        self._address = without_credentials(tracking_uri)
         self._compiled = compiled
         self._shutdown = shutdown
         self._cache = cache / hashlib.sha256(name.encode()).hexdigest()[:16]
@@ -57,41 +64,43 @@ class Registry:
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 return
-            raise SettingsError(f"MODEL_CACHE_DIRECTORY: {cache}: {error.strerror}") from None
+            raise SettingsError(
+                f"MODEL_CACHE_DIRECTORY: cannot write to {cache}: {str(error.strerror).lower()}"
+            ) from None
 
     def find(self, alias: str) -> Found | None:
-        """The version that bears the alias, or None. Raises Outage if the registry does not answer."""
+        """The version that has the alias, or None. Raises Outage if the registry does not answer."""
         try:
-            found = MlflowClient().get_model_version_by_alias(self._name, alias)
+            found = MlflowClient().get_model_version_by_alias(self.name, alias)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
-            raise self._away(error) from None
+            raise self._outage(f"cannot read the alias {alias} of {self.name}", error) from None
         except Exception as error:
-            raise self._away(error) from None
+            raise self._outage(f"cannot read the alias {alias} of {self.name}", error) from None
         return Found(str(found.version), found.run_id)
 
     def load(self, found: Found) -> Model:
-        """That version, ready to score. Raises Outage if it cannot be fetched, UnusableModel if it cannot be served."""
+        """The version, ready to score. Raises Outage if it cannot be fetched, UnusableModel if it cannot be served."""
         folder = self._folder(found)
         try:
-            with tempfile.TemporaryDirectory() as elsewhere:
+            with tempfile.TemporaryDirectory() as uncached:
                 try:
                     if not _intact(folder):
                         self._fetch(found.version, folder)
                 except OSError as error:
                     if error.errno != errno.ENOSPC:
                         raise
-                    log.warning("model_not_kept", reason=str(error))
-                    folder = Path(_download(self._name, found.version, elsewhere))
+                    log.warning("model_not_kept", folder=str(self._cache), reason=str(error.strerror).lower())
+                    folder = Path(_download(self.name, found.version, uncached))
                 return self._read(folder, found.version)
         except (Outage, UnusableModel):
             raise
-        except Exception as error:  # the client's, its transport's, or an artifact store's own
-            raise self._away(error) from None
+        except Exception as error:  # of MLflow, its transport or an artifact store
+            raise self._outage(f"cannot fetch version {found.version} of {self.name}", error) from None
 
     def last_good(self, alias: str) -> tuple[Found, Model] | None:
-        """The version that was kept for the alias, if it is still on disk as it was then."""
+        """The version that `keep` noted for the alias, or None if it is not intact on disk or cannot be used."""
         try:
             folder = self._cache / self._last_good(alias).read_text()
             version, _, run_id = folder.name.partition("-")
@@ -105,7 +114,7 @@ class Registry:
             return None
 
     def keep(self, found: Found, alias: str) -> None:
-        """Note that this version is good, and forget those that no alias needs any more."""
+        """Note the version as the last good one of the alias, and remove cached versions that no alias needs."""
         folder, note = self._folder(found), self._last_good(alias)
         if not folder.exists():
             return
@@ -115,12 +124,12 @@ class Registry:
             Path(partial.name).rename(note)
             wanted = {each.read_text() for each in self._cache.glob("*.last-good")}
         except OSError as error:
-            log.warning("model_not_kept", reason=str(error))
+            log.warning("model_not_kept", folder=str(self._cache), reason=str(error.strerror).lower())
             return
         for other in self._cache.iterdir():
-            with suppress(OSError):  # another replica may tidy up as well
-                under_way = time.time() - other.stat().st_mtime < _LONGEST_LOAD_S  # perhaps by another replica
-                if other.is_dir() and other.name not in wanted and not under_way:
+            with suppress(OSError):  # another replica may remove it at the same time
+                recent = time.time() - other.stat().st_mtime < _LONGEST_LOAD_S  # another replica may be loading it
+                if other.is_dir() and other.name not in wanted and not recent:
                     shutil.rmtree(other, ignore_errors=True)
                     _digest_file(other).unlink(missing_ok=True)
 
@@ -130,25 +139,25 @@ class Registry:
     def _last_good(self, alias: str) -> Path:
         return self._cache / f"{hashlib.sha256(alias.encode()).hexdigest()[:16]}.last-good"
 
-    def _away(self, error: Exception) -> Outage:
-        return Outage(f"the registry, for {self._name}: {type(error).__name__}: {error}")
+    def _outage(self, failed: str, error: Exception) -> Outage:
+        return Outage(f"MLflow registry at {self._address}: {failed}: {_problem(error)}")
 
     def _fetch(self, version: str, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=self._cache) as directory:
-            path = Path(_download(self._name, version, directory))
+            path = Path(_download(self.name, version, directory))
             _digest_file(folder).write_text(_digest(path))
-            with suppress(OSError):  # another replica with the same cache was faster
+            with suppress(OSError):  # another replica with the same cache has put it there
                 path.rename(folder)
 
     def _read(self, folder: Path, version: str) -> Model:
-        model = f"models:/{self._name}/{version}"
+        model = f"models:/{self.name}/{version}"
         try:
             logged = LoggedModel.load(str(folder))
             inputs = logged.signature.inputs if logged.signature else None
-            digest = _digest(folder)  # of what is run now
+            digest = _digest(folder)  # before any of it is executed
             made = make_model(
-                name=self._name,
+                name=self.name,
                 version=version,
                 estimator=_estimator(folder, logged),
                 columns=inputs.input_names() if inputs is not None and inputs.has_input_names() else None,
@@ -157,38 +166,49 @@ class Registry:
                 compiled=self._compiled,
                 shutdown=self._shutdown,
             )
-            _give_back()
+            _release_memory()
             return replace(made, digest=digest)
         except UnusableModel as error:
             raise UnusableModel(f"{model}: {error}") from None
         except ImportError as error:
             raise UnusableModel(f"{model} needs {error.name or error}, which is not installed here") from None
-        except Exception as error:  # unpickling runs whatever the artifact holds
-            reason = f"{model} does not load: {type(error).__name__}: {error}"
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING:
+        except Exception as error:  # unpickling runs code of the artifact, which may raise anything
+            reason = f"{model} cannot be loaded: {type(error).__name__}: {error}"
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in _TRANSIENT:
                 raise Outage(reason) from None
-            _digest_file(folder).unlink(
-                missing_ok=True
-            )  # fetched anew when it is tried again: perhaps it was not whole
+            _digest_file(folder).unlink(missing_ok=True)  # so that a retry fetches it again: it may be incomplete
             raise UnusableModel(reason) from None
 
 
 def _estimator(folder: Path, logged: LoggedModel) -> Any:
-    """The model itself where it has scikit-learn's interface, else MLflow's own wrapping of it."""
+    """The model itself if it has scikit-learn's interface, otherwise MLflow's wrapper. Raises UnusableModel."""
     for flavor in _WITH_ESTIMATOR:
         if flavor in logged.flavors:
             found = importlib.import_module(f"mlflow.{flavor}").load_model(str(folder))
             if flavor == "sklearn" or hasattr(found, "classes_"):
                 return found
     if "python_function" not in logged.flavors:
-        raise UnusableModel("it was logged without a flavor that can be served")
+        raise UnusableModel("it was logged without the flavor python_function")
     return mlflow.pyfunc.load_model(str(folder))
 
 
-def _give_back() -> None:
-    """Memory that loading took for a while: glibc keeps it otherwise, tens of megabytes after a forest."""
-    with suppress(AttributeError):  # another C library
+def _release_memory() -> None:
+    """Return free memory to the system; otherwise glibc keeps tens of megabytes after loading a forest."""
+    with suppress(AttributeError):  # a C library other than glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _problem(error: Exception) -> str:
+    """Why a call of the registry failed, in plain words where they are known."""
+    as_it_is = f"{type(error).__name__}: {without_credentials(str(error))}"[:_MAX_REASON]
+    if not isinstance(error, (MlflowException, requests.RequestException)):
+        return as_it_is  # of an artifact store: its message names the store
+    if refused := _REFUSED.search(str(error)):
+        status = refused[1] or refused[2]
+        login = status in ("401", "403")
+        check = ". Check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if login else ""
+        return f"HTTP {status}{check}"
+    return why_unreachable(error, default=as_it_is)
 
 
 def _download(name: str, version: str, directory: str) -> str:
@@ -200,7 +220,7 @@ def _digest_file(folder: Path) -> Path:
 
 
 def _intact(folder: Path) -> bool:
-    """Whether the folder is as it was when it was fetched."""
+    """Whether the folder is unchanged since it was fetched."""
     try:
         return _digest_file(folder).read_text() == _digest(folder)
     except OSError:
@@ -208,7 +228,7 @@ def _intact(folder: Path) -> bool:
 
 
 def _digest(folder: Path) -> str:
-    """SHA-256 of all files with their names."""
+    """SHA-256 over the names and contents of all files, hexadecimal."""
     total = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         total.update(f"{path.relative_to(folder)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())

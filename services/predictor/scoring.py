@@ -1,4 +1,4 @@
-"""What the predictor means: a batch of messages becomes predictions and dead letters."""
+"""Scoring a batch: messages of topic_1 become predictions and dead letters."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from shared.stream.flight import Outcome
 
 
 class Seen(NamedTuple):
-    """A transaction as the model saw it."""
+    """A transaction that was scored, for drift monitoring."""
 
     transaction: Transaction
     fraud: bool
-    in_milliseconds: bool  # its time came in a unit that is not the agreed one
+    in_milliseconds: bool  # whether its unix_time came in milliseconds instead of seconds
 
 
 class Predicted(NamedTuple):
-    """What became of a batch, and what was in it."""
+    """The outcome of a batch, and the transactions that were scored."""
 
     outcome: Outcome
     seen: list[Seen]
@@ -33,14 +33,14 @@ class Predicted(NamedTuple):
 def predict(
     model: Model, messages: Sequence[Message], *, topic: str, group: str, now_ms: int, limit: Limit
 ) -> Predicted:
-    """A prediction for every transaction of the batch, a dead letter for every message that holds what is none.
+    """A prediction for every transaction of the batch, a dead letter for every message with a bad one.
 
-    Raises Outage if it is the model that is broken, not the rows.
+    Predictions go to `topic`. Raises Outage if the model is broken, not the rows.
     """
     transactions: list[Transaction] = []
     in_milliseconds: list[bool] = []
     values: list[bytes] = []
-    sources: list[int] = []  # for each transaction, the number of its message
+    sources: list[int] = []  # the index of the message of each transaction
     faults: defaultdict[int, list[str]] = defaultdict(list)
     for number, message in enumerate(messages):
         if says_nothing(message):
@@ -59,17 +59,17 @@ def predict(
     results = _scores(model, transactions)
     limit.check(results)
     records, seen = [], []
-    for number, transaction, value, old, result in zip(
+    for number, transaction, value, milliseconds, result in zip(
         sources, transactions, values, in_milliseconds, results, strict=True
     ):
         if isinstance(result, Poison):
             faults[number].append(str(result))
         else:
             _, partition, offset = coordinates(messages[number])
-            about = Provenance(model.name, model.version, result.probability, now_ms, partition, offset)
-            record = Record(topic, encode_prediction(value, result.label), transaction.key, to_headers(about))
+            provenance = Provenance(model.name, model.version, result.probability, now_ms, partition, offset)
+            record = Record(topic, encode_prediction(value, result.label), transaction.key, to_headers(provenance))
             records.append(record)
-            seen.append(Seen(transaction, result.label == 1, old))
+            seen.append(Seen(transaction, result.label == 1, milliseconds))
     dead = [dead_letter(messages[number], "; ".join(reasons), group=group) for number, reasons in faults.items()]
     return Predicted(Outcome(len(messages), records, dead), seen)
 
@@ -80,12 +80,12 @@ def _scores(model: Model, transactions: Sequence[Transaction]) -> Sequence[Score
     try:
         return score(model, transactions)
     except Poison:
-        _check(model)
+        _check_model(model)
         return isolate(transactions, lambda rows: score(model, rows))
 
 
-def _check(model: Model) -> None:
-    """Before rows are blamed: does the model still score what it scored when it was loaded?"""
+def _check_model(model: Model) -> None:
+    """Raise Outage if the model no longer scores the reference transaction: then it is not the rows that are bad."""
     try:
         score(model, [REFERENCE])
     except Poison as poison:

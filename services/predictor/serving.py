@@ -1,4 +1,4 @@
-"""The predictor: topic_1 to topic_2, a batch at a time, with the champion in memory."""
+"""The predictor: reads topic_1 and writes predictions to topic_2, batch by batch, with the champion in memory."""
 
 import time
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ from shared.stream.loop import open_stream
 
 log = structlog.get_logger()
 
-_FOLLOWING_ENDS_S = 3.0
+_JOIN_S = 3.0
 
 
 def serve(settings: PredictorSettings, shutdown: Event) -> None:
-    """Wait for a model, then predict until shutdown."""
+    """Wait for a model, then predict until shutdown. Raises SettingsError."""
     properties = kafka_properties(settings)
     stream = open_stream(
         settings,
@@ -81,11 +81,11 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
     )
     stream.run(Scorer(champion, shadow, look_now, settings).handle, ahead=True)
     look_now.set()
-    following.join(_FOLLOWING_ENDS_S)
+    following.join(_JOIN_S)
 
 
 class Scorer:
-    """Scores batch after batch, each with one model: the champion of that moment."""
+    """Scores batches, each as a whole with the champion at that time."""
 
     def __init__(self, champion: Followed, shadow: Shadow, look_now: Event, settings: PredictorSettings) -> None:
         self._champion = champion
@@ -100,12 +100,12 @@ class Scorer:
         """Predict the batch. Raises Outage while the model is broken and the registry has no other champion."""
         model = self._champion.model
         if model is None:
-            raise Outage("no model yet")
+            raise Outage("no model is loaded yet")
         if model is not self._model:
             self._begin_with(model)
         if self._broken:
             self._look_now.set()
-            raise Outage(f"{self._broken}; it is still version {model.version}")
+            raise Outage(f"{self._broken}; the champion is still version {model.version}: promote another one")
         try:
             predicted = predict(
                 model,

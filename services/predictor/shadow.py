@@ -1,4 +1,4 @@
-"""The challenger scores some of the champion's batches in the background; it never delays or alters one."""
+"""The challenger: scores some of the champion's batches in the background, without delaying or changing any."""
 
 import random
 import time
@@ -21,13 +21,13 @@ from shared.stream.delivery import AtLeastOnce
 
 log = structlog.get_logger()
 
-_MOST_WAITING = 2  # batches
-_SLOWEST_S = 1.0
+_MAX_WAITING = 2  # batches
+_MAX_BATCH_S = 1.0
 _REST_S = 300.0
 
 
 class Shadow:
-    """Predictions of the challenger, beside those of the champion and with the same identities."""
+    """Writes the challenger's predictions to `topic`, for transactions that the champion predicts as well."""
 
     def __init__(
         self, challenger: Followed, *, sample: float, topic: str, properties: Mapping[str, str], shutdown: Event
@@ -36,13 +36,13 @@ class Shadow:
         self._sample = sample
         self._topic = topic
         self._make_delivery = cache(lambda: AtLeastOnce(properties=properties, shutdown=shutdown))
-        self._batches: Queue[Sequence[Message]] = Queue(_MOST_WAITING)
+        self._batches: Queue[Sequence[Message]] = Queue(_MAX_WAITING)
         self._rests_until = 0.0
-        self._resting: Model | None = None
+        self._resting: Model | None = None  # the model that rests until then
         Thread(target=self._run, daemon=True, name="challenger").start()
 
     def offer(self, messages: Sequence[Message]) -> None:
-        """Give it a batch that the champion has scored, unless it rests or is still busy."""
+        """Queue a batch that the champion has scored, unless the challenger rests or is busy. Returns at once."""
         chosen = random.random() < self._sample  # noqa: S311 - guards nothing
         if not chosen or not self._challenger.model:
             return
@@ -69,7 +69,7 @@ class Shadow:
         return model is self._resting and time.monotonic() < self._rests_until
 
     def _score(self, model: Model, messages: Sequence[Message]) -> str | None:
-        """Predict a batch. Returns why the challenger had better rest, if so."""
+        """Predict a batch. Returns why the challenger should rest, or None."""
         began = time.monotonic()
         try:
             now_ms, limit = time.time_ns() // 1_000_000, Limit(ratio=1, consecutive=len(messages))
@@ -78,6 +78,6 @@ class Shadow:
             self._make_delivery().deliver(predicted.outcome.outputs)
         except Outage as outage:
             return str(outage)
-        except Exception as error:  # nothing of the challenger's may end its thread
+        except Exception as error:  # no failure of the challenger may end its thread
             return without_digits(f"{type(error).__name__}: {error}")
-        return f"{len(messages)} rows took {took_s:.1f} s" if took_s > _SLOWEST_S else None
+        return f"too slow: {len(messages)} rows took {took_s:.1f} s" if took_s > _MAX_BATCH_S else None

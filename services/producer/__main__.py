@@ -1,4 +1,7 @@
-"""The producer: polls the payments API into topic_1, by way of a journal on disk."""
+"""The producer: polls the payments API and writes its transactions to topic_1.
+
+What was fetched goes into a journal on disk first, so that neither a crash nor an outage of Kafka loses it.
+"""
 
 import hashlib
 import time
@@ -19,6 +22,7 @@ from shared.errors import Outage, Poison
 from shared.flow import Flow
 from shared.kafka import offsets
 from shared.kafka.messages import Record
+from shared.privacy import without_credentials
 from shared.records import BadRow, NotJson, Transaction, encode_transaction, read_split
 from shared.retry import OutageLog, delay_s, retry_outages
 from shared.settings import kafka_properties
@@ -27,34 +31,44 @@ from shared.stream import delivery
 log = structlog.get_logger()
 
 _GROUP = "producer"
-_API, _POLLING = "the payments API", "polling"  # as /ready and /live call them
+_API, _POLLING = "the payments API", "polling"  # their names on /ready and /live
 _FETCH, _DELIVER = (metrics.STAGE.labels(stage) for stage in ("fetch", "deliver"))
 _BATCH = 1000
 _IDLE_S = 0.5
 _TURN_S = 1.0
-_LARGEST_REFUSED = 512 * 1024  # bytes; a transaction has a few hundred, and no topic takes much more than this
+_MAX_DEAD_LETTER_BYTES = 512 * 1024  # a transaction has a few hundred; topics accept about 1 MB by default
 _CLOCK_SLACK_MS = 600_000
-_FORGOTTEN_S = 30.0  # the broker ends what is older than ten, and looks for it every ten
+_FORGOTTEN_S = 30.0  # brokers abort transactions older than ten seconds, and look for them every ten
 
 
 def serve(settings: ProducerSettings, shutdown: Event) -> None:
-    """Poll until shutdown, then write what waits."""
+    """Poll until shutdown, then write what is still in the journal. Raises SettingsError."""
     properties = kafka_properties(settings)
     own, *left_behind = open_journals(settings.journal_directory, remembered=settings.recent_identities)
-    polled, over = Event(), Event()
+    polled, polling_ended = Event(), Event()
     with ThreadPoolExecutor(1 + len(left_behind), thread_name_prefix="writer") as workers:
-        writing = [workers.submit(_write_out, journal, properties, settings, shutdown) for journal in left_behind]
+        writing = [
+            workers.submit(_write_left_behind, journal, properties, settings, shutdown) for journal in left_behind
+        ]
         writing.append(
-            workers.submit(write, own, properties, settings=settings, polled=polled, over=over, shutdown=shutdown)
+            workers.submit(
+                write,
+                own,
+                properties,
+                settings=settings,
+                polled=polled,
+                polling_ended=polling_ended,
+                shutdown=shutdown,
+            )
         )
-        writing[-1].add_done_callback(lambda _: shutdown.set())  # whatever ends it ends the polling
+        writing[-1].add_done_callback(lambda _: shutdown.set())  # if writing fails, polling stops as well
         try:
             poll(settings, own, polled, shutdown)
         except Outage as outage:
-            log.error("fetched_and_not_kept", reason=str(outage))
+            log.error("fetched_records_lost", reason=str(outage))
         finally:
             shutdown.set()
-            over.set()
+            polling_ended.set()
             polled.set()
         for each in writing:
             try:
@@ -65,10 +79,14 @@ def serve(settings: ProducerSettings, shutdown: Event) -> None:
 
 
 def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: Event) -> None:
-    """Fetch into the journal until shutdown; `polled` is set whenever something came."""
+    """Fetch into the journal until shutdown; `polled` is set after each answer.
+
+    Raises Outage if at shutdown the disk does not take what was fetched.
+    """
     flow = Flow("fetched")
     outage, full = OutageLog(_API), OutageLog("room in the journal")
     failures = 0
+    api = f"payments API at {without_credentials(str(settings.api_url))}"
     health.waits_for(_API, "no answer yet")
     with requests.Session() as session:
         while not shutdown.is_set():
@@ -77,7 +95,7 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
             waiting = journal.count()
             metrics.WAITING.set(waiting)
             if waiting >= settings.max_waiting_records:
-                full.failed(f"{waiting} records wait to be written")
+                full.failed(f"{waiting} records wait to be written to Kafka: polling is paused")
                 shutdown.wait(_TURN_S)
                 continue
             full.over()
@@ -88,30 +106,30 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
                 rows = read_split(body)
             except (Outage, Poison) as problem:
                 if isinstance(problem, Poison) and not isinstance(problem, NotJson):
-                    _keep(_dead_letters([BadRow(str(problem), body)], settings.topic_1), journal, settings, shutdown)
+                    _save(_dead_letters([BadRow(str(problem), body)], settings.topic_1), journal, settings, shutdown)
                     polled.set()
-                asked_s = problem.retry_after_s if isinstance(problem, Outage) else 0.0
+                retry_after_s = problem.retry_after_s if isinstance(problem, Outage) else 0.0
                 backoff_s = delay_s(
                     failures, initial_s=settings.backoff_initial_seconds, max_s=settings.backoff_max_seconds
                 )
-                due = max(due, time.monotonic() + max(backoff_s, asked_s))
+                due = max(due, time.monotonic() + max(backoff_s, retry_after_s))
                 failures += 1
-                outage.failed(str(problem), retry_in_s=round(due - time.monotonic(), 1))
+                outage.failed(f"{api}: {problem}", retry_in_s=round(due - time.monotonic(), 1))
             else:
                 outage.over()
                 health.has(_API)
                 failures = 0
                 fetched = [*_records(rows.transactions, settings.topic_1), *_dead_letters(rows.bad, settings.topic_1)]
-                fresh = _keep(fetched, journal, settings, shutdown)
+                fresh = _save(fetched, journal, settings, shutdown)
                 polled.set()
                 repeats = len(fetched) - fresh
                 metrics.RECORDS_IN.inc(len(fetched))
                 metrics.SKIPPED.inc(repeats)
                 flow.add(records=len(fetched), fresh=fresh, repeats=repeats, refused=len(rows.bad))
-            while (rest_s := due - time.monotonic()) > 0 and not shutdown.is_set():
+            while (left_s := due - time.monotonic()) > 0 and not shutdown.is_set():
                 health.turned(_POLLING)
                 outage.remind()
-                shutdown.wait(min(rest_s, _TURN_S))
+                shutdown.wait(min(left_s, _TURN_S))
     health.ended(_POLLING)
     flow.report()
 
@@ -122,19 +140,19 @@ def write(
     *,
     settings: ProducerSettings,
     polled: Event,
-    over: Event,
+    polling_ended: Event,
     shutdown: Event,
 ) -> None:
-    """Bring what waits in the journal onto its topics, in order, until polling is over.
+    """Write the journal's records to their topics, in order, until polling has ended and none is left.
 
-    Raises Outage if the shutdown comes while Kafka is away.
+    Raises Outage at shutdown if Kafka is away: the journal keeps the records.
     """
     deliver = delivery.delivery(
         settings.delivery, properties=properties, transactional_id=f"producer-{journal.id}", shutdown=shutdown
     )
-    forgotten = _Forgotten()
+    forgotten = _ForgottenTransactions()
     outage = OutageLog(f"Kafka, for journal {journal.id[:8]}", waiting=journal.count)
-    in_doubt = True  # perhaps what waits was written by a predecessor, or by a try whose answer was lost
+    in_doubt = True  # a predecessor, or a delivery whose result is unknown, may have written the waiting records
     if left := journal.count():
         log.info("left_by_predecessor", records=left)
 
@@ -143,9 +161,9 @@ def write(
         if in_doubt:
             deliver.open()
             try:
-                journal.written(_on_topics(journal.waiting(), properties))
-            except _Hidden as hidden:
-                deliver.release(forgotten.among(hidden.behind))
+                journal.written(_already_written(journal.waiting(), properties))
+            except _OpenTransactions as open_transactions:
+                deliver.release(forgotten.among(open_transactions.first_offsets))
                 raise
         batch = journal.waiting(_BATCH)
         in_doubt = bool(batch)
@@ -162,7 +180,7 @@ def write(
 
     try:
         while True:
-            last = over.is_set()
+            last = polling_ended.is_set()
             polled.clear()
             while retry_outages(
                 step,
@@ -179,18 +197,27 @@ def write(
         deliver.close()
 
 
-def _write_out(journal: Journal, properties: dict[str, str], settings: ProducerSettings, shutdown: Event) -> None:
-    """Bring what a replica that is gone has left onto its topics."""
-    over = Event()
-    over.set()
+def _write_left_behind(
+    journal: Journal, properties: dict[str, str], settings: ProducerSettings, shutdown: Event
+) -> None:
+    """Write the records in the journal of a replica that no longer runs."""
+    polling_ended = Event()
+    polling_ended.set()
     try:
-        write(journal, properties, settings=settings, polled=Event(), over=over, shutdown=shutdown)
+        write(
+            journal,
+            properties,
+            settings=settings,
+            polled=Event(),
+            polling_ended=polling_ended,
+            shutdown=shutdown,
+        )
     finally:
         journal.close()
 
 
 def _records(transactions: Iterable[Transaction], topic: str) -> list[tuple[bytes, Record]]:
-    """The records with what makes each known."""
+    """The records for `topic`, each behind its identity in the journal."""
     return [
         (f"{each.unix_time} {each.trans_num}".encode(), Record(topic, encode_transaction(each), each.key, []))
         for each in transactions
@@ -198,21 +225,28 @@ def _records(transactions: Iterable[Transaction], topic: str) -> list[tuple[byte
 
 
 def _dead_letters(rows: Sequence[BadRow], topic: str) -> list[tuple[bytes, Record]]:
-    """The rows that could not be read, as records for the dead letters of `topic`."""
+    """Dead letters of `topic` for rows that could not be read, each behind its identity in the journal."""
     records = []
     for row in rows:
-        cut = f" (kept up to {_LARGEST_REFUSED} bytes)" if len(row.value) > _LARGEST_REFUSED else ""
+        cut = (
+            f" (only its first {_MAX_DEAD_LETTER_BYTES} bytes are kept)"
+            if len(row.value) > _MAX_DEAD_LETTER_BYTES
+            else ""
+        )
         log.warning("row_refused", reason=row.reason + cut)
         headers = refusal(topic, row.reason + cut, by="producer")
-        record = Record(topic + SUFFIX, row.value[:_LARGEST_REFUSED], None, headers)
+        record = Record(topic + SUFFIX, row.value[:_MAX_DEAD_LETTER_BYTES], None, headers)
         records.append((hashlib.sha256(row.value).digest(), record))
     return records
 
 
-def _keep(
+def _save(
     fetched: Sequence[tuple[bytes, Record]], journal: Journal, settings: ProducerSettings, shutdown: Event
 ) -> int:
-    """Into the journal, however long its disk is full: what was fetched is not let go. Returns how many are new."""
+    """Add records to the journal, waiting while its disk is full. Returns how many are new.
+
+    Raises Outage if the disk is still full at shutdown.
+    """
 
     def add() -> int:
         health.turned(_POLLING)
@@ -227,30 +261,30 @@ def _keep(
     )
 
 
-class _Hidden(Outage):
-    """Transactions are open, `behind` which (topic, partition, offset) nothing can be seen."""
+class _OpenTransactions(Outage):
+    """Transactions are open, so records after their `first_offsets` (topic, partition, offset) cannot be read yet."""
 
-    def __init__(self, behind: Sequence[tuple[str, int, int]]) -> None:
-        topics = sorted({topic for topic, _, _ in behind})
-        super().__init__(f"a transaction is open on {' and '.join(topics)}, behind which nothing can be seen")
-        self.behind = behind
+    def __init__(self, first_offsets: Sequence[tuple[str, int, int]]) -> None:
+        topics = sorted({topic for topic, _, _ in first_offsets})
+        super().__init__(f"an open transaction on {' and '.join(topics)} hides the records after it")
+        self.first_offsets = first_offsets
 
 
-class _Forgotten:
-    """Tells transactions that nobody will end from those that are under way."""
+class _ForgottenTransactions:
+    """Finds transactions that are open for longer than the broker allows: nobody will end them."""
 
     def __init__(self) -> None:
         self._first_seen: dict[tuple[str, int, int], float] = {}
 
-    def among(self, behind: Iterable[tuple[str, int, int]]) -> list[tuple[str, int]]:
-        """The partitions where one has been open for longer than the broker lets any live."""
+    def among(self, first_offsets: Iterable[tuple[str, int, int]]) -> list[tuple[str, int]]:
+        """The partitions with a forgotten transaction, given (topic, partition, first offset) of all open ones."""
         now = time.monotonic()
-        self._first_seen = {place: self._first_seen.get(place, now) for place in behind}
+        self._first_seen = {place: self._first_seen.get(place, now) for place in first_offsets}
         return [place[:2] for place, seen in self._first_seen.items() if now - seen > _FORGOTTEN_S]
 
 
-def _on_topics(entries: Sequence[Entry], properties: dict[str, str]) -> list[Entry]:
-    """Those that lie on their topics already. Raises Outage."""
+def _already_written(entries: Sequence[Entry], properties: dict[str, str]) -> list[Entry]:
+    """The entries that are on their topics already. Raises Outage, and _OpenTransactions if some cannot be read yet."""
     if not entries:
         return []
     since_ms = entries[0].fetched_ms - _CLOCK_SLACK_MS
@@ -259,10 +293,10 @@ def _on_topics(entries: Sequence[Entry], properties: dict[str, str]) -> list[Ent
     written_ends = offsets.ends(properties, starts, committed=False)
     committed_ends = offsets.ends(properties, starts, committed=True)
     if hidden := [(*place, end) for place, end in committed_ends.items() if end < written_ends[place]]:
-        raise _Hidden(hidden)
+        raise _OpenTransactions(hidden)
     wanted = {(entry.record.topic, entry.record.value) for entry in entries}
-    there = ((message.topic(), message.value()) for message in offsets.read_to_end(properties, starts, group=_GROUP))
-    written = wanted.intersection(there)
+    found = ((message.topic(), message.value()) for message in offsets.read_to_end(properties, starts, group=_GROUP))
+    written = wanted.intersection(found)
     return [entry for entry in entries if (entry.record.topic, entry.record.value) in written]
 
 

@@ -1,4 +1,4 @@
-"""The payments API: one polite call, and what its answer held."""
+"""One call of the payments API."""
 
 import email.utils
 import time
@@ -7,6 +7,7 @@ import requests
 import urllib3
 
 from shared.errors import Outage
+from shared.network import why_unreachable
 
 _CONNECT_TIMEOUT_S = 5.0
 _MAX_RETRY_AFTER_S = 300.0
@@ -15,26 +16,32 @@ _MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
 def fetch(session: requests.Session, url: str, *, timeout_s: float) -> bytes:
-    """The body of one answer. Raises Outage for none within `timeout_s`, or one that is not a success."""
+    """The body of the answer to a GET, at most 64 MB.
+
+    Raises Outage if none is complete within `timeout_s` seconds or its status is not 200; the reason does not repeat
+    the URL.
+    """
     deadline = time.monotonic() + timeout_s
     try:
         with session.get(url, timeout=(_CONNECT_TIMEOUT_S, timeout_s), stream=True) as response:
             if response.status_code != requests.codes.ok:
-                asked = retry_after_s(response.headers.get("Retry-After"))
-                raise Outage(f"HTTP {response.status_code}", retry_after_s=asked)
+                wanted_s = retry_after_s(response.headers.get("Retry-After"))
+                raise Outage(f"HTTP {response.status_code}", retry_after_s=wanted_s)
             body = bytearray()
             while piece := response.raw.read1(_PIECE_BYTES, decode_content=True):
                 body += piece
                 unfinished = response.raw.length_remaining != 0
-                if len(body) > _MAX_BODY_BYTES or (unfinished and time.monotonic() > deadline):
-                    raise Outage("an answer without end")
+                if len(body) > _MAX_BODY_BYTES:
+                    raise Outage(f"answer larger than {_MAX_BODY_BYTES // 1024**2} MB")
+                if unfinished and time.monotonic() > deadline:
+                    raise Outage(f"answer not complete after {timeout_s:g} s")
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise Outage(type(error).__name__) from None
+        raise Outage(f"no answer: {why_unreachable(error)}") from None
     return bytes(body)
 
 
 def retry_after_s(header: str | None) -> float:
-    """Seconds asked for by a Retry-After header (RFC 9110, 10.2.3: seconds or a date), at most five minutes."""
+    """Seconds to wait according to a Retry-After header (RFC 9110, 10.2.3: seconds or a date), at most five minutes."""
     if not header:
         return 0.0
     try:

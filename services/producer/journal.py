@@ -1,6 +1,6 @@
-"""The journal: what was fetched is on disk before it goes anywhere, and stays there until it lies on its topic.
+"""The journal: an SQLite file that keeps fetched records until they are on their topics, and remembers identities.
 
-So a producer that is killed has lost nothing of what it received, and its successor knows what it has seen.
+A producer that is killed loses nothing that it fetched, and its successor recognises repeats.
 """
 
 import sqlite3
@@ -23,7 +23,7 @@ CREATE TABLE IF NOT EXISTS fetched (
   number INTEGER PRIMARY KEY,
   identity BLOB NOT NULL UNIQUE,
   fetched_ms INTEGER NOT NULL,
-  record BLOB -- until it lies on its topic
+  record BLOB -- null once it is on its topic
 );
 CREATE INDEX IF NOT EXISTS waiting ON fetched (number) WHERE record IS NOT NULL;
 """
@@ -34,7 +34,7 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class Entry(NamedTuple):
-    """A record that may not have been written yet."""
+    """A record that waits to be written; a delivery whose result is unknown may have written it."""
 
     number: int
     fetched_ms: int  # epoch
@@ -42,10 +42,11 @@ class Entry(NamedTuple):
 
 
 class Journal:
-    """A file with the records that wait and the identities seen last; one process at a time has it."""
+    """A file of waiting records and the last `remembered` identities. Thread-safe; one process at a time opens it."""
 
     def __init__(self, path: Path, *, remembered: int) -> None:
-        """Open or make the file. Raises sqlite3.Error; its code is SQLITE_BUSY if another process has it."""
+        """Open or create the file. Raises sqlite3.Error, with code SQLITE_BUSY if another process has it open."""
+        self._path = path
         self._remembered = remembered
         self._lock = Lock()
         self._file = sqlite3.connect(path, timeout=0, check_same_thread=False)
@@ -58,7 +59,9 @@ class Journal:
                 self._file.execute(
                     "INSERT INTO journal SELECT ? WHERE NOT EXISTS (SELECT * FROM journal)", (uuid.uuid4().hex,)
                 )
-            ((self.id,),) = self._file.execute("SELECT id FROM journal")  # who takes the file over goes by it too
+            ((self.id,),) = self._file.execute(
+                "SELECT id FROM journal"
+            )  # kept when another process takes the file over
             self._waiting = 0
             ((self._waiting,),) = self._file.execute(_COUNT)
         except BaseException:
@@ -66,7 +69,10 @@ class Journal:
             raise
 
     def add(self, records: Iterable[tuple[bytes, Record]]) -> int:
-        """Keep the records whose identity was not seen lately; returns how many. Raises Outage if the disk does not."""
+        """Save the records, given as (identity, record), whose identity is not remembered; returns how many.
+
+        Raises Outage if the disk is full or fails.
+        """
         now_ms = time.time_ns() // 1_000_000
         try:
             with self._lock, self._file:
@@ -82,40 +88,43 @@ class Journal:
                 )
                 return added
         except sqlite3.Error as error:
-            raise Outage(f"journal: {error}") from None
+            raise self._outage(error) from None
 
     def waiting(self, most: int = -1) -> list[Entry]:
-        """The oldest records that wait, in the order they were fetched. Raises Outage."""
+        """The oldest waiting records, at most `most` (default: all), in the order they were fetched. Raises Outage."""
         rows = self._read(
             "SELECT number, fetched_ms, record FROM fetched WHERE record IS NOT NULL ORDER BY number LIMIT ?", most
         )
         return [Entry(number, fetched_ms, _decode(record)) for number, fetched_ms, record in rows]
 
     def count(self) -> int:
-        """How many records wait; while the disk does not answer, how many did when it last did."""
+        """How many records wait; if the file cannot be read, the last known number."""
         with suppress(Outage):
             ((self._waiting,),) = self._read(_COUNT)
         return self._waiting
 
     def written(self, entries: Sequence[Entry]) -> None:
-        """Note that these lie on their topics. Raises Outage."""
+        """Mark entries as written to their topics; their identities are still remembered. Raises Outage."""
         try:
             with self._lock, self._file:
                 self._file.executemany(
                     "UPDATE fetched SET record = NULL WHERE number = ?", ((entry.number,) for entry in entries)
                 )
         except sqlite3.Error as error:
-            raise Outage(f"journal: {error}") from None
+            raise self._outage(error) from None
 
     def _read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         try:
             with self._lock:
                 return self._file.execute(query, values).fetchall()
         except sqlite3.Error as error:
-            raise Outage(f"journal: {error}") from None
+            raise self._outage(error) from None
+
+    def _outage(self, error: sqlite3.Error) -> Outage:
+        return Outage(f"journal {self._path}: {error}")
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file, so that another process can open it."""
         self._file.close()
 
 
@@ -125,15 +134,15 @@ def _decode(encoded: bytes) -> Record:
 
 
 def open_journals(directory: Path, *, remembered: int) -> list[Journal]:
-    """A journal that no other process has, and those that are left behind: free, with records that wait.
+    """A journal for this process, then those left behind: unused ones in which records still wait.
 
-    Each replica needs one of its own; one that is not started again leaves its own behind. Raises SettingsError.
+    Each replica has its own journal; a replica that is not started again leaves one behind. Raises SettingsError.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         present = sorted(directory.glob("producer-*.sqlite"))
     except OSError as error:
-        raise SettingsError(f"JOURNAL_DIRECTORY: {directory}: {error.strerror}") from None
+        raise SettingsError(f"JOURNAL_DIRECTORY: cannot use {directory}: {str(error.strerror).lower()}") from None
     free = [journal for path in present if (journal := _open(path, remembered=remembered)) is not None]
     if not free:
         new = _open(directory / f"producer-{uuid.uuid4().hex}.sqlite", remembered=remembered)
@@ -146,10 +155,12 @@ def open_journals(directory: Path, *, remembered: int) -> list[Journal]:
 
 
 def _open(path: Path, *, remembered: int) -> Journal | None:
+    """The journal, or None if another process has it open. Raises SettingsError."""
     try:
-        path.touch(mode=0o600)  # card numbers and birth dates wait in it
+        path.touch(mode=0o600)  # it holds card numbers and birth dates
         return Journal(path, remembered=remembered)
     except (sqlite3.Error, OSError) as error:
         if isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
             return None
-        raise SettingsError(f"JOURNAL_DIRECTORY: {path}: {error}") from None
+        reason = str(error.strerror).lower() if isinstance(error, OSError) else error
+        raise SettingsError(f"JOURNAL_DIRECTORY: cannot open {path}: {reason}") from None

@@ -1,4 +1,4 @@
-"""The producer's settings."""
+"""Settings of the producer."""
 
 from pathlib import Path
 
@@ -8,20 +8,26 @@ from shared.settings import Backoff, DeliveryGuarantee, ServiceSettings
 
 
 class ProducerSettings(ServiceSettings):
-    """What the producer reads from its environment."""
+    """The settings of the producer."""
 
     api_url: AnyHttpUrl = Field(
         AnyHttpUrl("https://real-time-payments-api.herokuapp.com/current-transactions"),
         repr=False,
-        description="Where the transactions are polled from",
+        description="URL of the payments API",
     )
-    api_timeout_seconds: float = Field(30.0, gt=0, description="Longest wait for an answer")
-    poll_interval_seconds: float = Field(15.0, ge=0, description="Time from one poll to the next; 0 is back to back")
-    backoff_initial_seconds: Backoff = Field(1.0, description="First wait after a failed poll; doubled each time")
-    backoff_max_seconds: Backoff = Field(60.0, description="Longest wait between two polls that fail")
-    delivery: DeliveryGuarantee = Field("exactly_once", description="What is promised of what it writes to Kafka")
+    api_timeout_seconds: float = Field(30.0, gt=0, description="Longest wait for the complete answer to a poll")
+    poll_interval_seconds: float = Field(
+        15.0, ge=0, description="Time from the start of one poll to the next; 0: no pause"
+    )
+    backoff_initial_seconds: Backoff = Field(
+        1.0, description="Wait after the first failed poll; doubles with each further one"
+    )
+    backoff_max_seconds: Backoff = Field(60.0, description="Longest wait after a failed poll")
+    delivery: DeliveryGuarantee = Field("exactly_once", description="Delivery guarantee for records written to Kafka")
     journal_directory: Path = Field(
-        Path("journal"), description="Where it keeps what it fetched; outlives the container"
+        Path("journal"), description="Folder for fetched records not yet in Kafka; must outlive the container"
     )
-    recent_identities: int = Field(100_000, ge=1, description="How many transactions are remembered, to skip repeats")
-    max_waiting_records: int = Field(100_000, ge=1, description="With so many not on the topic yet, it stops polling")
+    recent_identities: int = Field(100_000, ge=1, description="Transactions remembered to skip repeats")
+    max_waiting_records: int = Field(
+        100_000, ge=1, description="Polling pauses while this many records wait to be written to Kafka"
+    )

@@ -84,7 +84,7 @@ def test_promote_compares_and_moves_and_rollback_moves_back(champion: Alias, fra
 
 @pytest.mark.parametrize(
     ("version", "reason"),
-    [("2", "wants columns that transactions do not have: colour"), ("9", "has no version 9")],
+    [("2", "needs columns that transactions do not have: colour"), ("9", "has no version 9")],
 )
 def test_a_version_that_cannot_serve_is_refused(champion: Alias, fraudctl: Fraudctl, version: str, reason: str) -> None:
     log_version(champion, amounts=(10.0, 1000.0))

@@ -77,7 +77,7 @@ def test_mails_stopped(stack: Rig, runbook: Runbook) -> None:
     group = stack.environment["ALERTER_GROUP"]
     assert f"unhealthy: alerter (group {group} on {stack.topic_2}): its oldest record has waited" in shown
     assert "failed   SMTP: 127.0.0.1:9: " in shown
-    assert "mail server: ConnectionRefusedError" in shown
+    assert "cannot reach the mail server 127.0.0.1:9: connection refused. " in shown
 
 
 def test_lag_grows(stack: Rig, runbook: Runbook) -> None:
@@ -105,7 +105,7 @@ def test_dead_letters_appear(stack: Rig, runbook: Runbook) -> None:
 def test_predictor_not_ready(stack: Rig, runbook: Runbook) -> None:
     stack.environment["MODEL_NAME"] = "nobody"
     predictor = stack.start("predictor", ready=False)
-    until(lambda: predictor.said("no version is champion"), what="a predictor that waits")
+    until(lambda: predictor.said("has the alias champion"), what="a predictor that waits")
 
     shown = runbook("Predictor not ready")
 

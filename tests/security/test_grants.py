@@ -223,7 +223,7 @@ def test_a_sink_whose_tables_are_old_names_who_brings_them_up_to_date(granted: G
     granted.run("UPDATE alembic_version SET version_num = '0002'")
     sink = connect(granted.url("db_sink"))
 
-    with pytest.raises(Outage, match=r"permission denied for schema public.*: fraudctl migrate") as outage:
+    with pytest.raises(Outage, match=r"permission denied for schema public.*\. Run fraudctl migrate") as outage:
         migrate(sink)
     assert "\n" not in str(outage.value)
     owner = granted.owner.url.username

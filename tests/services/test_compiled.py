@@ -122,8 +122,8 @@ def test_columns_in_another_order_than_they_were_learnt_are_not_mixed_up(
 @pytest.mark.parametrize(
     ("labels", "estimator", "reason"),
     [
-        ((0, 1), HistGradientBoostingClassifier(), "HistGradientBoostingClassifier is not among"),
-        ((0, 1, 2), RandomForestClassifier(5), "it tells 3 classes apart"),
+        ((0, 1), HistGradientBoostingClassifier(), "HistGradientBoostingClassifier is not one of"),
+        ((0, 1, 2), RandomForestClassifier(5), "the model has 3 classes"),
     ],
 )
 def test_what_cannot_be_compiled_is_served_as_it_is(
@@ -158,7 +158,7 @@ def test_without_the_extra_the_model_is_served_as_it_is(
 
 @pytest.mark.parametrize(
     ("interpreter", "reason"),
-    [("/bin/false", "the process that converts it ended with 1"), ("/bin/cat", "--help"), ("/no", "/no")],
+    [("/bin/false", "conversion failed: exit code 1"), ("/bin/cat", "--help"), ("/no", "/no")],
 )
 def test_a_conversion_that_dies_leaves_the_model_as_it_is(
     training: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch, interpreter: str, reason: str
@@ -175,13 +175,13 @@ def test_a_conversion_that_dies_leaves_the_model_as_it_is(
 def test_a_conversion_that_takes_too_long_leaves_the_model_as_it_is(
     training: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "_LONGEST_S", 0.05)
+    monkeypatch.setattr(compiled, "_CONVERSION_TIMEOUT_S", 0.05)
     forest = RandomForestClassifier(5, random_state=0).fit(*training)
 
     with capture_logs() as logs:
         assert model_of(forest).estimator is forest
 
-    assert "to convert it takes more than 0.05 s" in str(logs)
+    assert "conversion took more than 0.05 s" in str(logs)
 
 
 def test_a_forest_too_large_for_a_container_is_served_as_it_is(
@@ -189,13 +189,13 @@ def test_a_forest_too_large_for_a_container_is_served_as_it_is(
 ) -> None:
     forest = RandomForestClassifier(5, random_state=0).fit(*training)
     nodes = sum(tree.tree_.node_count for tree in forest.estimators_)
-    monkeypatch.setattr(compiled, "_MOST_NODES", nodes - 1)
+    monkeypatch.setattr(compiled, "_MAX_NODES", nodes - 1)
 
     with capture_logs() as logs:
         assert model_of(forest).estimator is forest
 
-    assert f"{nodes} nodes would take too much memory to compile" in str(logs)
-    monkeypatch.setattr(compiled, "_MOST_NODES", nodes)
+    assert f"too large: {nodes} nodes" in str(logs)
+    monkeypatch.setattr(compiled, "_MAX_NODES", nodes)
     assert isinstance(model_of(forest).estimator, Compiled)
 
 
@@ -215,4 +215,4 @@ def test_what_would_answer_otherwise_is_not_served(
     with capture_logs() as logs:
         assert model_of(forest).estimator is forest
 
-    assert "it would answer otherwise" in str(logs)
+    assert "its probabilities or labels would change" in str(logs)

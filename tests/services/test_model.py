@@ -42,11 +42,11 @@ def test_probabilities_are_labelled_by_the_logged_threshold() -> None:
 @pytest.mark.parametrize(
     ("estimator", "metadata", "reason"),
     [
-        pytest.param(Answers(0.4), {}, "need a logged threshold", id="a probability without a threshold"),
-        pytest.param(Answers([0, 1]), {}, "not one answer for each row", id="two columns"),
-        pytest.param(Answers(1, rows=2), {}, "not one answer for each row", id="too few"),
-        pytest.param(Answers(7), {"threshold": 0.5}, "predicts no probabilities", id="no probability"),
-        pytest.param(Answers(np.nan), {"threshold": 0.5}, "predicts no probabilities", id="not a number"),
+        pytest.param(Answers(0.4), {}, "log a threshold", id="a probability without a threshold"),
+        pytest.param(Answers([0, 1]), {}, "does not return one prediction for each row", id="two columns"),
+        pytest.param(Answers(1, rows=2), {}, "does not return one prediction for each row", id="too few"),
+        pytest.param(Answers(7), {"threshold": 0.5}, "does not return probabilities", id="no probability"),
+        pytest.param(Answers(np.nan), {"threshold": 0.5}, "does not return probabilities", id="not a number"),
         pytest.param(Answers("fraud"), {}, "could not convert", id="words"),
     ],
 )

@@ -338,7 +338,7 @@ class NeedsMore:
     ("model", "reason"),
     [
         pytest.param(NeedsMore(), "needs a_package_of_theirs, which is not installed here", id="a package is missing"),
-        pytest.param(Fussy(label=7), "other labels than zero and one", id="it does not answer 0 or 1"),
+        pytest.param(Fussy(label=7), "labels other than 0 and 1", id="it does not answer 0 or 1"),
         pytest.param(Fussy(refuses=[REFERENCE.amt]), "fails on the recorded transactions", id="it raises"),
     ],
 )

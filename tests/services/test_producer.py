@@ -146,7 +146,7 @@ def test_what_has_arrived_as_a_whole_is_taken_however_late(slow: Callable[[bytes
 
 
 def test_an_answer_without_end_is_an_outage(slow: Callable[[bytes, float], str]) -> None:
-    with requests.Session() as session, pytest.raises(Outage, match="an answer without end"):
+    with requests.Session() as session, pytest.raises(Outage, match="answer not complete after 1 s"):
         fetch(session, slow(b"the rows" * 8, 0.3), timeout_s=1.0)
 
 
@@ -172,7 +172,7 @@ def test_a_bad_row_is_kept_and_its_neighbours_go_on(
         ((200, {}, b""), "not JSON"),
         ((200, {}, b"<html>sleeping dyno</html>"), "not JSON"),
         ((503, {}, b""), "HTTP 503"),
-        ((302, {"Location": "http://127.0.0.1:9/"}, b""), "ConnectionError"),
+        ((302, {"Location": "http://127.0.0.1:9/"}, b""), "no answer: connection refused"),
         ((200, {"Content-Length": "5000"}, b"cut short"), "event='outage'"),
     ],
 )
@@ -359,7 +359,7 @@ def test_an_unusable_journal_is_named(tmp_path: Path) -> None:
 def test_what_a_full_disk_does_not_take_is_an_outage(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "file", remembered=10)
     journal._file.execute("PRAGMA max_page_count = 8")  # the way SQLite itself tests it
-    with pytest.raises(Outage, match="journal: database or disk is full"):
+    with pytest.raises(Outage, match=r"journal .*: database or disk is full"):
         journal.add([(str(number).encode(), Record("topic", b"x" * 5000, None, [])) for number in range(20)])
     assert journal.count() == 0
     journal.close()

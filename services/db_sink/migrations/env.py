@@ -1,9 +1,9 @@
-"""Runs the migrations on the connection that it is given, one process at a time."""
+"""Runs the migrations on the connection in the attribute `connection`, one process at a time."""
 
 import sqlalchemy as sa
 from alembic import context
 
-# Any number will do, as long as every db_sink asks for the same.
+# An arbitrary number, the same in every db_sink.
 _LOCK = 7_216_413_305
 
 connection: sa.Connection = context.config.attributes["connection"]

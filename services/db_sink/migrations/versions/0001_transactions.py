@@ -1,4 +1,4 @@
-"""The transactions with their predictions, and room for labels."""
+"""The table of transactions with their predictions and labels."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Create the table. Identity is (trans_num, unix_time): a trans_num alone can come back with another time."""
+    """Create the table. Identity is (trans_num, unix_time): a trans_num alone can recur with another time."""
     text = sa.Text()
     double: sa.Double[float] = sa.Double()
     timestamp = sa.TIMESTAMP(timezone=True)

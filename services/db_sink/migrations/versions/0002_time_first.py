@@ -1,4 +1,4 @@
-"""The identity's index with the time first: new rows meet at its end, however many there are."""
+"""The primary key with the time first, so that new rows go to the end of its index, however large it is."""
 
 from alembic import op
 
@@ -9,12 +9,12 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """A `trans_num` is random: an index that begins with it is written all over."""
+    """Put the time first: `trans_num` is random, so an index that begins with it is written all over."""
     _identity("unix_time", "trans_num")
 
 
 def downgrade() -> None:
-    """As it was."""
+    """Put `trans_num` first again."""
     _identity("trans_num", "unix_time")
 
 

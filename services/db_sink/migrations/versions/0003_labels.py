@@ -1,4 +1,4 @@
-"""Who confirmed what: every change of a label is kept, and confirmed rows are found without a scan."""
+"""A history of label changes, and an index that finds confirmed rows without a scan."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,7 +12,7 @@ _CONFIRMED = "transactions_confirmed"
 
 
 def upgrade() -> None:
-    """The index covers confirmed rows alone: what is stored without a label does not pay for it."""
+    """Create both. The index covers confirmed rows only, so storing unlabelled rows costs nothing extra."""
     op.create_table(
         "label_changes",
         sa.Column("id", sa.BigInteger(), sa.Identity(), primary_key=True),
@@ -31,6 +31,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """The labels stay; how they came about is forgotten."""
+    """Drop both: the labels stay, their history is lost."""
     op.drop_index(_CONFIRMED, "transactions")
     op.drop_table("label_changes")

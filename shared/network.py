@@ -1,0 +1,36 @@
+"""Why a connection failed, in plain words. Client libraries wrap the error of the system and quote URLs with logins."""
+
+import http.client
+import re
+import socket
+import ssl
+
+
+def why_unreachable(error: BaseException, *, default: str | None = None) -> str:
+    """The reason, for example `connection refused`: that of the first system error among `error` and its causes.
+
+    Without one, `default`, or the words in the name of the error's type. Never a library's message, which may hold a
+    secret.
+    """
+    at: BaseException | None = error
+    while at is not None:
+        if reason := _system_reason(at):
+            return reason
+        at = at.__cause__ or at.__context__
+    return default or re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
+
+
+def _system_reason(error: BaseException) -> str | None:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate refused: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {(error.reason or 'connection closed').lower().replace('_', ' ')}"
+    if isinstance(error, socket.gaierror):
+        return "host name not resolved"
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if isinstance(error, (ConnectionResetError, BrokenPipeError, http.client.IncompleteRead)):
+        return "connection closed by the server"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return None
