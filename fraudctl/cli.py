@@ -26,7 +26,7 @@ class _PlainTypes:
         parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for parameter in parameters:
             if isinstance(parameter, TyperArgument):
-                setattr(parameter, "display_type_rich", lambda **_: None)  # its name has a column of its own
+                parameter.display_type_rich = lambda **_: None  # type: ignore[method-assign]  # it has a column of its own
             elif parameter.is_flag:
                 parameter.metavar = ""  # it takes no value
         return parameters

@@ -4,15 +4,16 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
 
-from services.predictor.model import Model, UnusableModel, recorded, score
-from services.predictor.registry import Found, Registry
 from shared.errors import Outage
-from training import aliases
-from training.aliases import Alias, NoSuchVersion
+
+if TYPE_CHECKING:
+    from services.predictor.model import Model
+    from training.aliases import Alias
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,18 @@ class Trial:
     ms: float  # for all of them
 
 
-def promote(of: Alias, version: str) -> tuple[Trial, Trial | None]:
+def promote(of: "Alias", version: str) -> tuple[Trial, Trial | None]:
     """Move the alias to a version that can be served; returns its trial and that of the version before it.
 
     Raises NoSuchVersion, UnusableModel if it cannot be served, Outage if the registry does not answer.
     """
+    # Importing MLflow and scikit-learn changes the environment, which importing a module of ours must not.
+    from services.predictor.model import UnusableModel
+    from services.predictor.registry import Found, Registry
+    from training import aliases
+
     if not aliases.exists(of, version):
-        raise NoSuchVersion(f"{of.name} has no version {version}")
+        raise aliases.NoSuchVersion(f"{of.name} has no version {version}")
     with tempfile.TemporaryDirectory() as cache:
         registry = Registry(tracking_uri=of.tracking_uri, name=of.name, cache=Path(cache), compiled=False)
         candidate = _trial(registry.load(Found(version, None)))
@@ -62,7 +68,9 @@ def comparison(candidate: Trial, champion: Trial | None) -> Table:
     return table
 
 
-def _trial(model: Model) -> Trial:
+def _trial(model: "Model") -> Trial:
+    from services.predictor.model import recorded, score
+
     began = time.monotonic()
     scores = score(model, recorded())
     ms = 1000 * (time.monotonic() - began)
