@@ -160,7 +160,7 @@ def _kafka(settings: ServiceSettings, loaded: Mapping[type[BaseSettings], Any]) 
     yield (
         Finding("ok", "credentials", "accepted")
         if secured
-        else Finding("skipped", "credentials", "security.protocol needs none")
+        else Finding("skipped", "credentials", "not needed with this security.protocol")
     )
     try:
         lines = topics.check(properties, [settings.topic_1, settings.topic_2])

@@ -171,7 +171,8 @@ def state():
     root = logging.getLogger()
     return {
         "environment": {name: value for name, value in os.environ.items() if name not in sys.argv[2:]},
-        "switch interval": sys.getswitchinterval(), "gc": [gc.get_threshold(), gc.isenabled()], "signals": handlers, "root logger": [root.level, list(map(repr, root.handlers))],
+        "switch interval": sys.getswitchinterval(), "gc": [gc.get_threshold(), gc.isenabled()],
+        "signals": handlers, "root logger": [root.level, list(map(repr, root.handlers))],
         "excepthook": repr(sys.excepthook), "recursion limit": sys.getrecursionlimit(),
     }
 

@@ -114,7 +114,7 @@ def test_where_all_is_well_every_line_says_so(stack: Rig, doctor: Doctor) -> Non
 
     assert tuple(lines) == ALL
     assert [line for line in lines.values() if not line.startswith("ok")] == [lines["credentials"]]
-    assert lines["credentials"] == "skipped  credentials: security.protocol asks for none"
+    assert lines["credentials"] == "skipped  credentials: not needed with this security.protocol"
     assert code == 0
 
 
