@@ -1,6 +1,8 @@
-"""What an operator asks for, in words: times and ages, and why something cannot be done."""
+"""What an operator asks for in words (times and ages), and the error for what cannot be done."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 _AGE = re.compile(r"(\d{1,9})([mhd])", re.ASCII).fullmatch
@@ -8,11 +10,22 @@ _UNIT_MS = {"m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
 class CallError(Exception):
-    """What was asked for cannot be done: one line that says why, and perhaps one for each part of it."""
+    """A command cannot do what was asked. The message is one line, or one for each part that cannot be done."""
+
+    exit_code = 2
+
+
+@contextmanager
+def refusing(*errors: type[Exception]) -> Iterator[None]:
+    """Raise CallError, with the same message, for the errors of another package that a wrong call causes."""
+    try:
+        yield
+    except errors as error:
+        raise CallError(str(error)) from None
 
 
 def parse_since(text: str, *, now_ms: int, option: str = "--since") -> int:
-    """Epoch ms of an ISO date or time, UTC unless it says otherwise, or of an age such as 90m. Raises CallError."""
+    """Epoch ms of an ISO date or time (UTC without an offset), or of an age such as 90m. Raises CallError."""
     if age := _AGE(text):
         return now_ms - int(age[1]) * _UNIT_MS[age[2]]
     try:

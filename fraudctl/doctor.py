@@ -1,8 +1,9 @@
-"""Everything that the services need, tried once: a line each, and the remedy where it fails."""
+"""Everything the services need, tried once: one finding a check, with the fix for one that fails."""
 
 import email.utils
 import os
 import smtplib
+import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,22 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import mlflow
 import requests
-import sqlalchemy as sa
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AclOperation, AdminClient  # type: ignore[attr-defined]
 from confluent_kafka.cimpl import NewTopic
 from dotenv import dotenv_values
 from pydantic_settings import BaseSettings
 
-from fraudctl import status
-from fraudctl.labels import transaction
+from fraudctl import database, registry, status
+from services import catalogue
 from services.alerter.channels import configured, mailer
 from services.alerter.settings import AlerterSettings
-from services.db_sink.settings import SinkSettings
-from services.db_sink.table import TABLE, connect, versions
-from services.predictor.settings import PredictorSettings
+from services.db_sink.settings import DatabaseSettings
 from services.producer.api import fetch
 from services.producer.settings import ProducerSettings
 from shared.dead_letters import SUFFIX
@@ -34,14 +31,20 @@ from shared.kafka import topics
 from shared.kafka.clients import DENIED, admin, consumer, producer
 from shared.privacy import without_credentials
 from shared.records import read_split
-from shared.settings import SECRETS_FILE, ServiceSettings, kafka_properties, load, unknown_variables
+from shared.settings import (
+    SECRETS_FILE,
+    RegistrySettings,
+    ServiceSettings,
+    kafka_properties,
+    load,
+    unknown_variables,
+)
 from shared.variables import OF_LIBRARIES
-from training import aliases
 
 _TIMEOUT_S = 8.0
-_MOST_SKEW_S = 5.0  # clocks that follow NTP differ by milliseconds; ages and limits are told in seconds
+_MAX_SKEW_S = 5.0  # clocks that follow NTP differ by milliseconds; ages and limits are in seconds
+_TABLE = "transactions"
 
-_SERVICES = (ProducerSettings, PredictorSettings, AlerterSettings, SinkSettings)
 _ON_TOPICS = {
     AclOperation.READ: "Read",
     AclOperation.WRITE: "Write",
@@ -50,11 +53,11 @@ _ON_TOPICS = {
 _TRANSACTIONAL_ID = "fraudctl-doctor"
 
 Clocks = list[tuple[str, float]]
-"""Who else told the time, and by how many seconds it was ahead of this machine's."""
+"""The other systems that gave their time, and by how many seconds each is ahead of this machine's clock."""
 
 
 class Finding(NamedTuple):
-    """What became of a check."""
+    """The result of a check."""
 
     verdict: Literal["ok", "failed", "skipped"]
     what: str
@@ -64,11 +67,20 @@ class Finding(NamedTuple):
         return f"{self.verdict:8} {self.what}: {self.text}"
 
 
+class Area(NamedTuple):
+    """The checks of one system, for which the settings of the service that needs it are loaded."""
+
+    name: str
+    settings: type[BaseSettings]
+    check: Callable[[Any], Iterator[Finding]]
+
+
 def examine() -> list[Finding]:
-    """All checks, those of different systems at the same time."""
+    """The findings of all checks; different systems are checked at the same time."""
     loaded: dict[type[BaseSettings], Any] = {}
     problems: list[str] = []
-    for kind in (ServiceSettings, *_SERVICES):
+    kinds: list[type[ServiceSettings]] = [ServiceSettings, *(service.settings for service in catalogue.SERVICES)]
+    for kind in kinds:
         try:
             loaded[kind] = load(kind)
             if kind is AlerterSettings:
@@ -76,39 +88,50 @@ def examine() -> list[Finding]:
         except SettingsError as error:
             problems += [each for each in str(error).split("; ") if each not in problems]
     clocks: Clocks = []
-    areas: list[tuple[str, type[BaseSettings], Callable[[Any], Iterator[Finding]]]] = [
-        ("Kafka", ServiceSettings, lambda settings: _kafka(settings, loaded)),
-        ("MLflow", PredictorSettings, lambda settings: _mlflow(settings, clocks)),
-        ("database", SinkSettings, lambda settings: _database(settings, clocks)),
-        ("SMTP", AlerterSettings, _smtp),
-        ("API contract", ProducerSettings, lambda settings: _api(settings, clocks)),
-    ]
 
-    def explore(area: tuple[str, type[BaseSettings], Callable[[Any], Iterator[Finding]]]) -> list[Finding]:
-        what, kind, check = area
-        return list(check(loaded[kind])) if kind in loaded else [Finding("skipped", what, "its settings come first")]
+    def explore(area: Area) -> list[Finding]:
+        if area.settings in loaded:
+            return list(area.check(loaded[area.settings]))
+        return [Finding("skipped", area.name, "its settings have to be fixed first")]
 
+    areas = [Area("Kafka", ServiceSettings, lambda settings: _kafka(settings, loaded)), *_areas(clocks)]
     with ThreadPoolExecutor(len(areas)) as pool:
         explored = list(pool.map(explore, areas))
     first = Finding(
         "failed" if problems else "ok",
         "settings",
-        f"{'; '.join(problems)}: in secrets.env or in the environment" if problems else "those of all four services",
+        f"{'; '.join(problems)}. Set them in {SECRETS_FILE} or in the environment."
+        if problems
+        else f"the settings of all {len(catalogue.SERVICES)} services are valid",
     )
     return [first, *_names(), *(finding for findings in explored for finding in findings), _clock(clocks)]
 
 
+def _areas(clocks: Clocks) -> Iterator[Area]:
+    """The systems besides Kafka that the services need, each once."""
+    names_and_checks: dict[catalogue.Need, tuple[str, Callable[[Any], Iterator[Finding]]]] = {
+        "registry": ("MLflow", lambda settings: _mlflow(settings, clocks)),
+        "database": ("database", lambda settings: _database(settings, clocks)),
+        "mail server": ("SMTP", _smtp),
+        "payments API": ("API contract", lambda settings: _api(settings, clocks)),
+    }
+    for need, (name, check) in names_and_checks.items():
+        settings = next(service.settings for service in catalogue.SERVICES if need in service.needs)
+        yield Area(name, settings, check)
+
+
 def _names() -> Iterator[Finding]:
-    """Those of `secrets.env` and of the environment, as far as they are no settings."""
+    """The names in `secrets.env` and in the environment that are no setting's."""
     try:
         unknown = unknown_variables()
-    except SettingsError:  # which is among the settings' problems
+    except SettingsError:  # it is among the problems of the settings
         return
     for name, meant in unknown.items():
-        hint = f": is it {meant}?" if meant else ""
-        yield Finding("failed", "settings", f"nobody reads {name}, in {SECRETS_FILE} or in the environment{hint}")
+        hint = f" Rename it to {meant}, or remove it." if meant else " Remove it."
+        where = f"in {SECRETS_FILE} or in the environment"
+        yield Finding("failed", "settings", f"{name}, {where}, is no setting.{hint}")
     if strays := sorted({*OF_LIBRARIES} & {*dotenv_values(SECRETS_FILE)} - {*os.environ}):
-        where = "read by libraries, from the environment alone: compose puts it there, a checkout does not"
+        where = "libraries read these from the environment only: compose sets them there, a checkout does not"
         yield Finding("ok", "settings", f"{SECRETS_FILE}: {', '.join(strays)}: {where}")
 
 
@@ -117,27 +140,27 @@ def _kafka(settings: ServiceSettings, loaded: Mapping[type[BaseSettings], Any]) 
     try:
         properties = kafka_properties(settings)
         client = admin(properties, on_error=errors.append)
-        for make in (producer, partial(consumer, group="fraudctl")):  # which take more of the file
+        for make in (producer, partial(consumer, group="fraudctl")):  # they read more properties
             make(properties)
     except SettingsError as error:
         what = "credentials" if str(error).startswith("SASL_") else "client.properties"
         yield Finding("failed", what, str(error).removeprefix("CLIENT_PROPERTIES: "))
-        yield from _moot(("Kafka", "topics", "ACLs"), f"{what} come first")
+        yield from _skipped(("Kafka", "topics", "ACLs"), f"{what} have to be fixed first")
         return
     yield Finding("ok", "client.properties", str(settings.client_properties))
     try:
         client.list_topics(timeout=_TIMEOUT_S)
     except KafkaException as exception:
-        client.poll(0)  # which hands over what happened on the connections
+        client.poll(0)  # calls on_error with what happened on the connections
         yield from _unreached(properties, exception.args[0], errors)
-        yield from _moot(("topics", "ACLs"), "Kafka comes first")
+        yield from _skipped(("topics", "ACLs"), "Kafka has to be reached first")
         return
     yield Finding("ok", "Kafka", properties["bootstrap.servers"])
     secured = properties.get("security.protocol", "").upper().startswith("SASL")
     yield (
         Finding("ok", "credentials", "accepted")
         if secured
-        else Finding("skipped", "credentials", "security.protocol asks for none")
+        else Finding("skipped", "credentials", "not needed with this security.protocol")
     )
     try:
         lines = topics.check(properties, [settings.topic_1, settings.topic_2])
@@ -147,7 +170,7 @@ def _kafka(settings: ServiceSettings, loaded: Mapping[type[BaseSettings], Any]) 
     else:
         yield from (Finding("failed", "topics", line) for line in lines)
         if not lines:
-            yield Finding("ok", "topics", "all there, with the settings they need")
+            yield Finding("ok", "topics", "all exist, with the right settings")
     names = [name + suffix for name in (settings.topic_1, settings.topic_2) for suffix in ("", SUFFIX)]
     yield from _acls(client, properties, [*names, settings.challenger_topic], _groups(loaded))
 
@@ -157,37 +180,45 @@ def _unreached(properties: Mapping[str, str], error: KafkaError, errors: list[Ka
     codes = {each.code(): each.str() for each in errors}
     if refused := codes.get(KafkaError._AUTHENTICATION):
         yield Finding("ok", "Kafka", where)
-        yield Finding("failed", "credentials", f"{refused}: SASL_USERNAME, SASL_PASSWORD and sasl.mechanisms")
+        yield Finding(
+            "failed",
+            "credentials",
+            f"{where} refuses the login: {refused}. Check SASL_USERNAME, SASL_PASSWORD and sasl.mechanisms.",
+        )
     else:
         reason = codes.get(KafkaError._SSL) or codes.get(KafkaError._RESOLVE) or error.str()
-        remedy = "is it running, and are bootstrap.servers and security.protocol in client.properties its own?"
-        yield Finding("failed", "Kafka", f"{where}: {reason}: {remedy}")
-        yield from _moot(("credentials",), "Kafka comes first")
+        remedy = "Check that it runs, and bootstrap.servers and security.protocol in client.properties."
+        yield Finding("failed", "Kafka", f"cannot reach {where}: {reason}. {remedy}")
+        yield from _skipped(("credentials",), "Kafka has to be reached first")
 
 
 def _acls(client: AdminClient, properties: Mapping[str, str], names: list[str], groups: list[str]) -> Iterator[Finding]:
-    """Whether these credentials may do what fraudctl does: docs/security.md lists it as the operator's."""
+    """Whether this login has the operator's permissions: docs/security.md lists them."""
     lacking: dict[str, list[str]] = {}
     try:
         for operation, name in _lacking(client, properties, names, groups):
             lacking.setdefault(operation, []).append(name)
     except KafkaException as exception:
-        yield Finding("failed", "ACLs", f"not known: {exception.args[0].str()}: once more when all brokers answer")
+        yield Finding(
+            "failed", "ACLs", f"cannot be checked: {exception.args[0].str()}. Repeat this when every broker runs."
+        )
         return
     if lacking:
-        told = "; ".join(f"{operation} on {', '.join(lacked)}" for operation, lacked in lacking.items())
-        remedy = "is it the operator's? kafka-acls.sh --add --allow-principal ... as in docs/security.md"
-        yield Finding("failed", "ACLs", f"this login lacks {told}: {remedy}")
+        missing = "; ".join(f"{operation} on {', '.join(names)}" for operation, names in lacking.items())
+        remedy = (
+            "Use the operator's login, or grant them: kafka-acls.sh --add --allow-principal ... as in docs/security.md."
+        )
+        yield Finding("failed", "ACLs", f"this login lacks {missing}. {remedy}")
     else:
-        theirs = "the services' logins may be others, and what those lack is in the services' logs"
-        yield Finding("ok", "ACLs", f"all that fraudctl needs; {theirs}")
+        others = "services with other logins log what those lack"
+        yield Finding("ok", "ACLs", f"this login has every permission that fraudctl needs; {others}")
 
 
 def _lacking(
     client: AdminClient, properties: Mapping[str, str], names: list[str], groups: list[str]
 ) -> Iterator[tuple[str, str]]:
-    """Each right that is missing: an operation, and on what. Raises KafkaException where that cannot be told."""
-    there = []
+    """Each missing permission: an operation and a resource. Raises KafkaException if that cannot be checked."""
+    existing = []
     described = client.describe_topics(
         TopicCollection(names), include_authorized_operations=True, request_timeout=_TIMEOUT_S
     )
@@ -195,13 +226,13 @@ def _lacking(
         error = _expected(answer.result, KafkaError.UNKNOWN_TOPIC_OR_PART, *DENIED)
         if error == KafkaError.UNKNOWN_TOPIC_OR_PART:
             continue
-        there.append(name)
+        existing.append(name)
         allowed = [] if error else answer.result().authorized_operations
-        if allowed is not None:  # a broker that does not tell
+        if allowed is not None:  # None from a broker that does not report them
             yield from ((word, name) for operation, word in _ON_TOPICS.items() if operation not in allowed)
-    # Who may create on the cluster may create a topic, too: of one that is there, nothing is created.
-    present = [NewTopic(name, num_partitions=1) for name in there]
-    created = client.create_topics(present, validate_only=True, request_timeout=_TIMEOUT_S) if present else {}
+    # Create may be granted on the cluster or on a topic, so it is tried on existing topics, which changes nothing.
+    tried = [NewTopic(name, num_partitions=1) for name in existing]
+    created = client.create_topics(tried, validate_only=True, request_timeout=_TIMEOUT_S) if tried else {}
     for name, done in created.items():
         if _expected(done.result, KafkaError.TOPIC_ALREADY_EXISTS, *DENIED) in DENIED:
             yield "Create", name
@@ -209,13 +240,13 @@ def _lacking(
     for group, answer in asked.items():
         if _expected(partial(status.answered, answer), *status.PASSING, *DENIED) in DENIED:
             yield "Describe", f"group {group}"
-    client_of_its_own = producer(properties, transactional_id=_TRANSACTIONAL_ID)
-    if _expected(lambda: client_of_its_own.init_transactions(status.FIRST_S), *DENIED):
+    transactional = producer(properties, transactional_id=_TRANSACTIONAL_ID)
+    if _expected(lambda: transactional.init_transactions(status.COORDINATOR_S), *DENIED):
         yield "Write", f"transactional id {_TRANSACTIONAL_ID}"
 
 
 def _expected(ask: Callable[[], object], *codes: int) -> int | None:
-    """The code of the error, if there is one. Raises KafkaException for any but these."""
+    """The error's code, if there is an error. Raises KafkaException for any other code than these."""
     try:
         ask()
     except KafkaException as exception:
@@ -227,22 +258,18 @@ def _expected(ask: Callable[[], object], *codes: int) -> int | None:
 
 
 def _groups(loaded: Mapping[type[BaseSettings], Any]) -> list[str]:
-    """Those that status asks about; none before the settings are right."""
-    kinds = (PredictorSettings, AlerterSettings, SinkSettings)
-    if not all(kind in loaded for kind in kinds):
-        return []
-    return [group for _, group, _ in status.Settings(*(loaded[kind] for kind in kinds)).readers]
+    """The groups that status asks about, of the services whose settings are valid."""
+    services = {service.name: loaded[service.settings] for service in catalogue.SERVICES if service.settings in loaded}
+    return [each.group for each in status.configured_groups(services)]
 
 
-def _mlflow(settings: PredictorSettings, clocks: Clocks) -> Iterator[Finding]:
-    settings.log_in()
+def _mlflow(settings: RegistrySettings, clocks: Clocks) -> Iterator[Finding]:
     uri, name, alias = settings.mlflow_tracking_uri, settings.model_name, settings.model_alias
     try:
-        version = aliases.bearer(aliases.Alias(uri, name, alias))
+        version = registry.version_with_alias(settings, alias)
     except Outage as outage:
-        remedy = "is it running, and are MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD its own?"
-        yield Finding("failed", "MLflow", f"{_line(outage)}: {remedy}")
-        yield from _moot((alias,), "MLflow comes first")
+        yield Finding("failed", "MLflow", without_credentials(_line(outage)))
+        yield from _skipped((alias,), "MLflow has to be reached first")
         return
     yield Finding("ok", "MLflow", without_credentials(uri))
     if uri.startswith("http"):
@@ -250,87 +277,116 @@ def _mlflow(settings: PredictorSettings, clocks: Clocks) -> Iterator[Finding]:
             began = time.time()
             _note("MLflow", requests.head(uri, timeout=_TIMEOUT_S), began, clocks)
         except requests.RequestException:
-            pass  # it has just answered: its clock is all that is missing
+            pass  # it has just answered: only its clock is unknown
     if version is None:
-        yield Finding("failed", alias, f"no version of {name} is {alias}: fraudctl train or promote, or MODEL_NAME")
+        remedy = "Run `fraudctl train` or `fraudctl promote VERSION`, or change MODEL_NAME."
+        yield Finding("failed", alias, f"no version of {name} is {alias}. {remedy}")
         return
     try:
-        mlflow.set_tracking_uri(uri)
-        mlflow.artifacts.load_text(f"models:/{name}/{version}/MLmodel")
+        _read_artifact(settings, f"models:/{name}/{version}/MLmodel")
     except Exception as error:  # the client's, its transport's, or an artifact store's own
         reason = without_credentials(_line(error))
-        remedy = "is the artifact store's address right, and are its credentials?"
-        yield Finding("failed", alias, f"version {version} cannot be fetched: {reason}: {remedy}")
+        remedy = "Check the artifact store's address and credentials."
+        yield Finding("failed", alias, f"the files of version {version} cannot be read: {reason}. {remedy}")
     else:
-        yield Finding("ok", alias, f"{name} version {version}, and its files are there")
+        yield Finding("ok", alias, f"{name} version {version}; its files can be read")
 
 
-def _database(settings: SinkSettings, clocks: Clocks) -> Iterator[Finding]:
+def _read_artifact(settings: RegistrySettings, uri: str) -> None:
+    """Raises whatever MLflow, its transport or the artifact store raises."""
+    registry.limit_mlflow()
+    settings.set_up_mlflow()
+
+    import mlflow
+
+    mlflow.set_tracking_uri(settings.mlflow_tracking_uri)
+    mlflow.artifacts.load_text(uri)
+
+
+def _database(settings: DatabaseSettings, clocks: Clocks) -> Iterator[Finding]:
     try:
-        engine = connect(settings.database_url.get_secret_value())
-    except ValueError as error:
-        yield Finding("failed", "database", f"DATABASE_URL: {error}: postgresql://user:password@host:5432/name")
-        yield from _moot(("migrations", "privileges"), "database comes first")
+        address = database.Address(settings.database_url.get_secret_value())
+    except SettingsError as error:
+        yield Finding("failed", "database", f"{error}. Write it as postgresql://user:password@host:5432/name.")
+        yield from _skipped(("migrations", "privileges"), "the database has to be reached first")
         return
     try:
-        with transaction(engine) as connection:
+        with database.transaction(address) as first:
             began = time.time()
-            told = float(connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
-            clocks.append(("database", _ahead(told, told, began)))
+            now = float(first("SELECT extract(epoch FROM clock_timestamp()) AS now").now)
+            clocks.append(("database", _ahead(now, now, began)))
+            schema = database.schema(first)
     except Outage as outage:
-        remedy = "is it running, and are user, password, host and name in DATABASE_URL its own?"
-        yield Finding("failed", "database", f"{str(outage).removeprefix('database: ')}: {remedy}")
-        yield from _moot(("migrations", "privileges"), "database comes first")
+        yield Finding("failed", "database", str(outage))
+        yield from _skipped(("migrations", "privileges"), "the database has to be reached first")
         return
-    role = engine.url.username
-    whose = f"is {role} the db_sink's role? deploy/grants.sql has what that may do"
-    yield Finding("ok", "database", f"{engine.url.host}:{engine.url.port or 5432}/{engine.url.database}")
+    yield Finding("ok", "database", str(address))
+    newest = database.newest_schema()
+    if schema != newest:
+        remedy = "Run `fraudctl migrate` as the tables' owner, or restart the db_sink if its role may migrate."
+        yield Finding("failed", "migrations", f"the schema version is {schema or 'none'}, not {newest}. {remedy}")
+        yield from _skipped(("privileges",), "the schema has to be migrated first")
+        return
+    yield Finding("ok", "migrations", f"{newest} is the newest")
+    remedy = f"If {address.user} is the db_sink's role, grant it what deploy/grants.sql has."
     try:
-        present, newest = versions(engine)
-        if present != newest:
-            remedy = "the db_sink migrates it when it starts, with a role that may: see its log"
-            yield Finding("failed", "migrations", f"the schema is {present or 'not there'}, not {newest}: {remedy}")
-            yield from _moot(("privileges",), "migrations come first")
-            return
-        yield Finding("ok", "migrations", f"{newest} is the newest")
-        with transaction(engine) as connection:
-            row = connection.execute(sa.text(_PRIVILEGES), {"table": TABLE}).one()
-        lacking = [name for name, granted in row._mapping.items() if not granted]
-        if lacking:
-            yield Finding("failed", "privileges", f"{role} lacks {', '.join(lacking)}: {whose}")
-        else:
-            yield Finding("ok", "privileges", f"{role} may read, write and use temporary tables")
+        with database.transaction(address) as first:
+            row = first(_PRIVILEGES, {"table": _TABLE})
     except Outage as outage:
-        yield Finding("failed", "privileges", f"{outage}: {whose}")
-    finally:
-        engine.dispose()
+        yield Finding("failed", "privileges", str(outage))
+        return
+    if lacking := [name for name, granted in zip(_PRIVILEGE_NAMES, row, strict=True) if not granted]:
+        yield Finding("failed", "privileges", f"{address.user} lacks {', '.join(lacking)}. {remedy}")
+    else:
+        yield Finding("ok", "privileges", f"{address.user} may read, write and use temporary tables")
 
 
+_PRIVILEGE_NAMES = ("SELECT", "INSERT", "UPDATE", "TEMPORARY")
 _PRIVILEGES = """
-SELECT has_table_privilege(:table, 'SELECT') AS "SELECT", has_table_privilege(:table, 'INSERT') AS "INSERT",
-  has_table_privilege(:table, 'UPDATE') AS "UPDATE",
-  has_database_privilege(current_database(), 'TEMPORARY') AS "TEMPORARY"
+SELECT has_table_privilege(%(table)s, 'SELECT') AS may_select, has_table_privilege(%(table)s, 'INSERT') AS may_insert,
+  has_table_privilege(%(table)s, 'UPDATE') AS may_update,
+  has_database_privilege(current_database(), 'TEMPORARY') AS may_create_temporary
 """
 
 
 def _smtp(settings: AlerterSettings) -> Iterator[Finding]:
     if not settings.smtp_host:
-        yield Finding("skipped", "SMTP", "SMTP_HOST is not set: alarms go by webhook alone")
+        yield Finding("skipped", "SMTP", "SMTP_HOST is not set: alarms are sent by webhook only")
         return
-    where = f"{settings.smtp_host}:{settings.smtp_port}"
+    where = f"the mail server {settings.smtp_host}:{settings.smtp_port}"
     try:
         connection = mailer(settings.model_copy(update={"smtp_timeout_seconds": _TIMEOUT_S})).connect()
         connection.noop()
         connection.close()
     except smtplib.SMTPAuthenticationError as error:
-        yield Finding("failed", "SMTP", f"{where} refuses the login ({error.smtp_code}): SMTP_USERNAME, SMTP_PASSWORD")
-    except (ssl.SSLError, smtplib.SMTPNotSupportedError) as error:
-        remedy = "SMTP_TLS (starttls with port 587, implicit with 465), or its certificate"
-        yield Finding("failed", "SMTP", f"{where}: {_line(error)}: {remedy}")
+        remedy = "Check SMTP_USERNAME and SMTP_PASSWORD."
+        yield Finding("failed", "SMTP", f"{where} refuses the login ({error.smtp_code}). {remedy}")
+    except smtplib.SMTPNotSupportedError:
+        yield Finding("failed", "SMTP", f"{where} does not offer STARTTLS or a login. {_SMTP_TLS_REMEDY}")
+    except ssl.SSLError as error:
+        reason = f"TLS failed ({error.reason or type(error).__name__})"
+        yield Finding("failed", "SMTP", f"{where}: {reason}. {_SMTP_TLS_REMEDY} Check its certificate, too.")
     except (smtplib.SMTPException, OSError, UnicodeError) as error:
-        yield Finding("failed", "SMTP", f"{where}: {_line(error)}: is it running, SMTP_HOST, SMTP_PORT, SMTP_TLS")
+        remedy = "Check that it runs, and SMTP_HOST, SMTP_PORT and SMTP_TLS."
+        yield Finding("failed", "SMTP", f"cannot reach {where}: {_connection_reason(error)}. {remedy}")
     else:
-        yield Finding("ok", "SMTP", f"{where}{', login accepted' if settings.smtp_username else ''}")
+        login = ", login accepted" if settings.smtp_username else ""
+        yield Finding("ok", "SMTP", f"{settings.smtp_host}:{settings.smtp_port}{login}")
+
+
+_SMTP_TLS_REMEDY = "Set SMTP_TLS to what it offers: starttls (port 587), implicit (port 465) or none."
+
+
+def _connection_reason(error: Exception) -> str:
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(error, TimeoutError):
+        return f"no answer in {_TIMEOUT_S:.0f} s"
+    if isinstance(error, socket.gaierror | UnicodeError):
+        return "its host name is unknown"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return _line(error)
 
 
 def _api(settings: ProducerSettings, clocks: Clocks) -> Iterator[Finding]:
@@ -342,14 +398,17 @@ def _api(settings: ProducerSettings, clocks: Clocks) -> Iterator[Finding]:
         rows = read_split(fetch(session, str(settings.api_url), timeout_s=_TIMEOUT_S))
     except Outage as outage:
         if str(outage) == "HTTP 429":
-            yield Finding("skipped", what, "it answers, and asks for fewer calls: again in a minute")
+            yield Finding("skipped", what, "the API answers, but asks for fewer calls. Repeat this in a minute.")
         else:
-            yield Finding("failed", what, f"{url}: {outage}: is it API_URL, and does curl get an answer from it?")
+            remedy = f"Check API_URL, and the answer of `curl {url}`."
+            yield Finding("failed", what, f"no answer from {url}: {outage}. {remedy}")
     except Poison as poison:
-        yield Finding("failed", what, f"{url}: {_line(poison)}: is it API_URL, and what does curl show?")
+        remedy = f"Check API_URL, and the answer of `curl {url}`."
+        yield Finding("failed", what, f"the answer from {url} is no transactions: {_line(poison)}. {remedy}")
     else:
         if rows.bad:
-            yield Finding("failed", what, f"{rows.bad[0].reason}: see fraudctl dead-letters list")
+            remedy = "See such rows with `fraudctl dead-letters list`."
+            yield Finding("failed", what, f"{url} sends a row that is no transaction: {rows.bad[0].reason}. {remedy}")
         else:
             yield Finding("ok", what, f"{url}: {len(rows.transactions)} transactions in one answer")
     finally:
@@ -358,32 +417,32 @@ def _api(settings: ProducerSettings, clocks: Clocks) -> Iterator[Finding]:
 
 def _clock(clocks: Clocks) -> Finding:
     if not clocks:
-        return Finding("skipped", "clock skew", "nobody told the time")
+        return Finding("skipped", "clock skew", "no other system gave its time")
     who, ahead_s = max(clocks, key=lambda clock: abs(clock[1]))
-    if abs(ahead_s) > _MOST_SKEW_S:
+    if abs(ahead_s) > _MAX_SKEW_S:
         direction = "ahead of" if ahead_s > 0 else "behind"
-        text = f"{who} is {abs(ahead_s):.0f} s {direction} this machine: have both follow NTP (timedatectl)"
+        text = f"{who} is {abs(ahead_s):.0f} s {direction} this machine. Set up NTP on both (timedatectl)."
         return Finding("failed", "clock skew", text)
-    return Finding("ok", "clock skew", f"none beyond {_MOST_SKEW_S:.0f} s: {', '.join(name for name, _ in clocks)}")
+    return Finding("ok", "clock skew", f"at most {_MAX_SKEW_S:.0f} s: {', '.join(name for name, _ in clocks)}")
 
 
 def _note(who: str, answer: requests.Response, began: float, clocks: Clocks) -> None:
-    """By its Date header, which leaves out what is less than a second."""
+    """Append the clock by its Date header, which has whole seconds."""
     try:
-        told = email.utils.parsedate_to_datetime(answer.headers["Date"]).timestamp()
+        date = email.utils.parsedate_to_datetime(answer.headers["Date"]).timestamp()
     except (KeyError, ValueError):
         return
-    clocks.append((who, _ahead(told, told + 1, began)))
+    clocks.append((who, _ahead(date, date + 1, began)))
 
 
 def _ahead(earliest: float, latest: float, began: float) -> float:
-    """How far a clock that showed a time between these two, at a time between `began` and now, is ahead at least."""
+    """By how much a clock that showed a time between these two, at some time since `began`, is ahead at least."""
     return max(0.0, earliest - time.time()) + min(0.0, latest - began)
 
 
-def _moot(names: tuple[str, ...], why: str) -> Iterator[Finding]:
+def _skipped(names: tuple[str, ...], why: str) -> Iterator[Finding]:
     yield from (Finding("skipped", name, why) for name in names)
 
 
 def _line(error: Exception) -> str:
-    return " ".join(f"{error or type(error).__name__}".split())[:300]
+    return " ".join(f"{error or type(error).__name__}".split())[:300].removesuffix(".")

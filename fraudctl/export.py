@@ -1,4 +1,4 @@
-"""Confirmed transactions as a training file: the same header, the same order of columns, the same formats."""
+"""Export of confirmed transactions as a training file, with its header, column order and formats."""
 
 import csv
 import sqlite3
@@ -26,17 +26,17 @@ _TRANS_NUM, _UNIX_TIME = HEADER.index("trans_num"), HEADER.index("unix_time")
 
 Row = Sequence[Any]
 Progress = Callable[[int, int], None]
-"""Told how many rows are done, and of how many."""
+"""Called with the number of rows written so far, and the total."""
 
 
 def export(
     engine: sa.Engine, out: str, *, since: int | None, until: int | None, append: bool, progress: Progress
 ) -> int:
-    """Write the confirmed rows with since <= unix_time < until (epoch seconds), by time, and return how many there are.
+    """Write the confirmed rows with since <= unix_time < until (epoch seconds), sorted by time; returns their number.
 
-    With `append`, what the file has already is kept, and of a transaction that is in both the row just read. The file
-    is written under another name and moved when it is whole. Raises CallError if its header is another one, Outage,
-    OSError.
+    With `append`, the rows in the file are kept, and the database's row wins for a transaction that is in both. The
+    file is written under another name and renamed when it is complete. Raises CallError for a file with another header,
+    Outage, OSError.
     """
     with (
         _target(out) as (earlier, partial),
@@ -97,17 +97,17 @@ def _read(path: Path, name: str) -> Iterator[Row]:
         header = next(rows, [])
         if tuple(header) != HEADER:
             there, expected = ",".join(header), ",".join(HEADER)
-            raise CallError(f"{name} has another header\n  there:    {there}\n  expected: {expected}")
+            raise CallError(f"{name} has another header\n  found:    {there}\n  expected: {expected}")
         for row in rows:
             if len(row) != len(HEADER):
                 raise CallError(f"{name}, line {rows.line_num}: {len(row)} values, not {len(HEADER)}")
             if not row[_UNIX_TIME].isdecimal():
-                raise CallError(f"{name}, line {rows.line_num}: unix_time is no number of seconds")
+                raise CallError(f"{name}, line {rows.line_num}: unix_time is not a number of seconds")
             yield row
 
 
 def _merged(earlier: Iterable[Row], later: Iterable[Row], *, directory: Path) -> Iterator[Row]:
-    """Both by identity, in the order of time; SQLite sorts, since neither need fit into memory."""
+    """The rows of both, one for each identity, sorted by time. SQLite sorts, because they may not fit into memory."""
     with _sorting(directory) as rows:
         columns = ", ".join(f"c{number}" for number in range(len(HEADER)))
         rows.execute(f"CREATE TABLE rows ({columns}, at INTEGER, PRIMARY KEY (at, c{_TRANS_NUM})) WITHOUT ROWID")
@@ -125,16 +125,16 @@ def _sorting(directory: Path) -> Iterator[sqlite3.Connection]:
             rows.execute("PRAGMA synchronous = OFF")
             yield rows
     except sqlite3.Error as error:  # a full disk, as a rule
-        raise OSError(f"{directory}: {error}") from None
+        raise OSError(f"cannot sort in {directory}: {error}") from None
 
 
 @contextmanager
 def _target(out: str) -> Iterator[tuple[Path, Path]]:
-    """Where the earlier file can be read, if there is one, and where the new one is to be written; then it is put."""
+    """Paths of the existing file, if there is one, and of the new one, which replaces it at the end."""
     if not out.startswith(_S3):
         path = Path(out)
         if not path.parent.is_dir():
-            raise CallError(f"{out}: there is no folder {path.parent}")
+            raise CallError(f"cannot write {out}: the folder {path.parent} does not exist")
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
             partial = Path(scratch) / "partial"
             yield path, partial
@@ -143,7 +143,7 @@ def _target(out: str) -> Iterator[tuple[Path, Path]]:
     try:
         import s3fs
     except ImportError:
-        raise CallError(f"{out}: s3fs is missing: pip install 'fraud-alarm[s3]'") from None
+        raise CallError(f"cannot write {out}: s3fs is not installed. Run: pip install 'fraud-alarm[s3]'") from None
     with tempfile.TemporaryDirectory() as scratch:
         earlier, partial = Path(scratch) / "earlier", Path(scratch) / "partial"
         with _reached(out):
@@ -152,7 +152,7 @@ def _target(out: str) -> Iterator[tuple[Path, Path]]:
                 bucket.get_file(out, str(earlier))
         yield earlier, partial
         with _reached(out):
-            bucket.put_file(str(partial), out)  # an object is there when it is whole
+            bucket.put_file(str(partial), out)  # an object appears when it is complete
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def _reached(out: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # botocore's, of which there are many
-        raise Outage(f"{out}: {type(error).__name__}: {error}") from None
+        raise Outage(f"cannot reach {out}: {type(error).__name__}: {error}") from None
 
 
 def _open(path: Path, mode: str) -> IO[str]:

@@ -1,4 +1,4 @@
-"""Labels: what somebody found out about a transaction, written over what its source said, and each change kept."""
+"""Fraud labels: reviewers confirm them, they replace the source's labels, and every change is kept."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -15,27 +15,29 @@ from rich.text import Text
 from sqlalchemy.exc import SQLAlchemyError
 
 from fraudctl.call import CallError
-from services.db_sink.table import reason
-from shared.errors import Outage
+from services.db_sink.settings import DatabaseSettings
+from services.db_sink.table import connect, reason
+from shared.errors import Outage, SettingsError
 from shared.privacy import mask_card
+from shared.settings import load
 
 _YES, _NO = ("1", "yes", "true"), ("0", "no", "false")
-_MOST_TIMES = 5  # of one trans_num
-_LOCK = 4_120_937_718  # any number; a lock on a table takes rights to change what is in it
+_MAX_TIMES = 5  # of one trans_num
+_LOCK = 4_120_937_718  # any number; a lock on the table would need the right to change all of it
 
 
 class Label(NamedTuple):
-    """What somebody says of a transaction; `unix_time` tells those of one trans_num apart."""
+    """A reviewer's label of a transaction; `unix_time` distinguishes transactions with the same trans_num."""
 
     trans_num: str
     is_fraud: bool
     by: str
     unix_time: int | None = None
-    line: int | None = None  # of the file that it is from
+    line: int | None = None  # in the imported file
 
 
 class Done(NamedTuple):
-    """How many labels changed something, and how many were confirmed like that before."""
+    """How many labels changed, and how many transactions had their label before."""
 
     changed: int
     confirmed_before: int
@@ -43,7 +45,7 @@ class Done(NamedTuple):
 
 @dataclass(frozen=True)
 class Performance:
-    """How a model version did on the confirmed rows that it predicted."""
+    """A model version's precision and recall on the confirmed rows that it predicted."""
 
     model: str
     confirmed: int
@@ -53,9 +55,9 @@ class Performance:
 
 
 def read(path: Path, *, by: str | None) -> list[Label]:
-    """A CSV with trans_num, is_fraud and, if they are there, unix_time and by.
+    """The labels in a CSV file with the columns trans_num, is_fraud, and optionally unix_time and by.
 
-    Raises CallError with a line for each that cannot be read, OSError.
+    Raises CallError, with a line for each row that is wrong; OSError.
     """
     problems: list[str] = []
     labels: list[Label] = []
@@ -63,43 +65,45 @@ def read(path: Path, *, by: str | None) -> list[Label]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             if absent := [name for name in ("trans_num", "is_fraud") if name not in (rows.fieldnames or [])]:
-                raise CallError(f"{path}: columns missing: {', '.join(absent)}")
+                raise CallError(f"{path} lacks the columns {', '.join(absent)}")
             for row in rows:
                 try:
                     labels.append(_label(row, by=by, line=rows.line_num))
                 except ValueError as error:
                     problems.append(f"line {rows.line_num}: {error}")
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise CallError(f"{path}: {error}") from None
+    except csv.Error as error:
+        raise CallError(f"{path}, line {rows.line_num}, is not CSV: {error}") from None
+    except UnicodeDecodeError:
+        raise CallError(f"{path} is not UTF-8 text") from None
     if problems:
-        raise CallError(_told(problems))
+        raise CallError(_rejection(problems))
     if not labels:
-        raise CallError(f"{path}: no labels in it")
+        raise CallError(f"{path} has no labels")
     return labels
 
 
 def fraud_or_not(text: str) -> bool:
-    """Raises ValueError for what is neither yes nor no."""
+    """Whether the text says fraud. Raises ValueError for anything but yes, no, true, false, 1 and 0."""
     if (answer := text.strip().lower()) not in (*_YES, *_NO):
         raise ValueError(f"is_fraud: expected 0 or 1, not {answer[:20]!r}")
     return answer in _YES
 
 
 def confirm(engine: sa.Engine, labels: Sequence[Label], *, overrule: bool = False) -> Done:
-    """Write the labels, all or none, and keep what was there before.
+    """Write the labels, all or none, and keep the previous ones in label_changes.
 
-    Raises CallError that names each unknown or ambiguous transaction and, unless they are to be overruled, each that
-    somebody confirmed otherwise; Outage.
+    Raises CallError that names each unknown or ambiguous transaction and, without `overrule`, each with a conflicting
+    confirmed label; Outage.
     """
     with transaction(engine) as connection:
-        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})  # one after the other
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})  # serializes confirmations
         connection.execute(sa.text(_GIVEN))
         rows = [(n, each.trans_num, each.unix_time, int(each.is_fraud), each.by) for n, each in enumerate(labels)]
         execute_values(connection.connection.cursor(), "INSERT INTO given VALUES %s", rows, page_size=1000)
         connection.execute(sa.text("ANALYZE given"))
         connection.execute(sa.text(_MATCHED))
         if problems := _problems(connection, labels, overrule=overrule):
-            raise CallError(_told(problems))
+            raise CallError(_rejection(problems))
         connection.execute(sa.text(_KEPT))
         changed = connection.execute(sa.text(_WRITTEN)).rowcount
         (confirmed,) = connection.execute(sa.text("SELECT count(DISTINCT (trans_num, unix_time)) FROM matched")).one()
@@ -144,22 +148,26 @@ def _problems(connection: sa.Connection, labels: Sequence[Label], *, overrule: b
         "SELECT number, array_agg(unix_time ORDER BY unix_time) FROM matched GROUP BY number HAVING count(*) > 1"
     )
     for number, times in connection.execute(sa.text(ambiguous)):
-        which = ", ".join(map(str, times[:_MOST_TIMES])) + (", ..." if len(times) > _MOST_TIMES else "")
-        found.append((number, f"{labels[number].trans_num} came {len(times)} times: say which unix_time, of {which}"))
+        which = ", ".join(map(str, times[:_MAX_TIMES])) + (", ..." if len(times) > _MAX_TIMES else "")
+        found.append(
+            (number, f"{labels[number].trans_num} exists {len(times)} times. Give its unix_time, one of {which}.")
+        )
     torn = "SELECT max(number) FROM matched GROUP BY unix_time, trans_num HAVING count(DISTINCT is_fraud) > 1"
     for (number,) in connection.execute(sa.text(torn)):
-        found.append((number, f"{labels[number].trans_num} is given both labels"))
+        found.append((number, f"{labels[number].trans_num} has both labels in this import"))
     otherwise = "SELECT number, validated_by, was_fraud FROM matched WHERE confirmed AND was_fraud <> is_fraud"
     if not overrule:
         for number, who, was_fraud in connection.execute(sa.text(otherwise)):
             was = "fraud" if was_fraud else "no fraud"
-            found.append((number, f"{labels[number].trans_num} was confirmed as {was} by {who} (--overrule)"))
+            found.append(
+                (number, f"{labels[number].trans_num} was confirmed as {was} by {who}. Overwrite it with --overrule.")
+            )
     lines = ("" if labels[number].line is None else f"line {labels[number].line}: " for number, _ in sorted(found))
     return [line + problem for line, (_, problem) in zip(lines, sorted(found), strict=True)]
 
 
 def newest(engine: sa.Engine, *, unreviewed: bool, predicted_fraud: bool, limit: int) -> Table:
-    """The newest transactions, as people may see them. Raises Outage."""
+    """A table of the newest transactions, without card numbers. Raises Outage."""
     conditions = ["validated_at IS NULL"] * unreviewed + ["prediction = 1"] * predicted_fraud or ["TRUE"]
     query = f"""
         SELECT trans_num, unix_time, trans_date_trans_time, amt, merchant, cc_num, probability, prediction, is_fraud,
@@ -167,7 +175,7 @@ def newest(engine: sa.Engine, *, unreviewed: bool, predicted_fraud: bool, limit:
         FROM transactions WHERE {" AND ".join(conditions)} ORDER BY unix_time DESC, trans_num LIMIT :limit
     """  # noqa: S608 - nothing in it comes from outside
     table = Table(Column("transaction", no_wrap=True), "unix_time", "time (UTC)", "amount", "merchant", "card")
-    for name in ("probability", "called", "label"):
+    for name in ("probability", "prediction", "label"):
         table.add_column(name)
     with transaction(engine) as connection:
         for row in connection.execute(sa.text(query), {"limit": limit}):
@@ -189,7 +197,7 @@ def newest(engine: sa.Engine, *, unreviewed: bool, predicted_fraud: bool, limit:
 
 
 def performance(engine: sa.Engine) -> list[Performance]:
-    """Of each model version, the newest first, on the rows that somebody confirmed. Raises Outage."""
+    """Each model version's performance on confirmed rows, newest version first. Raises Outage."""
     query = """
         SELECT model_name, model_version, count(*) AS confirmed, sum(is_fraud) AS frauds, sum(prediction) AS alarms,
           sum(is_fraud * prediction) AS right_alarms
@@ -209,6 +217,14 @@ def performance(engine: sa.Engine) -> list[Performance]:
         ]
 
 
+def engine() -> sa.Engine:
+    """The database of DATABASE_URL. Raises SettingsError."""
+    try:
+        return connect(load(DatabaseSettings).database_url.get_secret_value())
+    except ValueError as error:
+        raise SettingsError(f"DATABASE_URL: {error}") from None
+
+
 @contextmanager
 def transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
     """One transaction. Raises Outage."""
@@ -224,11 +240,11 @@ def _label(row: dict[str, str | None], *, by: str | None, line: int) -> Label:
     if not trans_num or "\0" in f"{trans_num}{who}":
         raise ValueError("trans_num is empty")
     if not (who := who or by or ""):
-        raise ValueError("by whom? Neither a column `by` nor --by says so")
+        raise ValueError("no reviewer: fill in the column `by`, or give --by")
     if at and not (at.isascii() and at.isdigit() and len(at) <= 12):
         raise ValueError(f"unix_time: expected epoch seconds, not {at[:20]!r}")
     return Label(trans_num, fraud_or_not(row["is_fraud"] or ""), who, int(at) if at else None, line)
 
 
-def _told(problems: Sequence[str]) -> str:
-    return "nothing was changed:\n  " + "\n  ".join(problems)
+def _rejection(problems: Sequence[str]) -> str:
+    return "no label was changed:\n  " + "\n  ".join(problems)

@@ -1,7 +1,7 @@
-"""Dead letters as an operator meets them: which there are, what one holds, and putting them back exactly once.
+"""Dead letters: listing them, showing one, and replaying them exactly once.
 
-Records cannot be changed, so a letter that was put back is marked by a small record after it, in the same partition:
-retention takes the letter first.
+Records cannot be changed, so a replayed letter is marked by a small record after it, in the same partition. Retention
+deletes the letter first.
 """
 
 import re
@@ -28,7 +28,7 @@ from shared.kafka.topics import ends
 from shared.records import format_time, read_topic_1
 from shared.settings import ServiceSettings
 
-UNASKED = 1000  # so many are put back without --yes
+UNCONFIRMED = 1000  # more need --yes
 
 _MARK = "dlq-replayed"
 _TRANSACTIONAL_ID = "fraudctl-dead-letters"
@@ -43,12 +43,14 @@ _ID = re.compile(r"(.+):(\d{1,10}):(\d{1,19})", re.ASCII).fullmatch
 _EPOCH_MS = re.compile(r"\d{1,13}", re.ASCII).fullmatch
 
 
-class Fenced(Exception):
-    """Somebody else has begun to put dead letters back."""
+class Fenced(CallError):
+    """Another replay has started and fenced this one."""
+
+    exit_code = 1
 
 
 class LetterId(NamedTuple):
-    """Where a dead letter lies."""
+    """The topic, partition and offset of a dead letter."""
 
     topic: str
     partition: int
@@ -59,7 +61,7 @@ class LetterId(NamedTuple):
 
 
 class Letter(NamedTuple):
-    """A dead letter: the bytes as they were, and what is known of its refusal."""
+    """A dead letter: the original bytes, and why, when and by which group it was rejected."""
 
     id: LetterId
     value: bytes | None
@@ -70,22 +72,22 @@ class Letter(NamedTuple):
 
     @property
     def topic(self) -> str:
-        """Where it was before."""
+        """Its original topic."""
         return self._header("dlq-topic") or self.id.topic.removesuffix(SUFFIX)
 
     @property
     def reason(self) -> str:
-        """Why it was refused."""
+        """Why it was rejected."""
         return self._header("dlq-reason")
 
     @property
     def group(self) -> str:
-        """Who refused it."""
+        """The consumer group that rejected it."""
         return self._header("dlq-group")
 
     @property
     def original_headers(self) -> Headers:
-        """The headers that it had before."""
+        """Its original headers."""
         return [header for header in self.headers if not header[0].startswith("dlq-")]
 
     def _header(self, name: str) -> str:
@@ -93,15 +95,15 @@ class Letter(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Which dead letters are meant: those of these topics, and of them those that everything else given fits."""
+    """A filter: the dead letters of these topics that match every other field."""
 
-    topics: Sequence[str]  # where the letters were before
+    topics: Sequence[str]  # original topics
     ids: Collection[LetterId] = ()
     reason: str = ""
     since_ms: int = 0  # epoch
 
-    def holds(self, letter: Letter) -> bool:
-        """Whether it is one of them."""
+    def matches(self, letter: Letter) -> bool:
+        """Whether the letter matches."""
         return (
             (not self.ids or letter.id in self.ids)
             and self.reason.casefold() in letter.reason.casefold()
@@ -110,10 +112,10 @@ class Selection(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """What a replay did."""
+    """The result of a replay."""
 
-    put_back: int
-    skipped: int  # because they had been put back before
+    replayed: int
+    skipped: int  # replayed before
 
 
 def select(
@@ -124,7 +126,7 @@ def select(
     reason: str = "",
     since: str | None = None,
 ) -> Selection:
-    """The selection in an operator's words. Raises CallError."""
+    """The selection for these options. Raises CallError."""
     known = (settings.topic_1, settings.topic_2)
     if ids:
         wanted = {parse_id(each, known) for each in ids}
@@ -137,23 +139,23 @@ def select(
 
 
 def parse_id(text: str, topics: Sequence[str]) -> LetterId:
-    """Read `topic_1.dlq:3:17`. Raises CallError, also if that is none of the topics' dead letters."""
+    """Parse `topic_1.dlq:3:17`. Raises CallError for anything else, and for an unknown topic."""
     found = _ID(text)
     if not found:
-        raise CallError(f"{text!r} is no dead letter's id, such as {topics[0]}{SUFFIX}:3:17")
+        raise CallError(f"{text!r} is not the ID of a dead letter, for example {topics[0]}{SUFFIX}:3:17")
     return LetterId(parse_topic(found[1], topics) + SUFFIX, int(found[2]), int(found[3]))
 
 
 def parse_topic(text: str, topics: Sequence[str]) -> str:
-    """The one of the topics that the text names, by itself or by its dead-letter topic. Raises CallError."""
+    """The topic named by its own name or by its dead-letter topic's. Raises CallError for an unknown topic."""
     name = text.removesuffix(SUFFIX)
     if name not in topics:
-        raise CallError(f"{text!r} is not among the topics: {', '.join(topics)}")
+        raise CallError(f"there is no topic {text!r}. Choose from: {', '.join(topics)}")
     return name
 
 
 def read(properties: Mapping[str, str], selection: Selection) -> list[Letter]:
-    """The selected dead letters, oldest first. Raises CallError for a topic or an id that is not there, Outage."""
+    """The selected dead letters, oldest first. Raises CallError for a missing topic or ID, Outage."""
     letters: dict[str, Letter] = {}
     marks: dict[str, int] = {}
     starts = [
@@ -164,11 +166,11 @@ def read(properties: Mapping[str, str], selection: Selection) -> list[Letter]:
         letter = _letter(message)
         if marked := dict(letter.headers).get(_MARK):
             marks[f"{letter.id.topic}:{_text(marked)}"] = letter.at_ms
-        elif selection.holds(letter):
+        elif selection.matches(letter):
             letters[str(letter.id)] = letter
     for wanted in selection.ids:
         if str(wanted) not in letters:
-            raise CallError(f"there is no dead letter {wanted}")
+            raise CallError(f"there is no dead letter {wanted}. List them with `fraudctl dead-letters list`.")
     found = (letter._replace(replayed_at_ms=marks.get(name)) for name, letter in letters.items())
     return sorted(found, key=lambda letter: (letter.at_ms, letter.id))
 
@@ -178,42 +180,43 @@ def replay(
     selection: Selection,
     *,
     limit: int | None = None,
-    more: bool = False,
-    mended: bytes | None = None,
+    confirmed: bool = False,
+    corrected: bytes | None = None,
 ) -> Replayed:
-    """Put the selected dead letters back where they were, each exactly once, and mark them.
+    """Put the selected dead letters back on their topics, each exactly once, and mark them as replayed.
 
-    Those that are marked are left alone. `limit` bounds how many are put back, the oldest first; for more than
-    `UNASKED` there has to be `more`. `mended` takes the place of the value. Raises CallError, and has written nothing
-    then; Fenced; Outage.
+    Marked letters are skipped. `limit` is the most to replay, oldest first; more than `UNCONFIRMED` need `confirmed`.
+    `corrected` replaces the value. Raises CallError, after which nothing was written; Fenced; Outage.
     """
     names = [topic + SUFFIX for topic in selection.topics]
     _ends(properties, [*names, *selection.topics])
     client = producer(properties, transactional_id=_TRANSACTIONAL_ID)
-    # 1. Whoever else is putting letters back is fenced, and what they had open is aborted.
+    # 1. Fence any other replay; the broker aborts its open transaction.
     try:
         client.init_transactions(_TIMEOUT_S)
     except KafkaException as exception:
         raise _verdict(exception, [_TRANSACTIONAL_ID]) from None
-    # 2. All marks are read, those too that lie behind an open transaction.
+    # 2. Read all marks, also those behind an open transaction.
     _wait_for_open_transactions(properties, names)
     letters = read(properties, selection)
     waiting = [letter for letter in letters if letter.replayed_at_ms is None]
     chosen = waiting[:limit]
-    if len(chosen) > UNASKED and not more:
-        raise CallError(f"{len(chosen):,} dead letters would be put back: more than {UNASKED:,} need --yes")
-    if mended is not None:
-        chosen = [_mended(letter, mended) for letter in chosen]
-    # 3. Record and mark become visible together.
-    put_back = 0
+    if len(chosen) > UNCONFIRMED and not confirmed:
+        raise CallError(
+            f"{len(chosen):,} dead letters would be replayed. Add --yes to replay more than {UNCONFIRMED:,}."
+        )
+    if corrected is not None:
+        chosen = [_corrected(letter, corrected) for letter in chosen]
+    # 3. Write record and mark in one transaction.
+    replayed = 0
     for batch in batches(chosen):
-        _put_back(client, batch, done=put_back)
-        put_back += len(batch)
-    return Replayed(put_back, len(letters) - len(waiting))
+        _write(client, batch, done=replayed)
+        replayed += len(batch)
+    return Replayed(replayed, len(letters) - len(waiting))
 
 
 def batches(letters: Iterable[Letter]) -> Iterator[list[Letter]]:
-    """The letters of one transaction each, in order."""
+    """The letters in order, split into transactions bounded in letters and bytes."""
     batch: list[Letter] = []
     size = 0
     for letter in letters:
@@ -236,11 +239,11 @@ def save(letter: Letter, path: Path) -> None:
 
 
 def overview(letters: Iterable[Letter]) -> Table:
-    """The letters as a table."""
+    """A table of the letters."""
     table = Table()
     table.add_column("id", no_wrap=True)
     table.add_column("when (UTC)")
-    table.add_column("refused by", overflow="fold")
+    table.add_column("rejected by", overflow="fold")
     table.add_column("reason", overflow="fold", ratio=1)
     table.add_column("replayed")
     for letter in letters:
@@ -257,7 +260,7 @@ def overview(letters: Iterable[Letter]) -> Table:
 
 
 def totals(letters: Sequence[Letter]) -> list[str]:
-    """How many there are, and how many of each kind if there are several kinds."""
+    """Lines with the number of letters, and with the number for each reason if there are several."""
     if not letters:
         return ["no dead letters"]
     reasons = Counter(map(_reason, letters))
@@ -271,12 +274,12 @@ def counted(number: int) -> str:
 
 
 def description(letter: Letter) -> str:
-    """What a letter holds, without card number and birth date."""
+    """A letter in lines, without card number and birth date."""
     replayed = "no" if letter.replayed_at_ms is None else f"{_time(letter.replayed_at_ms)} UTC"
     size = "" if letter.value is None else f" ({len(letter.value):,} bytes)"
     return "\n".join(
         [
-            f"{letter.id}, refused {_time(letter.at_ms)} UTC, replayed: {replayed}",
+            f"{letter.id}, rejected {_time(letter.at_ms)} UTC, replayed: {replayed}",
             "",
             "headers:",
             *(f"  {readable_header('', name)}: {readable_header(name, value)}" for name, value in letter.headers),
@@ -299,8 +302,8 @@ def _letter(message: Message) -> Letter:
     )
 
 
-def _put_back(client: Producer, letters: Sequence[Letter], *, done: int) -> None:
-    """In one transaction. Raises Fenced, Outage: `done` have been put back before."""
+def _write(client: Producer, letters: Sequence[Letter], *, done: int) -> None:
+    """Write the letters and their marks in one transaction, after `done` others. Raises Fenced, Outage."""
     try:
         client.begin_transaction()
         for letter in letters:
@@ -319,7 +322,7 @@ def _put_back(client: Producer, letters: Sequence[Letter], *, done: int) -> None
             if another.args[0].code() in _FENCED:
                 problem = another
         names = {name for letter in letters for name in (letter.topic, letter.id.topic)}
-        raise _verdict(problem, [_TRANSACTIONAL_ID, *sorted(names)], put_back=done) from None
+        raise _verdict(problem, [_TRANSACTIONAL_ID, *sorted(names)], replayed=done) from None
 
 
 def _enqueue(
@@ -338,18 +341,18 @@ def _enqueue(
             client.poll(1.0)
 
 
-def _verdict(exception: KafkaException, used: Sequence[str], *, put_back: int = 0) -> Exception:
+def _verdict(exception: KafkaException, used: Sequence[str], *, replayed: int = 0) -> Exception:
     error = exception.args[0]
     if error.code() in _FENCED:
-        return Fenced(f"another replay has begun and goes on where this one stopped, after {counted(put_back)}")
+        return Fenced(f"another replay has started and continues where this one stopped, after {counted(replayed)}")
     reason = f"no answer in {_TIMEOUT_S:.0f} s" if error.code() == KafkaError._TIMED_OUT else error.str()
     if error.code() in DENIED:
         reason = f"{', '.join(used)}: {reason}"
-    return Outage(f"Kafka: {reason} (put back before that: {counted(put_back)})")
+    return Outage(f"Kafka: {reason} (replayed before that: {counted(replayed)})")
 
 
 def _wait_for_open_transactions(properties: Mapping[str, str], names: Sequence[str]) -> None:
-    """Until all that is written by now is committed or aborted: what lies behind an open transaction is not seen yet.
+    """Wait until every record written so far is committed or aborted: records behind an open transaction are invisible.
 
     Raises Outage.
     """
@@ -359,23 +362,23 @@ def _wait_for_open_transactions(properties: Mapping[str, str], names: Sequence[s
     while any(end.offset < written[end.topic, end.partition] for end in ends(properties, names)):
         if time.monotonic() > deadline:
             raise Outage(
-                f"Kafka: a transaction on {' or '.join(names)} has been open for {_OPEN_S:.0f} s:"
-                " kafka-transactions.sh names and ends what hangs"
+                f"Kafka: a transaction on {' or '.join(names)} has been open for {_OPEN_S:.0f} s."
+                " Find it with kafka-transactions.sh find-hanging, and end it with abort."
             )
         time.sleep(0.2)
 
 
 def _ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicPartition]:
-    """The end of what is committed in every partition. Raises CallError if a topic is missing or hidden, Outage."""
+    """The end of the committed records in every partition. Raises CallError for a missing or hidden topic, Outage."""
     found = ends(properties, names)
     for name in names:
         if not any(end.topic == name for end in found):
-            raise CallError(f"there is no topic {name}, or this login may not see it: fraudctl topics check")
+            raise CallError(f"there is no topic {name}, or this login may not see it. Run `fraudctl topics check`.")
     return found
 
 
-def _mended(letter: Letter, value: bytes) -> Letter:
-    """The letter with this value; one without a key gets the transaction's, if the value is one transaction."""
+def _corrected(letter: Letter, value: bytes) -> Letter:
+    """The letter with this value. One without a key gets its transaction's key, if the value is one transaction."""
     key = letter.key
     if key is None:
         with suppress(Poison):

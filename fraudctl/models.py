@@ -1,68 +1,76 @@
-"""Versions of the model: which may bear the alias, and how two of them compare."""
+"""Promotion of a model version: the test prediction, and how it compares with the current one."""
 
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
 
-from services.predictor.model import Model, UnusableModel, recorded, score
-from services.predictor.registry import Found, Registry
 from shared.errors import Outage
-from training import aliases
-from training.aliases import Alias, NoSuchVersion
+
+if TYPE_CHECKING:
+    from services.predictor.model import Model
+    from training.aliases import Alias
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A version, as the predictor would load it, on the recorded transactions."""
+    """A version's predictions for the recorded transactions, loaded as the predictor loads it."""
 
     version: str
-    labels: np.ndarray  # (n,)
-    probabilities: np.ndarray  # (n,), NaN where the model gives none
+    predictions: np.ndarray  # (n,)
+    probabilities: np.ndarray  # (n,), NaN if the model gives none
     ms: float  # for all of them
 
 
-def promote(of: Alias, version: str) -> tuple[Trial, Trial | None]:
-    """Give the alias to a version that can be served; returns how it and the one before it did.
+def promote(of: "Alias", version: str) -> tuple[Trial, Trial | None]:
+    """Move the alias to a version that can be served; returns its trial and that of the version before it.
 
     Raises NoSuchVersion, UnusableModel if it cannot be served, Outage if the registry does not answer.
     """
+    # Importing MLflow and scikit-learn changes the environment, which importing a module of ours must not.
+    from services.predictor.model import UnusableModel
+    from services.predictor.registry import Found, Registry
+    from training import aliases
+
     if not aliases.exists(of, version):
-        raise NoSuchVersion(f"{of.name} has no version {version}")
+        raise aliases.NoSuchVersion(f"{of.name} has no version {version}")
     with tempfile.TemporaryDirectory() as cache:
         registry = Registry(tracking_uri=of.tracking_uri, name=of.name, cache=Path(cache), compiled=False)
-        candidate = _tried(registry.load(Found(version, None)))
+        candidate = _trial(registry.load(Found(version, None)))
         before = aliases.bearer(of)
         try:
-            champion = _tried(registry.load(Found(before, None))) if before and before != version else None
-        except (UnusableModel, Outage):  # it is no reason to stay with it
+            champion = _trial(registry.load(Found(before, None))) if before and before != version else None
+        except (UnusableModel, Outage):  # a champion that cannot be loaded must not prevent its replacement
             champion = None
     aliases.move(of, version)
     return candidate, champion
 
 
 def comparison(candidate: Trial, champion: Trial | None) -> Table:
-    """Both on the same rows."""
-    table = Table(
-        "on the recorded transactions", *(f"version {each.version}" for each in (champion, candidate) if each)
-    )
+    """A table of both on the same rows."""
+    table = Table("recorded transactions", *(f"version {each.version}" for each in (champion, candidate) if each))
     trials = [each for each in (champion, candidate) if each]
-    table.add_row("rows", *(f"{len(each.labels):,}" for each in trials))
-    table.add_row("called fraud", *(f"{int(each.labels.sum()):,}" for each in trials))
+    table.add_row("rows", *(f"{len(each.predictions):,}" for each in trials))
+    table.add_row("predicted as fraud", *(f"{int(each.predictions.sum()):,}" for each in trials))
     table.add_row("mean probability", *(f"{each.probabilities.mean():.4f}" for each in trials))
     table.add_row("ms", *(f"{each.ms:.1f}" for each in trials))
     if champion:
-        table.add_row("labels that differ", "", f"{int((champion.labels != candidate.labels).sum()):,}")
+        table.add_row("different predictions", "", f"{int((champion.predictions != candidate.predictions).sum()):,}")
         table.add_row(
-            "probability apart, at most", "", f"{np.abs(champion.probabilities - candidate.probabilities).max():.4f}"
+            "largest difference in probability",
+            "",
+            f"{np.abs(champion.probabilities - candidate.probabilities).max():.4f}",
         )
     return table
 
 
-def _tried(model: Model) -> Trial:
+def _trial(model: "Model") -> Trial:
+    from services.predictor.model import recorded, score
+
     began = time.monotonic()
     scores = score(model, recorded())
     ms = 1000 * (time.monotonic() - began)

@@ -1,7 +1,7 @@
-"""A key, a value or a header as people may see it: no full card number and no birth date, whatever the bytes are.
+"""Keys, values and headers for people: no full card number and no birth date, whatever the bytes are.
 
-The field's name decides. Where it is unknown, in broken JSON or under a name that no transaction has, everything that
-might be a card number or a birth date is hidden.
+The field's name decides. If it is unknown, in broken JSON or under a name that no transaction has, everything that
+might be a card number or a birth date is masked.
 """
 
 import json
@@ -13,12 +13,12 @@ from shared.records import FEATURES
 
 _CARD = "cc_num"
 _BIRTH = "dob"
-# The fields where long numbers and dates are neither cards nor births.
+# Fields in which long numbers and dates are neither card numbers nor birth dates.
 _SHOWN = frozenset(FEATURES) - {_CARD, _BIRTH} | {"current_time", "prediction"}
 
 
 def readable_value(value: bytes | None, *, indent: int | None = 2) -> str:
-    """A record's value: JSON indented, anything else as text, without card number and birth date."""
+    """A record's value: indented JSON, anything else as text, without card number and birth date."""
     if value is None:
         return "none"
     text = _decoded(value)
@@ -33,7 +33,7 @@ def readable_value(value: bytes | None, *, indent: int | None = 2) -> str:
 
 
 def readable_key(key: bytes | None) -> str:
-    """A record's key; one of digits is a card number."""
+    """A record's key; one that has only digits is a card number and is masked."""
     if key is None:
         return "none"
     text = _decoded(key)
@@ -41,7 +41,7 @@ def readable_key(key: bytes | None) -> str:
 
 
 def readable_header(name: str, value: str | bytes | None) -> str:
-    """A header's value; what this project writes itself, times in ms among it, is no card number."""
+    """A header's value. The project's own headers, with times in ms, hold card numbers only in texts."""
     if value is None:
         return "none"
     text = value if isinstance(value, str) else _decoded(value)
@@ -50,7 +50,7 @@ def readable_header(name: str, value: str | bytes | None) -> str:
 
 
 def _hidden(value: Any, field: str = "") -> Any:
-    """The JSON value with what must not be seen replaced."""
+    """The JSON value with card numbers and birth dates masked."""
     if value is None or isinstance(value, bool):
         return value
     if field.lower() == _CARD:
@@ -79,14 +79,14 @@ def _hidden_object(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hidden_row(columns: list[Any], row: Any) -> Any:
-    """A row of the split form; where it does not fit the columns, no cell's field is known."""
+    """A row of the split form. If it does not fit the columns, no cell's field is known."""
     if isinstance(row, list) and len(row) == len(columns):
         return [_hidden(cell, str(column)) for column, cell in zip(columns, row, strict=True)]
     return _hidden(row)
 
 
 def _parsed(text: str) -> Any:
-    """The object or list that the text is, also as a JSON string inside JSON; None if it is neither."""
+    """The object or list in the text, also as a JSON string inside JSON; None for anything else."""
     try:
         parsed = json.loads(text)
         if isinstance(parsed, str):
@@ -101,7 +101,7 @@ def _decoded(raw: bytes) -> str:
 
 
 def _printable(text: str) -> str:
-    """Nothing that a terminal would obey."""
+    """The text with control characters escaped, so that a terminal does not execute them."""
     return "".join(
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
     )

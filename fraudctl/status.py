@@ -1,4 +1,4 @@
-"""Where everything stands, asked of Kafka, MLflow and the database alone: no service has to answer."""
+"""What fraudctl status shows, asked of Kafka, MLflow and the database: no service has to answer."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -8,70 +8,73 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-import sqlalchemy as sa
 from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, TopicMetadata  # type: ignore[attr-defined]
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fraudctl import letters
-from fraudctl.labels import transaction
-from services.alerter.settings import AlerterSettings
-from services.db_sink.settings import SinkSettings
-from services.db_sink.table import connect, versions
-from services.predictor.settings import PredictorSettings
+from fraudctl import database, letters, registry
+from services import catalogue
+from services.db_sink.settings import DatabaseSettings
 from shared.dead_letters import SUFFIX
-from shared.errors import Outage, SettingsError
+from shared.errors import Outage
 from shared.kafka.clients import DENIED, admin, consumer
 from shared.kafka.messages import coordinates, says_nothing
 from shared.kafka.offsets import ends, newest_ms
 from shared.kafka.topics import away
 from shared.records import format_time
-from shared.settings import kafka_properties, load
-from training import aliases
+from shared.settings import RegistrySettings, ServiceSettings, kafka_properties, load
 
 _TIMEOUT_S = 10.0
-FIRST_S = 20.0  # a new broker makes its topics of groups and transactions when it is first asked for any
-_ASKED_AT_ONCE = 10
+COORDINATOR_S = 20.0  # a new broker creates its internal topics when the first group or transaction needs them
+_PARALLEL = 10
 _GROUP = "fraudctl"
-_MOST_LETTERS_READ = 10_000
-# Of a group that one may ask about, while its coordinator is made, loads or moves.
+_MAX_LETTERS_READ = 10_000
+# Passing errors of a group whose coordinator is being created, loaded or moved.
 PASSING = frozenset(
     {KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS, KafkaError.NOT_COORDINATOR}
 )
-_QUIET_S = 900.0  # as the alert NoTransactions has it
-_COUNTED_ROWS = 1_000_000  # counting more takes longer than anybody waits
+_QUIET_S = 900.0  # as in the alert NoTransactions
+_MAX_ROWS_COUNTED = 1_000_000  # counting more takes longer than an operator waits
 
 T = TypeVar("T")
 
 
 class Settings(NamedTuple):
-    """Those of the services that are asked about."""
+    """The settings of everything that status asks about."""
 
-    predictor: PredictorSettings
-    alerter: AlerterSettings
-    sink: SinkSettings
+    common: ServiceSettings
+    registry: RegistrySettings
+    database: DatabaseSettings
+    services: Mapping[str, ServiceSettings]  # of each service with a consumer group, by its name
 
-    @property
-    def readers(self) -> list[tuple[str, str, str]]:
-        """Service, group and topic of all that is configured."""
-        topic_2 = self.predictor.topic_2
-        return [
-            ("predictor", self.predictor.predictor_group, self.predictor.topic_1),
-            *([("alerter", self.alerter.alerter_group, topic_2)] if self.alerter.smtp_host else []),
-            *([("alerter", self.alerter.webhook_group, topic_2)] if self.alerter.webhook_url else []),
-            ("db_sink", self.sink.db_sink_group, topic_2),
-        ]
+
+class ConfiguredGroup(NamedTuple):
+    """A consumer group that these settings give a service."""
+
+    service: str
+    group: str
+    topic: str
+
+
+def configured_groups(services: Mapping[str, ServiceSettings]) -> list[ConfiguredGroup]:
+    """The consumer groups of the services with these settings, in the order of the flow."""
+    return [
+        ConfiguredGroup(service.name, getattr(settings, group.setting), getattr(settings, group.topic))
+        for service, group in catalogue.readers()
+        if (settings := services.get(service.name))
+        if group.only_with is None or getattr(settings, group.only_with)
+    ]
 
 
 @dataclass(frozen=True)
 class Partition:
-    """How far a group is in a partition, and who has it."""
+    """A group's progress in a partition, and the member that it is assigned to."""
 
     partition: int
-    lag: int  # offsets up to the end, from the first record that is not processed
-    oldest_seconds: float  # since that was written
+    lag: int  # offsets from the first unprocessed record to the end
+    oldest_seconds: float  # age of the first unprocessed record
     member: str | None
 
 
@@ -87,31 +90,31 @@ class Reader:
 
     @property
     def lag(self) -> int:
-        """Of all partitions."""
+        """The sum of all partitions' lags."""
         return sum(each.lag for each in self.partitions)
 
     @property
     def oldest_seconds(self) -> float:
-        """How long the oldest record has waited."""
+        """Age of the oldest unprocessed record."""
         return max((each.oldest_seconds for each in self.partitions), default=0.0)
 
 
 @dataclass(frozen=True)
 class Topic:
-    """A topic; of one for dead letters, how many wait to be put back."""
+    """A topic; of a dead-letter topic, also how many letters were not replayed."""
 
     name: str
     partitions: int
-    leaderless: Sequence[int] = ()  # of these partitions, nothing is known
-    records: int = 0  # offsets, of which some may be marks of transactions
-    newest_seconds: float | None = None  # since its newest record was written, if there is any
+    leaderless: Sequence[int] = ()  # partitions, of which nothing else is known
+    records: int = 0  # offsets, some of which may be transaction markers
+    newest_seconds: float | None = None  # age of the newest record, if there is one
     dead_letters: int | None = None
-    counted: bool = True  # and not merely bounded, since they are too many
+    counted: bool = True  # False: dead_letters is an upper bound
 
 
 @dataclass(frozen=True)
 class Database:
-    """What the table holds."""
+    """The rows in the table and the version of its schema."""
 
     rows: int
     counted: bool
@@ -122,7 +125,7 @@ class Database:
 
 @dataclass(frozen=True)
 class Models:
-    """The versions that bear the aliases."""
+    """The versions that have the aliases."""
 
     name: str
     champion: str | None
@@ -131,7 +134,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Alert:
-    """The newest fraud in the database that was predicted before all that the alerter has yet to read."""
+    """The newest fraud in the database that the alerter has processed."""
 
     trans_num: str
     unix_time: int
@@ -140,32 +143,33 @@ class Alert:
 
 @dataclass(frozen=True)
 class Status:
-    """What was found; None where nobody answered."""
+    """What was found; None where a system did not answer."""
 
     topics: Sequence[Topic] | None
     readers: Sequence[Reader] | None
     models: Models | None
     database: Database | None
     last_alert: Alert | None
-    problems: Sequence[str]  # what is not healthy
+    problems: Sequence[str]
 
     def report(self) -> dict[str, object]:
-        """As it goes into JSON."""
+        """The status as JSON."""
         return {"healthy": not self.problems, **asdict(self)}
 
 
-def settings() -> Settings:
+def load_settings() -> Settings:
     """Raises SettingsError."""
-    return Settings(load(PredictorSettings), load(AlerterSettings), load(SinkSettings))
+    services = {service.name: load(service.settings) for service, _ in catalogue.readers()}
+    return Settings(load(ServiceSettings), load(RegistrySettings), load(DatabaseSettings), services)
 
 
 def look(settings: Settings) -> Status:
-    """Ask all at once; who does not answer hides nothing of the others. Raises SettingsError."""
-    properties = kafka_properties(settings.predictor)
-    try:
-        engine = connect(settings.sink.database_url.get_secret_value())
-    except ValueError as error:
-        raise SettingsError(f"DATABASE_URL: {error}") from None
+    """Ask Kafka, MLflow and the database at the same time; one that does not answer becomes a problem.
+
+    Raises SettingsError.
+    """
+    properties = kafka_properties(settings.common)
+    address = database.Address(settings.database.database_url.get_secret_value())
     problems: list[str] = []
 
     def answer(ask: Callable[[], T]) -> T | None:
@@ -176,12 +180,11 @@ def look(settings: Settings) -> Status:
             return None
 
     now_ms = time.time() * 1000
-    topic_1, topic_2 = settings.predictor.topic_1, settings.predictor.topic_2
-    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        asked_models = pool.submit(answer, lambda: _models(settings.predictor))
-        asked_database = pool.submit(answer, lambda: _database(engine))
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        asked_models = pool.submit(answer, lambda: _models(settings.registry))
+        asked_database = pool.submit(answer, lambda: _database(address))
         topics = readers = None
-        names = [name + suffix for name in (topic_1, topic_2) for suffix in ("", SUFFIX)]
+        names = [name + suffix for name in _topic_names(settings.common) for suffix in ("", SUFFIX)]
         known = answer(lambda: _known(properties, names))
         if known is not None:
             asked_topics = [
@@ -189,26 +192,41 @@ def look(settings: Settings) -> Status:
                 for name, found in known.items()
             ]
             asked_readers = [
-                pool.submit(answer, partial(_reader, properties, service, group, topic, known[topic], now_ms=now_ms))
-                for service, group, topic in settings.readers
+                pool.submit(answer, partial(_reader, properties, group, known[group.topic], now_ms=now_ms))
+                for group in configured_groups(settings.services)
             ]
             topics = [topic for asked in asked_topics if (topic := asked.result())]
             readers = [reader for asked in asked_readers if (reader := asked.result())]
-        models, database = asked_models.result(), asked_database.result()
+        models, stored = asked_models.result(), asked_database.result()
     alert = None
-    if readers and database and database.schema:
-        alert = answer(lambda: _last_alert(engine, readers, now_ms=now_ms))
-    engine.dispose()
-    status = Status(topics, readers, models, database, alert, problems)
-    found = _problems(status, source=topic_1, stall_seconds=settings.predictor.stall_seconds)
+    if readers and stored and stored.schema:
+        alert = answer(lambda: _last_alert(address, readers, now_ms=now_ms))
+    status = Status(topics, readers, models, stored, alert, problems)
+    found = _problems(status, sources=_sources(settings.common), stall_seconds=settings.common.stall_seconds)
     return replace(status, problems=[*sorted(problems), *found])
 
 
+def _topic_names(settings: ServiceSettings) -> list[str]:
+    """Every topic that a service writes or reads, in the order of the flow."""
+    written = [service.writes for service in catalogue.SERVICES if service.writes]
+    read = [group.topic for _, group in catalogue.readers()]
+    return [getattr(settings, topic) for topic in dict.fromkeys((*written, *read))]
+
+
+def _sources(settings: ServiceSettings) -> dict[str, str]:
+    """The services that bring in transactions from outside, by the topic that they write."""
+    return {
+        getattr(settings, service.writes): service.name
+        for service in catalogue.SERVICES
+        if service.writes and not service.groups
+    }
+
+
 def show(status: Status) -> RenderableType:
-    """For people; what is not healthy first, since a terminal may be too low for all."""
+    """The status for people; problems first, because a terminal may have too few lines for everything."""
     parts: list[RenderableType] = [Text(f"unhealthy: {problem}") for problem in status.problems] or [Text("healthy")]
     if status.readers:
-        table = Table("group", "topic", "partition", "lag", "oldest", "held by")
+        table = Table("group", "topic", "partition", "lag", "oldest", "assigned to")
         for reader in status.readers:
             for each in reader.partitions:
                 cells = (
@@ -218,56 +236,56 @@ def show(status: Status) -> RenderableType:
                     f"{each.lag:,}",
                     f"{each.oldest_seconds:.0f} s",
                 )
-                table.add_row(*map(Text, cells), Text(each.member or "nobody"))
+                table.add_row(*map(Text, cells), Text(each.member or "none"))
         parts.append(table)
     for topic in status.topics or ():
         letters = "" if topic.dead_letters is None else f", {_number(topic.dead_letters, topic.counted)} dead letters"
-        newest = "" if topic.newest_seconds is None else f", the newest record {topic.newest_seconds:,.0f} s old"
+        newest = "" if topic.newest_seconds is None else f", newest record {topic.newest_seconds:,.0f} s old"
         parts.append(Text(f"{topic.name}: {topic.partitions} partitions{letters}{newest}"))
-    if status.models:
-        models = status.models
-        told = f"champion {models.champion or 'none'}, challenger {models.challenger or 'none'}"
-        parts.append(Text(f"model {models.name}: {told}"))
-    if status.database:
-        database = status.database
-        rows = _number(database.rows, database.counted, approximately="about ")
-        parts.append(Text(f"database: {rows} rows, {database.confirmed:,} with a confirmed label"))
+    if models := status.models:
+        aliases = f"champion {models.champion or 'none'}, challenger {models.challenger or 'none'}"
+        parts.append(Text(f"model {models.name}: {aliases}"))
+    if stored := status.database:
+        rows = _number(stored.rows, stored.counted, approximately="about ")
+        parts.append(Text(f"database: {rows} rows, {stored.confirmed:,} with a confirmed label"))
     if alert := status.last_alert:
         parts.append(Text(f"last alert: {alert.trans_num}, predicted {alert.predicted_at} UTC"))
     return Group(*parts)
 
 
-def _problems(status: Status, *, source: str, stall_seconds: float) -> Iterator[str]:
+def _problems(status: Status, *, sources: Mapping[str, str], stall_seconds: float) -> Iterator[str]:
     for topic in status.topics or ():
+        source = sources.get(topic.name)
         if not topic.partitions:
-            yield f"{topic.name}: missing: fraudctl topics create"
+            yield f"{topic.name} does not exist. Run `fraudctl topics create`."
         elif topic.leaderless:
-            yield f"{topic.name}: no leader of partitions {', '.join(map(str, topic.leaderless))}: is a broker away?"
-        elif topic.name == source and not topic.records:
-            yield f"producer: nothing on {topic.name}: is it running?"
-        if topic.name == source and (quiet_s := topic.newest_seconds or 0.0) > _QUIET_S:
-            yield f"producer: nothing new on {topic.name} for {quiet_s / 60:,.0f} min: is it running?"
+            without = ", ".join(map(str, topic.leaderless))
+            yield f"{topic.name}: no leader for partitions {without}. Check that every broker runs."
+        elif source and not topic.records:
+            yield f"{source}: {topic.name} is empty. Check that the {source} runs."
+        if source and (quiet_s := topic.newest_seconds or 0.0) > _QUIET_S:
+            yield f"{source}: no new record on {topic.name} for {quiet_s / 60:,.0f} min. Check that the {source} runs."
     for reader in status.readers or ():
         name = f"{reader.service} (group {reader.group} on {reader.topic})"
         if not reader.members:
-            behind = f"{reader.lag:,} behind, and " if reader.partitions else ""
-            yield f"{name}: {behind}nobody reads: is it running?"
+            lag = f"lag {reader.lag:,}, and " if reader.partitions else ""
+            yield f"{name}: {lag}no member is running. Start the {reader.service}."
         late = [each for each in reader.partitions if each.oldest_seconds > stall_seconds]
         if late:
             where = ", ".join(str(each.partition) for each in late)
             yield f"{name}: its oldest record has waited {reader.oldest_seconds:.0f} s (partitions {where})"
     if status.models and not status.models.champion:
-        yield f"no version of {status.models.name} is champion: fraudctl train or promote"
-    if status.database and status.database.schema != status.database.newest_schema:
+        yield f"no version of {status.models.name} is champion. Run `fraudctl train` or `fraudctl promote VERSION`."
+    if (stored := status.database) and stored.schema != stored.newest_schema:
         yield (
-            f"database: its schema is {status.database.schema or 'none'}, not {status.database.newest_schema}:"
-            " fraudctl migrate, or the db_sink when it starts"
+            f"database: the schema version is {stored.schema or 'none'}, the newest is {stored.newest_schema}."
+            " Run `fraudctl migrate`, or restart the db_sink."
         )
 
 
 def _known(properties: Mapping[str, str], names: Sequence[str]) -> dict[str, TopicMetadata]:
-    """What the brokers say of each topic by its name: whether it is hidden, they say of no other. Raises Outage."""
-    client = consumer(properties, group=_GROUP)  # which creates none
+    """Each topic's metadata, asked for by name: otherwise brokers leave out those that are denied. Raises Outage."""
+    client = consumer(properties, group=_GROUP)  # a consumer creates no topic by asking
     try:
         return {name: client.list_topics(name, timeout=_TIMEOUT_S).topics[name] for name in names}
     except KafkaException as error:
@@ -278,7 +296,7 @@ def _known(properties: Mapping[str, str], names: Sequence[str]) -> dict[str, Top
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Have what is in the way name the topic or the group. Raises Outage."""
+    """Raise Outage with the name of the topic or group for what Kafka refuses."""
     try:
         yield
     except KafkaException as error:
@@ -288,19 +306,20 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _led(name: str, found: TopicMetadata) -> list[TopicPartition]:
-    """The partitions that can be asked about."""
+    """The partitions that have a leader."""
     return [TopicPartition(name, each) for each in sorted(found.partitions) if found.partitions[each].leader >= 0]
 
 
 def _reader(
-    properties: Mapping[str, str], service: str, group: str, topic: str, found: TopicMetadata, *, now_ms: float
+    properties: Mapping[str, str], configured: ConfiguredGroup, found: TopicMetadata, *, now_ms: float
 ) -> Reader:
     """Raises Outage."""
+    service, group, topic = configured
     client = admin(properties)
     places = _led(topic, found)
     with _naming(group):
-        described = _patiently(lambda: answered(client.describe_consumer_groups([group])[group]))
-        following = _patiently(lambda: _committed(client, group, places)) if places else {}
+        described = _with_coordinator(lambda: answered(client.describe_consumer_groups([group])[group]))
+        following = _with_coordinator(lambda: _committed(client, group, places)) if places else {}
         ended = ends(properties, places, committed=True) if places else {}
         behind = [
             TopicPartition(topic, partition, offset)
@@ -323,9 +342,9 @@ def _reader(
     return Reader(service, group, topic, [_name(member) for member in described.members], partitions)
 
 
-def _patiently(ask: Callable[[], T]) -> T:
-    """Once more, while the group's coordinator is not there yet. Raises KafkaException."""
-    deadline = time.monotonic() + FIRST_S
+def _with_coordinator(ask: Callable[[], T]) -> T:
+    """The answer, asked for again while the group's coordinator is not ready. Raises KafkaException."""
+    deadline = time.monotonic() + COORDINATOR_S
     while True:
         try:
             return ask()
@@ -336,18 +355,18 @@ def _patiently(ask: Callable[[], T]) -> T:
 
 
 def answered(future: Future[T]) -> T:
-    """What is answered about a group, waited for here. Raises KafkaException.
+    """The answer about a group, with the time limit kept here. Raises KafkaException.
 
-    librdkafka, where its own `request_timeout` ends while it looks for the group's coordinator, ends the process.
+    librdkafka aborts the process if its own `request_timeout` ends while it looks for the group's coordinator.
     """
     try:
-        return future.result(FIRST_S)
+        return future.result(COORDINATOR_S)
     except TimeoutError:
         raise KafkaException(KafkaError(KafkaError._TIMED_OUT)) from None
 
 
 def _committed(client: AdminClient, group: str, places: list[TopicPartition]) -> dict[int, int]:
-    """Where a group goes on in each partition: at the beginning if it has not committed yet. Raises KafkaException."""
+    """The group's committed offset in each partition; 0 without one. Raises KafkaException."""
     asked = client.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group, places)])
     try:
         found = {place.partition: place.offset for place in answered(asked[group]).topic_partitions}
@@ -359,7 +378,7 @@ def _committed(client: AdminClient, group: str, places: list[TopicPartition]) ->
 
 
 def _firsts(properties: Mapping[str, str], places: Collection[TopicPartition]) -> dict[int, Message]:
-    """The first record of each partition from these offsets on; none where only marks of transactions are left."""
+    """The first record of each partition from these offsets on; none where only transaction markers are left."""
     reader = consumer({**properties, "enable.partition.eof": "true"}, group=_GROUP)
     unread = {place.partition for place in places}
     firsts: dict[int, Message] = {}
@@ -368,7 +387,7 @@ def _firsts(properties: Mapping[str, str], places: Collection[TopicPartition]) -
         reader.assign(list(places))
         while unread:
             if time.monotonic() > deadline:
-                raise Outage(f"Kafka at {properties['bootstrap.servers']}: no records in {_TIMEOUT_S:.0f} s")
+                raise Outage(f"Kafka at {properties['bootstrap.servers']}: no records within {_TIMEOUT_S:.0f} s")
             for message in reader.consume(1000, 0.1):
                 error, partition = message.error(), message.partition()
                 if partition not in unread or (error and error.code() != KafkaError._PARTITION_EOF):
@@ -387,10 +406,7 @@ def _firsts(properties: Mapping[str, str], places: Collection[TopicPartition]) -
 
 
 def _topic(properties: Mapping[str, str], name: str, found: TopicMetadata, *, now_ms: float) -> Topic:
-    """Of dead letters, with those that were not put back yet; of too many to be read, with how many there are at most.
-
-    Raises Outage.
-    """
+    """The topic; of too many dead letters to read, with an upper bound instead of their number. Raises Outage."""
     if found.error and found.error.code() in DENIED:
         raise Outage(f"Kafka: {name}: {found.error.str()}")
     places = _led(name, found)
@@ -401,13 +417,13 @@ def _topic(properties: Mapping[str, str], name: str, found: TopicMetadata, *, no
     with _naming(name):
         topic = replace(topic, records=_records(properties, places))
         newest = None
-        with suppress(Outage):  # of a topic that was just made, it may not be known yet
+        with suppress(Outage):  # a new topic may not have an answer yet
             newest = newest_ms(properties, places)
         if newest is not None:
             topic = replace(topic, newest_seconds=round(max(0.0, now_ms - newest) / 1000, 1))
         if not name.endswith(SUFFIX):
             return topic
-        if leaderless or topic.records > _MOST_LETTERS_READ:
+        if leaderless or topic.records > _MAX_LETTERS_READ:
             return replace(topic, dead_letters=topic.records, counted=False)
         read = letters.read(properties, letters.Selection([name.removesuffix(SUFFIX)]))
     return replace(topic, dead_letters=sum(letter.replayed_at_ms is None for letter in read))
@@ -423,52 +439,43 @@ def _records(properties: Mapping[str, str], places: Sequence[TopicPartition]) ->
     return sum(end - begin for begin, end in marks)
 
 
-def _models(settings: PredictorSettings) -> Models:
-    settings.log_in()
-    uri, name = settings.mlflow_tracking_uri, settings.model_name
+def _models(settings: RegistrySettings) -> Models:
     champion, challenger = (
-        aliases.bearer(aliases.Alias(uri, name, alias)) for alias in (settings.model_alias, "challenger")
+        registry.version_with_alias(settings, alias) for alias in (settings.model_alias, "challenger")
     )
-    return Models(name, champion, challenger)
+    return Models(settings.model_name, champion, challenger)
 
 
-def _database(engine: sa.Engine) -> Database:
-    schema, newest = versions(engine)
-    if schema is None:
-        return Database(0, True, 0, None, newest)
-    with _briefly(engine) as connection:
-        rows, counted = connection.execute(sa.text(_ROWS), {"most": _COUNTED_ROWS}).one()
-        confirmed = connection.execute(sa.text(_CONFIRMED)).scalar_one()
+def _database(address: database.Address) -> Database:
+    newest = database.newest_schema()
+    with database.transaction(address, timeout_s=_TIMEOUT_S) as first:
+        schema = database.schema(first)
+        if schema is None:
+            return Database(0, True, 0, None, newest)
+        rows, counted = first(_ROWS, {"most": _MAX_ROWS_COUNTED})
+        confirmed = first(_CONFIRMED).confirmed
     return Database(rows, counted, confirmed, schema, newest)
 
 
 _ROWS = """
-SELECT CASE WHEN reltuples > :most THEN reltuples::bigint ELSE (SELECT count(*) FROM transactions) END,
-  reltuples <= :most
+SELECT CASE WHEN reltuples > %(most)s THEN reltuples::bigint ELSE (SELECT count(*) FROM transactions) END AS rows,
+  reltuples <= %(most)s AS counted
 FROM pg_class WHERE oid = 'transactions'::regclass
 """
-_CONFIRMED = "SELECT count(*) FROM transactions WHERE validated_at IS NOT NULL"
+_CONFIRMED = "SELECT count(*) AS confirmed FROM transactions WHERE validated_at IS NOT NULL"
 _LAST_ALERT = """
 SELECT trans_num, unix_time, predicted_at FROM transactions
-WHERE prediction = 1 AND predicted_at < to_timestamp(:unread_since) ORDER BY unix_time DESC, trans_num LIMIT 1
+WHERE prediction = 1 AND predicted_at < to_timestamp(%(unread_since)s) ORDER BY unix_time DESC, trans_num LIMIT 1
 """
 
 
-def _last_alert(engine: sa.Engine, readers: Sequence[Reader], *, now_ms: float) -> Alert | None:
+def _last_alert(address: database.Address, readers: Sequence[Reader], *, now_ms: float) -> Alert | None:
     waited_s = max((reader.oldest_seconds for reader in readers if reader.service == "alerter"), default=None)
     if waited_s is None:
         return None
-    with _briefly(engine) as connection:
-        row = connection.execute(sa.text(_LAST_ALERT), {"unread_since": now_ms / 1000 - waited_s}).one_or_none()
+    with database.transaction(address, timeout_s=_TIMEOUT_S) as first:
+        row = first(_LAST_ALERT, {"unread_since": now_ms / 1000 - waited_s})
     return Alert(row.trans_num, row.unix_time, format_time(int(row.predicted_at.timestamp()))) if row else None
-
-
-@contextmanager
-def _briefly(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """A transaction in which no statement waits long, behind a lock for example. Raises Outage."""
-    with transaction(engine) as connection:
-        connection.execute(sa.text(f"SET LOCAL statement_timeout = '{_TIMEOUT_S:.0f}s'"))
-        yield connection
 
 
 def _number(number: int, counted: bool, *, approximately: str = "at most ") -> str:

@@ -1,4 +1,4 @@
-"""What lies on a topic, as people may see it: the last records, or those that come."""
+"""The last records of a topic, or the new ones as they arrive, without card numbers and birth dates."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +18,12 @@ from shared.records import format_time
 _GROUP = "fraudctl"
 _POLL_S = 0.1
 _TIMEOUT_S = 10.0
-# Whoever follows needs no group, which a consumer looks for nevertheless.
-_NOTHING_MISSED = frozenset({KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._PARTITION_EOF})
+# A consumer looks for its group even if it has its partitions assigned: following needs none.
+_HARMLESS = frozenset({KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._PARTITION_EOF})
 
 
 def last(properties: Mapping[str, str], topic: str, count: int) -> list[Message]:
-    """The last records, the oldest first. Raises CallError for a topic that is not there, Outage."""
+    """The last records, oldest first. Raises CallError for a missing topic, Outage."""
     places = _ends(properties, topic)
     first = begins(properties, places)
     reach = count
@@ -32,47 +32,47 @@ def last(properties: Mapping[str, str], topic: str, count: int) -> list[Message]
             TopicPartition(topic, end.partition, max(first[topic, end.partition], end.offset - reach)) for end in places
         ]
         found = list(read_to_end(properties, starts, group=_GROUP))
-        # Marks of transactions have offsets, too, and each partition may hold all of the last records.
+        # Transaction markers have offsets too, and one partition may hold all of the last records.
         behind = [start.partition for start in starts if start.offset > first[topic, start.partition]]
         if all(sum(message.partition() == each for message in found) >= count for each in behind):
             return sorted(found, key=lambda message: (message.timestamp()[1], coordinates(message)))[-count:]
         reach *= 4
 
 
-def follow(properties: Mapping[str, str], topic: str, *, tell: Callable[[str], None]) -> Iterator[Message]:
-    """The records that come from now on, without end.
+def follow(properties: Mapping[str, str], topic: str, *, report: Callable[[str], None]) -> Iterator[Message]:
+    """New records as they arrive, without end.
 
-    `tell` hears what is in their way, of each kind once until the next record. Raises CallError for a topic that is not
-    there, Outage.
+    `report` is called with a problem, with each kind of problem once until the next record. Raises CallError for a
+    missing topic, Outage.
     """
-    told: set[int] = set()
+    reported: set[int] = set()
 
-    def hear(error: KafkaError, what: str) -> None:
-        if error.code() not in told:
-            told.add(error.code())
-            tell(what)
+    def report_once(error: KafkaError, text: str) -> None:
+        if error.code() not in reported:
+            reported.add(error.code())
+            report(text)
 
-    def hear_of_connections(error: KafkaError) -> None:
+    def on_error(error: KafkaError) -> None:
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
-            hear(error, error.str())
+            report_once(error, f"Kafka at {properties['bootstrap.servers']}: no broker answers; retrying")
 
-    reader = consumer(properties, group=_GROUP, on_error=hear_of_connections)
+    reader = consumer(properties, group=_GROUP, on_error=on_error)
     try:
         reader.assign(_ends(properties, topic))
         while True:
             message = reader.poll(0)
             if message is None:
-                time.sleep(_POLL_S)  # Ctrl+C is to come here: within poll, the client's callbacks may lose it
+                time.sleep(_POLL_S)  # Ctrl+C is handled here: in a poll that waits, the client's callbacks may lose it
                 continue
             error = message.error()
             if error is None:
-                told.clear()
+                reported.clear()
                 if not says_nothing(message):
                     yield message
             elif error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
                 raise Outage(f"Kafka: {topic}: {error.str()}")
-            elif error.code() not in _NOTHING_MISSED:
-                hear(error, f"Kafka: {topic}: {error.str()}")
+            elif error.code() not in _HARMLESS:
+                report_once(error, f"Kafka: {topic}: {error.str()}")
     except KafkaException as error:
         raise Outage(f"Kafka: {error.args[0].str()}") from None
     finally:
@@ -83,12 +83,12 @@ def description(message: Message) -> str:
     """A record in a few lines, without card number and birth date."""
     topic, partition, offset = coordinates(message)
     found = headers(message)
-    told = from_headers(found)
+    provenance = from_headers(found)
     lines = [
         f"{topic}:{partition}:{offset}, {format_time(message.timestamp()[1] // 1000)} UTC",
         f"  key: {readable_key(message.key())}",
         *(f"  {readable_header('', name)}: {readable_header(name, value)}" for name, value in found if name != HEADER),
-        *([f"  {HEADER}: {_words(told)}"] if told != Provenance() else []),
+        *([f"  {HEADER}: {_words(provenance)}"] if provenance != Provenance() else []),
         f"  value: {readable_value(message.value(), indent=None)}",
     ]
     return "\n".join(lines)

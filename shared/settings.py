@@ -138,8 +138,10 @@ class RegistrySettings(Settings):
     model_name: str = Field("fraud", min_length=1, description="Registered model")
     model_alias: str = Field("champion", min_length=1, description="Alias of the version that is served")
 
-    def log_in(self) -> None:
-        """Put the login into the environment, where MLflow looks for it."""
+    def set_up_mlflow(self) -> None:
+        """Put the login into the environment, where MLflow reads it, and turn its telemetry off: before its import."""
+        # The telemetry thread changes os.environ while requests reads it.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         if self.mlflow_tracking_username and self.mlflow_tracking_password:
             os.environ["MLFLOW_TRACKING_USERNAME"] = self.mlflow_tracking_username
             os.environ["MLFLOW_TRACKING_PASSWORD"] = self.mlflow_tracking_password.get_secret_value()

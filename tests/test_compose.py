@@ -50,7 +50,7 @@ from shared.settings import load, parse_properties
 
 SCALING = (ROOT / "docs" / "scaling.md").read_text()
 CLIENT_PROPERTIES = ROOT / LOCAL["configs"]["client_properties"]["file"]
-ONE_SHOTS = {"topics": "all topics are there", "train": "is champion already"}
+ONE_SHOTS = {"topics": "all topics exist", "train": "is already champion"}
 # Who is started with which settings: fraudctl, by its commands, with those of all services.
 READERS = [(container, service) for service in SETTINGS for container in (service, "fraudctl")]
 ADDRESSES = re.compile(rf"\b({'|'.join(CONTAINERS.keys() - SETTINGS)})(?=:\d|$)")  # a group is named like its service

@@ -1,7 +1,7 @@
 """The features that the model learns from, computed from the raw columns. This module is part of the model's artifact.
 
 Identifiers, `unix_time` and the date are left out: in the training file `unix_time` is seven years off, and the date
-tells from which part of the file a row is, not whether it is a fraud.
+says from which part of the file a row is, not whether it is a fraud.
 """
 
 import numpy as np

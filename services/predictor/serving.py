@@ -43,7 +43,7 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
         ),
         shutdown=shutdown,
     )
-    settings.log_in()
+    settings.set_up_mlflow()
     registry = Registry(
         tracking_uri=settings.mlflow_tracking_uri,
         name=settings.model_name,

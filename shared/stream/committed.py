@@ -23,7 +23,7 @@ class CommittedOffsets:
         self._unknown_since: float | None = None  # monotonic
 
     def assigned(self) -> None:
-        """Note new partitions: the consumer itself asks for their offsets, and waits without a word."""
+        """Note new partitions: the consumer itself asks for their offsets, and waits silently."""
         self._unknown_since = time.monotonic()
 
     def read(self, consumer: Consumer, places: Iterable[Place]) -> dict[Place, int]:

@@ -359,7 +359,7 @@ class Stream:
             for flight in takewhile(_is_delivered, self._flights):
                 self._commit(flight)
         except Outage as outage:
-            self._log.warning("comes_again", reason=str(outage))
+            self._log.warning("batch_redelivered", reason=str(outage))
         self._forget(partitions)
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:

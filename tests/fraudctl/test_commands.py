@@ -37,9 +37,9 @@ def test_train_makes_a_champion_of_a_training_file_and_leaves_one_that_is_there(
     second = fraudctl(*call, cwd=tmp_path, MLFLOW_TRACKING_URI=registry.uri)
 
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    assert f"{name} version 1 is champion now" in first.stdout
+    assert f"{name} version 1 is now champion" in first.stdout
     assert "average precision" in first.stdout
-    assert second.stdout.strip() == f"{name} version 1 is champion already"
+    assert second.stdout.strip() == f"{name} version 1 is already champion"
 
 
 def test_train_refuses_by_name(tmp_path: Path, registry: Registry) -> None:
@@ -73,7 +73,7 @@ def test_topics_are_created_once_with_their_dead_letters(tmp_path: Path, apache_
 
     assert first.returncode == second.returncode == 0, first.stderr
     assert first.stdout.strip() == "created: orders, orders.dlq, verdicts, verdicts.dlq, verdicts.challenger"
-    assert second.stdout.strip() == "all topics are there"
+    assert second.stdout.strip() == "all topics exist"
 
 
 def test_topics_refuses_without_a_broker_and_without_settings(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_where_all_is_well_every_line_says_so(stack: Rig, doctor: Doctor) -> Non
 
     assert tuple(lines) == ALL
     assert [line for line in lines.values() if not line.startswith("ok")] == [lines["credentials"]]
-    assert lines["credentials"] == "skipped  credentials: security.protocol asks for none"
+    assert lines["credentials"] == "skipped  credentials: not needed with this security.protocol"
     assert code == 0
 
 
@@ -196,21 +196,33 @@ def missing_setting(_stack: Rig, _engine: sa.Engine) -> Environment:
     [
         (no_properties, "client.properties", "cannot read nowhere.properties: No such file"),
         (no_credentials, "credentials", "SASL_USERNAME: missing"),
-        (wrong_bootstrap, "Kafka", "are bootstrap.servers and security.protocol in client.properties its own?"),
+        (
+            wrong_bootstrap,
+            "Kafka",
+            "Check that it runs, and bootstrap.servers and security.protocol in client.properties.",
+        ),
         (missing_topic, "topics", ".dlq: missing, or hidden by ACLs: fraudctl topics create"),
         (compacted_topic, "topics", "--add-config cleanup.policy=delete"),
-        (wrong_registry, "MLflow", "are MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD its own?"),
-        (no_champion, "champion", "no version of nobody is champion: fraudctl train or promote"),
-        (no_schema, "migrations", "the schema is 0002, not 0003: the db_sink migrates it"),
+        (
+            wrong_registry,
+            "MLflow",
+            "Cannot reach MLflow at http://127.0.0.1:9: connection refused. Check that it runs, and MLFLOW_",
+        ),
+        (
+            no_champion,
+            "champion",
+            "no version of nobody is champion. Run `fraudctl train` or `fraudctl promote VERSION`",
+        ),
+        (no_schema, "migrations", "the schema version is 0002, not 0003. Run `fraudctl migrate`"),
         (
             no_privileges,
             "privileges",
-            "reader lacks INSERT, UPDATE: is reader the db_sink's role? deploy/grants.sql has",
+            "reader lacks INSERT, UPDATE. If reader is the db_sink's role, grant it what deploy/grants.sql has.",
         ),
-        (wrong_mail_password, "SMTP", "refuses the login (535): SMTP_USERNAME, SMTP_PASSWORD"),
-        (no_starttls, "SMTP", "STARTTLS extension not supported by server.: SMTP_TLS"),
-        (wrong_mail_port, "SMTP", "is it running, SMTP_HOST, SMTP_PORT"),
-        (missing_setting, "settings", "ALERT_TO: missing: in secrets.env or in the environment"),
+        (wrong_mail_password, "SMTP", "refuses the login (535). Check SMTP_USERNAME and SMTP_PASSWORD."),
+        (no_starttls, "SMTP", "does not offer STARTTLS or a login. Set SMTP_TLS to what it offers"),
+        (wrong_mail_port, "SMTP", ": connection refused. Check that it runs, and SMTP_HOST, SMTP_PORT and SMTP_TLS."),
+        (missing_setting, "settings", "ALERT_TO: missing. Set them in secrets.env or in the environment."),
         (torn_secrets, "settings", "secrets.env: 'utf-8' codec can't decode byte 0xe9"),
     ],
 )
@@ -237,19 +249,19 @@ def test_a_wrong_database_password_is_named(stack: Rig, engine: sa.Engine, docto
 
     assert failed(lines) == ["database"], "\n".join(lines.values())
     assert "password authentication failed" in lines["database"]
-    assert "are user, password, host and name in DATABASE_URL its own?" in lines["database"]
+    assert "Check that it runs, and user, password, host and database name in DATABASE_URL." in lines["database"]
     assert code == 1
 
 
 def test_rights_that_cannot_be_asked_about_in_time_are_not_called_lacking(
     stack: Rig, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fraudctl.status.FIRST_S", 0.001)
+    monkeypatch.setattr("fraudctl.status.COORDINATOR_S", 0.001)
 
     code, lines = doctor(stack.environment)
 
     assert failed(lines) == ["ACLs"], "\n".join(lines.values())
-    assert lines["ACLs"].startswith("failed   ACLs: not known: ")
+    assert lines["ACLs"].startswith("failed   ACLs: cannot be checked: ")
     assert "kafka-acls" not in lines["ACLs"]
     assert code == 1
 
@@ -263,7 +275,7 @@ def test_an_api_that_answers_html_is_named(stack: Rig, api: PaymentsApi, doctor:
 
     assert failed(lines) == ["API contract"], "\n".join(lines.values())
     assert "not JSON" in lines["API contract"]
-    assert "is it API_URL, and what does curl show?" in lines["API contract"]
+    assert "Check API_URL, and the answer of `curl http" in lines["API contract"]
     assert code == 1
 
 
@@ -273,7 +285,7 @@ def test_a_clock_that_is_wrong_is_named(stack: Rig, doctor: Doctor) -> None:
 
     assert failed(lines) == ["clock skew"], "\n".join(lines.values())
     assert "payments API is 3" in lines["clock skew"]
-    assert "s behind this machine: have both follow NTP" in lines["clock skew"]
+    assert "s behind this machine. Set up NTP on both" in lines["clock skew"]
     assert code == 1
 
 
@@ -342,7 +354,8 @@ def test_a_setting_that_nobody_reads_is_named(stack: Rig, doctor: Doctor, tmp_pa
 
     assert code == 1
     assert lines["settings"] == (
-        "failed   settings: nobody reads SMTP_PASWORD, in secrets.env or in the environment: is it SMTP_PASSWORD?"
+        "failed   settings: SMTP_PASWORD, in secrets.env or in the environment, is no setting."
+        " Rename it to SMTP_PASSWORD, or remove it."
     )
 
 
@@ -356,6 +369,6 @@ def test_what_libraries_read_is_no_stranger_and_where_they_do_not_find_it_is_tol
 
     assert code == 0
     assert lines["settings"] == (
-        "ok       settings: secrets.env: AWS_SECRET_ACCESS_KEY: read by libraries, from the environment alone:"
-        " compose puts it there, a checkout does not"
+        "ok       settings: secrets.env: AWS_SECRET_ACCESS_KEY: libraries read these from the environment only:"
+        " compose sets them there, a checkout does not"
     )

@@ -104,7 +104,7 @@ def test_an_import_is_all_or_nothing_and_names_each_bad_line(engine: sa.Engine, 
 
     assert refused.returncode == 2
     assert "line 3: no transaction unheard-of" in refused.stderr
-    assert f"line 5: {second.trans_num} is given both labels" in refused.stderr
+    assert f"line 5: {second.trans_num} has both labels in this import" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert label_of(engine, first)[2] is False
 
@@ -126,7 +126,9 @@ def test_a_number_that_came_several_times_is_told_apart_by_its_time(engine: sa.E
     late.trans_num = early.trans_num
     stored(engine, [early, late])
 
-    with pytest.raises(CallError, match=f"came 2 times: say which unix_time, of {early.unix_time}, {late.unix_time}"):
+    with pytest.raises(
+        CallError, match=f"exists 2 times. Give its unix_time, one of {early.unix_time}, {late.unix_time}"
+    ):
         labels.confirm(engine, [Label(early.trans_num, True, "ana")])
     assert labels.confirm(engine, [Label(early.trans_num, True, "ana", unix_time=late.unix_time)]) == (1, 0)
     with pytest.raises(CallError, match=r"no transaction .* with unix_time 1"):
@@ -279,7 +281,7 @@ def test_a_folder_that_is_not_there_is_named(engine: sa.Engine, tmp_path: Path) 
     refused = fraudctl(engine, "export", "--out", "nowhere/validated.csv", cwd=tmp_path)
 
     assert refused.returncode == 2
-    assert "nowhere/validated.csv: there is no folder nowhere" in refused.stderr
+    assert "cannot write nowhere/validated.csv: the folder nowhere does not exist" in refused.stderr
 
 
 def test_a_period_is_exported(engine: sa.Engine, tmp_path: Path) -> None:

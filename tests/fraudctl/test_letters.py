@@ -150,14 +150,14 @@ def test_an_id_is_topic_partition_offset() -> None:
             parse_id(wrong, TOPICS)
 
 
-def test_a_selection_holds_what_every_filter_fits() -> None:
+def test_a_selection_matches_what_every_filter_matches() -> None:
     found = letter(5, reason="Expected `int` - at `$.zip`", at_ms=NOW_MS)
 
-    assert Selection(TOPICS).holds(found)
-    assert Selection(TOPICS, reason="expected `INT`", since_ms=NOW_MS).holds(found)
-    assert not Selection(TOPICS, reason="float").holds(found)
-    assert not Selection(TOPICS, since_ms=NOW_MS + 1).holds(found)
-    assert not Selection(TOPICS, ids={LetterId("topic_1.dlq", 0, 6)}).holds(found)
+    assert Selection(TOPICS).matches(found)
+    assert Selection(TOPICS, reason="expected `INT`", since_ms=NOW_MS).matches(found)
+    assert not Selection(TOPICS, reason="float").matches(found)
+    assert not Selection(TOPICS, since_ms=NOW_MS + 1).matches(found)
+    assert not Selection(TOPICS, ids={LetterId("topic_1.dlq", 0, 6)}).matches(found)
 
 
 def test_a_transaction_is_bounded_in_letters_and_in_bytes() -> None:
@@ -197,11 +197,11 @@ def test_a_saved_value_is_exact_and_its_owners_alone(tmp_path: Path) -> None:
 
 WRONG_CALLS: Mapping[tuple[str, ...], str] = {
     ("list", "--since", "yesterday"): "--since: 'yesterday' is neither a time",
-    ("list", "--topic", "topic_3"): "'topic_3' is not among the topics: topic_1, topic_2",
-    ("show", "17"): "'17' is no dead letter's id, such as topic_1.dlq:3:17",
-    ("replay", "topic_1.dlq:0:0", "--reason", "JSON"): "either IDs or filters, not both",
-    ("replay", "--value", "mended"): "--value is for exactly one ID",
-    ("replay", "topic_1.dlq:0:0", "topic_1.dlq:0:1", "--value", "mended"): "--value is for exactly one ID",
+    ("list", "--topic", "topic_3"): "there is no topic 'topic_3'. Choose from: topic_1, topic_2",
+    ("show", "17"): "'17' is not the ID of a dead letter, for example topic_1.dlq:3:17",
+    ("replay", "topic_1.dlq:0:0", "--reason", "JSON"): "IDs and filters exclude each other",
+    ("replay", "--value", "corrected"): "--value needs exactly one ID",
+    ("replay", "topic_1.dlq:0:0", "topic_1.dlq:0:1", "--value", "corrected"): "--value needs exactly one ID",
     ("replay", "topic_1.dlq:0:0", "--value", "nowhere"): "nowhere: No such file or directory",
     ("list",): "Kafka at 127.0.0.1:9: ",
     ("show", "topic_1.dlq:0:0"): "Kafka at 127.0.0.1:9: ",
@@ -211,7 +211,7 @@ WRONG_CALLS: Mapping[tuple[str, ...], str] = {
 
 def test_a_wrong_call_and_a_broker_that_is_away_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "client.properties").write_text("bootstrap.servers=127.0.0.1:9\n")
-    (tmp_path / "mended").write_text("{}")
+    (tmp_path / "corrected").write_text("{}")
 
     def call(arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

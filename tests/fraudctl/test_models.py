@@ -72,8 +72,8 @@ def test_promote_compares_and_moves_and_rollback_moves_back(champion: Alias, fra
 
     assert promoted.returncode == 0, promoted.stderr
     assert "version 1" in promoted.stdout
-    assert "labels that differ" in promoted.stdout
-    assert promoted.stdout.endswith(f"{champion.name} version 2 is champion now\n")
+    assert "different predictions" in promoted.stdout
+    assert promoted.stdout.endswith(f"{champion.name} version 2 is now champion\n")
     assert aliases.bearer(champion) == "2"
 
     back = fraudctl("rollback")
@@ -120,7 +120,7 @@ def test_train_takes_files_and_confirmed_rows(champion: Alias, fraudctl: Fraudct
     )
 
     assert trained.returncode == 0, trained.stderr
-    assert f"{champion.name} version 1 is champion now" in trained.stdout
+    assert f"{champion.name} version 1 is now champion" in trained.stdout
     assert "average precision" in trained.stdout
     logged = mlflow.models.get_model_info(f"models:/{champion.name}@champion")
     assert 0 < logged.metadata["threshold"] < 1

@@ -42,7 +42,7 @@ def alter(client: AdminClient, topic: str, **settings: str) -> None:
     client.incremental_alter_configs([resource])[resource].result()
 
 
-def test_what_create_makes_check_finds_as_it_should_be(fraudctl: Fraudctl) -> None:
+def test_check_finds_nothing_wrong_with_what_create_makes(fraudctl: Fraudctl) -> None:
     before = fraudctl("check")
     created = fraudctl("create")
     again = fraudctl("create")
@@ -51,8 +51,8 @@ def test_what_create_makes_check_finds_as_it_should_be(fraudctl: Fraudctl) -> No
     assert before.exit_code == 1
     assert before.stdout.count("missing, or hidden by ACLs: fraudctl topics create") == 5
     assert created.exit_code == again.exit_code == after.exit_code == 0
-    assert again.stdout == "all topics are there\n"
-    assert after.stdout == "all topics are as they should be\n"
+    assert again.stdout == "all topics exist\n"
+    assert after.stdout == "all topics are correct\n"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_create_makes_check_finds_as_it_should_be(fraudctl: Fraudctl) -> No
         (".dlq", {"retention_ms": "604800000"}, "retention.ms is 604800000"),
     ],
 )
-def test_check_names_each_difference_and_what_mends_it(
+def test_check_names_each_difference_and_the_command_that_fixes_it(
     fraudctl: Fraudctl, client: AdminClient, apache_rig: Rig, suffix: str, settings: dict[str, str], named: str
 ) -> None:
     topic = f"orders-{apache_rig.topic_1}{suffix}"
@@ -79,7 +79,7 @@ def test_check_names_each_difference_and_what_mends_it(
     assert line.startswith(f"{topic}: {named}, ")
     setting, value = line.rpartition(" ")[2].split("=")
     alter(client, topic, **{setting.replace(".", "_"): value})
-    until(lambda: fraudctl("check", "--partitions", "1").exit_code == 0, what="the difference to be mended")
+    until(lambda: fraudctl("check", "--partitions", "1").exit_code == 0, what="the difference to be fixed")
 
 
 def test_a_topic_that_is_there_is_neither_grown_nor_changed(

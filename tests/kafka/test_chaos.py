@@ -73,7 +73,9 @@ def test_an_unknown_scenario_is_refused_by_name() -> None:
     )
 
     assert done.returncode == 2
-    assert done.stderr.startswith("fraudctl: --scenario: no kill-everybody; there are kill-predictor, ")
+    assert done.stderr.startswith(
+        "fraudctl: --scenario: there is no scenario kill-everybody. Choose from: kill-predictor, "
+    )
 
 
 def campaign(directory: Path, scenario: str, *, minutes: float) -> dict[str, Any]:

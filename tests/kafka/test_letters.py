@@ -169,8 +169,8 @@ def test_replay_puts_back_once_what_was_there(apache_rig: Rig) -> None:
     second = fraudctl(apache_rig, "replay")
 
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    assert first.stdout == "put back: 3 dead letters\n"
-    assert second.stdout == "put back: 0 dead letters; 3 were put back before\n"
+    assert first.stdout == "replayed: 3 dead letters\n"
+    assert second.stdout == "replayed: 0 dead letters; 3 were replayed before\n"
     found = [
         (message.value(), message.key(), headers(message))
         for message in apache_rig.read(topic, 2 * len(records), extra_s=1)
@@ -200,8 +200,8 @@ def test_replay_takes_the_letters_meant_and_no_other(apache_rig: Rig) -> None:
     by_limit = [fraudctl(apache_rig, "replay", "--topic", one, "--limit", 1).stdout for _ in range(2)]
     by_id = fraudctl(apache_rig, "replay", ids[b"10"], ids[b"40"])
 
-    assert by_limit == ["put back: 1 dead letter\n", "put back: 1 dead letter; 1 were put back before\n"]
-    assert by_id.stdout == "put back: 1 dead letter; 1 were put back before\n"
+    assert by_limit == ["replayed: 1 dead letter\n", "replayed: 1 dead letter; 1 were replayed before\n"]
+    assert by_id.stdout == "replayed: 1 dead letter; 1 were replayed before\n"
     assert Counter(each.value() for each in apache_rig.read(one, 3, extra_s=1)) == Counter([b"40", b"30", b"10"])
     assert apache_rig.read(two, 0) == []
 
@@ -241,7 +241,7 @@ def test_who_is_overtaken_says_so_and_has_written_nothing_since(
 
     assert done.exit_code == 1
     assert done.stderr == (
-        "fraudctl: another replay has begun and goes on where this one stopped, after 0 dead letters\n"
+        "fraudctl: another replay has started and continues where this one stopped, after 0 dead letters\n"
     )
     found = [message.value() for message in apache_rig.read(apache_rig.topic_1, len(values), extra_s=2)]
     assert Counter(found) == Counter(values)
@@ -304,10 +304,10 @@ def test_more_than_a_thousand_want_a_yes(apache_rig: Rig) -> None:
     unasked = fraudctl(apache_rig, "replay")
 
     assert unasked.returncode == 2
-    assert unasked.stderr == "fraudctl: 1,001 dead letters would be put back: more than 1,000 need --yes\n"
+    assert unasked.stderr == "fraudctl: 1,001 dead letters would be replayed. Add --yes to replay more than 1,000.\n"
     assert apache_rig.read(topic, 0, extra_s=1) == []
     assert marks(apache_rig.read(dead_letter_topic(topic), len(values))) == []
-    assert fraudctl(apache_rig, "replay", "--yes").stdout == "put back: 1,001 dead letters\n"
+    assert fraudctl(apache_rig, "replay", "--yes").stdout == "replayed: 1,001 dead letters\n"
     assert Counter(each.value() for each in apache_rig.read(topic, len(values), extra_s=1)) == Counter(values)
     assert len(marks(apache_rig.read(dead_letter_topic(topic), 2 * len(values)))) == len(values)
 
@@ -357,7 +357,7 @@ def test_a_value_too_large_is_refused_and_leaves_nothing_open(apache_rig: Rig) -
         assert done.stderr.startswith("fraudctl: Kafka: ")
         assert "too large" in done.stderr
         assert done.stderr.count("\n") == 1
-    assert fraudctl(apache_rig, "replay", name).stdout == "put back: 1 dead letter\n"
+    assert fraudctl(apache_rig, "replay", name).stdout == "replayed: 1 dead letter\n"
     assert [each.value() for each in apache_rig.read(apache_rig.topic_1, 1)] == [b"letter"]
 
 
@@ -379,7 +379,7 @@ def test_an_id_that_is_none_and_a_missing_topic_are_one_line(apache_rig: Rig) ->
         assert done.stdout == ""
         assert done.stderr.count("\n") == 1, done.stderr
     assert all(f"fraudctl: there is no dead letter {dlq}:" in done.stderr for done in unknown)
-    hint = "or this login may not see it: fraudctl topics check"
+    hint = "or this login may not see it. Run `fraudctl topics check`."
     line = f"fraudctl: there is no topic {dead_letter_topic(apache_rig.topic_2)}, {hint}\n"
     assert [done.stderr for done in missing] == [line, line]
     assert apache_rig.read(apache_rig.topic_1, 0) == []

@@ -230,6 +230,6 @@ def test_a_sink_whose_tables_are_old_names_who_brings_them_up_to_date(granted: G
     assert owner
     done = granted.fraudctl(owner, "migrate")
 
-    assert (done.returncode, done.stdout) == (0, "the tables are up to date\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "the database schema is up to date\n"), done.stderr
     migrate(sink)
     sink.dispose()

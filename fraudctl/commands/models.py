@@ -1,0 +1,122 @@
+"""The commands train, promote and rollback."""
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fraudctl.call import refusing
+from fraudctl.cli import Commands, console
+
+if TYPE_CHECKING:
+    from training.aliases import Alias
+
+commands = Commands()
+
+ModelName = Annotated[
+    str | None, typer.Option("--name", metavar="MODEL", help="Registered model. Default: MODEL_NAME.")
+]
+ModelAlias = Annotated[
+    str | None, typer.Option("--alias", metavar="ALIAS", help="Alias to move. Default: MODEL_ALIAS.")
+]
+TrackingUri = Annotated[str | None, typer.Option(metavar="URI", help="MLflow registry. Default: MLFLOW_TRACKING_URI.")]
+
+
+@commands.add(
+    "train",
+    "train --data spring.csv summer.csv --validated validated.csv",
+    "train --alias challenger",
+)
+def train(
+    more: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="More training files.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Training file or URL (repeatable). Default: generated transactions."),
+    ] = None,
+    name: ModelName = None,
+    alias: ModelAlias = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed for the split, the model and the generator.")] = 1,
+    target_precision: Annotated[
+        float, typer.Option(metavar="SHARE", min=0, max=1, help="Precision to reach on unseen cards.")
+    ] = 0.9,
+    validated: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File or URL of confirmed rows to add to the training data.")
+    ] = None,
+    if_absent: Annotated[bool, typer.Option("--if-absent", help="Do nothing if a version has the alias.")] = False,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Train a model, evaluate it on unseen cards, and register it."""
+    from rich.table import Table
+
+    from training import aliases
+
+    of = _alias(name, alias, tracking_uri)
+    if if_absent and (present := aliases.bearer(of)):
+        console.print(f"{of.name} version {present} is already {of.alias}")
+        return
+
+    from sandbox.generator import training_frame
+    from training import train as training
+
+    sources = [*(data or []), *(more or [])]
+    with refusing(ValueError):
+        frame = training.read(sources) if sources else training_frame(seed=seed)
+        if validated:
+            frame = training.together(frame, training.read([validated]))
+        trained = training.fit(frame, seed=seed, target_precision=target_precision)
+        version = training.register(trained, of)
+    console.print(f"{of.name} version {version} is now {of.alias}")
+    table = Table("measure", f"on {trained.held_out}")
+    for measure, value in {**trained.metrics, "threshold": trained.threshold}.items():
+        table.add_row(measure.replace("_", " "), f"{value:.4f}".removesuffix(".0000"))
+    console.print(table)
+
+
+@commands.add("promote", "promote 7")
+def promote(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Version of the registered model.")],
+    name: ModelName = None,
+    alias: ModelAlias = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Move the alias to a version that passes a test prediction.
+
+    Shows how the version compares with the one that had the alias before.
+    """
+    of = _alias(name, alias, tracking_uri)
+
+    from fraudctl import models
+    from services.predictor.model import UnusableModel
+    from training.aliases import NoSuchVersion
+
+    with refusing(NoSuchVersion, UnusableModel):
+        candidate, champion = models.promote(of, version)
+    console.print(models.comparison(candidate, champion))
+    console.print(f"{of.name} version {version} is now {of.alias}")
+
+
+@commands.add("rollback", "rollback")
+def rollback(name: ModelName = None, alias: ModelAlias = None, tracking_uri: TrackingUri = None) -> None:
+    """Move the alias back to the version that had it before."""
+    of = _alias(name, alias, tracking_uri)
+
+    from training import aliases
+
+    with refusing(aliases.NoSuchVersion):
+        version = aliases.move_back(of)
+    console.print(f"{of.name} version {version} is {of.alias} again")
+
+
+def _alias(name: str | None, alias: str | None, tracking_uri: str | None) -> "Alias":
+    """The alias that the options name, or else the settings. Limits MLflow's retries and output."""
+    from shared.settings import RegistrySettings, load
+
+    options = {"mlflow_tracking_uri": tracking_uri, "model_name": name, "model_alias": alias}
+    settings = load(RegistrySettings, **{option: value for option, value in options.items() if value})
+    settings.set_up_mlflow()
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+    from training.aliases import Alias
+
+    return Alias(settings.mlflow_tracking_uri, settings.model_name, settings.model_alias)

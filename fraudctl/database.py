@@ -1,0 +1,117 @@
+"""The database through psycopg2 alone: importing SQLAlchemy takes longer than all that `fraudctl status` does."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote
+
+import psycopg2
+from psycopg2.extras import NamedTupleCursor
+
+import services.db_sink
+from shared.errors import Outage, SettingsError
+from shared.privacy import without_digits
+
+_TIMEOUT_S = 10.0
+_MIGRATIONS = Path(services.db_sink.__path__[0]) / "migrations" / "versions"
+_PERMISSION_DENIED, _QUERY_CANCELED = "42501", "57014"  # SQLSTATE
+
+# As SQLAlchemy reads it, for the db_sink: a password may hold any character but @, encoded or not.
+_URL = re.compile(
+    r"(?P<dialect>\w+)(\+\w+)?://((?P<user>[^:/]*)(:(?P<password>[^@]*))?@)?"
+    r"(\[(?P<ipv6>[^/?]+)\]|(?P<host>[^/:?]+))?(:(?P<port>\d*))?(/(?P<dbname>[^?]*))?(\?(?P<query>.*))?",
+    re.DOTALL,
+).fullmatch
+
+
+Query = Callable[..., Any]
+"""Runs a query, with its parameters, and returns the first row, or None."""
+
+
+class Address:
+    """Where the database is, and how to log in."""
+
+    def __init__(self, url: str) -> None:
+        """Raises SettingsError."""
+        found = _URL(url)
+        if found is None or "@" in (found["host"] or ""):
+            raise SettingsError("DATABASE_URL: not a database URL; an @ in a password is written as %40")
+        if found["dialect"] not in ("postgresql", "postgres"):
+            raise SettingsError("DATABASE_URL: not a PostgreSQL URL")
+        self.parameters: dict[str, str] = {name: values[-1] for name, values in parse_qs(found["query"] or "").items()}
+        for name in ("user", "password", "dbname"):
+            if found[name]:
+                self.parameters[name] = found[name] if name == "dbname" else unquote(found[name])
+        for name, value in (("host", found["ipv6"] or found["host"]), ("port", found["port"])):
+            if value:
+                self.parameters[name] = value
+
+    @property
+    def user(self) -> str:
+        """The role that logs in."""
+        return self.parameters.get("user", "")
+
+    def __str__(self) -> str:
+        host, port = (self.parameters.get(name, default) for name, default in (("host", "localhost"), ("port", "5432")))
+        return f"{f'[{host}]' if ':' in host else host}:{port}/{self.parameters.get('dbname', self.user)}"
+
+
+@contextmanager
+def transaction(address: Address, *, timeout_s: float = _TIMEOUT_S) -> Iterator[Query]:
+    """One transaction, for a function that runs a query and returns its first row, or None.
+
+    No statement runs, or waits for a lock, longer than `timeout_s`. Raises Outage.
+    """
+    parameters: dict[str, Any] = {"connect_timeout": int(timeout_s), "application_name": "fraudctl"}
+    try:
+        connection = psycopg2.connect(**parameters | address.parameters)
+    except (psycopg2.Error, UnicodeError) as error:
+        raise Outage(f"Cannot reach the database {address}: {_refusal(error)}. {_REMEDY}") from None
+    try:
+        with closing(connection), connection, connection.cursor(cursor_factory=NamedTupleCursor) as cursor:
+
+            def first(query: str, parameters: Mapping[str, object] | None = None) -> Any:
+                cursor.execute(query, parameters)
+                return cursor.fetchone()
+
+            cursor.execute("SET LOCAL statement_timeout = %s", (f"{timeout_s * 1000:.0f}ms",))
+            yield first
+    except psycopg2.Error as error:
+        raise Outage(f"The database {address} {_failure(error, address, timeout_s)}") from None
+
+
+def schema(first: Query) -> str | None:
+    """The version of the schema; None if it was never migrated."""
+    if first("SELECT to_regclass('alembic_version') AS found").found is None:
+        return None
+    row = first("SELECT version_num FROM alembic_version")
+    return None if row is None else str(row.version_num)
+
+
+def newest_schema() -> str:
+    """The version that `fraudctl migrate` makes: the files of the migrations begin with theirs."""
+    return max(path.stem.partition("_")[0] for path in _MIGRATIONS.glob("[0-9]*_*.py"))
+
+
+_REMEDY = "Check that it runs, and user, password, host and database name in DATABASE_URL."
+
+
+def _refusal(error: Exception) -> str:
+    """Why there is no connection, from libpq's words, of which a line may go before each address that was tried."""
+    text = str(error).strip().partition("\n")[0].rpartition("failed: ")[2].removeprefix("FATAL:").strip()
+    if "translate host name" in text:
+        return "its host name is unknown"
+    return text[:1].lower() + text[1:].removesuffix(".")
+
+
+def _failure(error: psycopg2.Error, address: Address, timeout_s: float) -> str:
+    if error.pgcode == _QUERY_CANCELED:
+        return f"did not answer in {timeout_s:.0f} s: a lock on the table, or a slow disk. Look at pg_stat_activity."
+    said = error.diag.message_primary
+    if said is None:
+        return "closed the connection. Look at its log."
+    if error.pgcode == _PERMISSION_DENIED:
+        return f"refuses {address.user}: {without_digits(said)}. Grant it with deploy/grants.sql."
+    return f"failed: {without_digits(said)}"
