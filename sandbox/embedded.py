@@ -7,7 +7,9 @@ It speaks Kafka's protocol and keeps nothing on disk. Its measured limits, with 
 - transactions are accepted but fake (aborted records are visible, offsets sent with a transaction are lost), so
   `DELIVERY=at_least_once` is the setting for it;
 - the cooperative-sticky assignor leaves partitions unowned for many seconds; `range` works;
-- it does not wake a waiting fetch, so a consumer sees a record only at the end of its `fetch.wait.max.ms`.
+- it does not wake a waiting fetch, so a consumer sees a record only at the end of its `fetch.wait.max.ms`;
+- a group that a member has joined or left waits for the others for as long as a session lasts, less a second, whether
+  there are others or not.
 """
 
 import argparse
@@ -21,7 +23,12 @@ from confluent_kafka import cimpl
 
 from sandbox.processes import Process, StandInError, python
 
-CLIENT_SETTINGS = {"fetch.wait.max.ms": "10", "partition.assignment.strategy": "range"}
+CLIENT_SETTINGS = {
+    "fetch.wait.max.ms": "10",
+    "partition.assignment.strategy": "range",
+    "session.timeout.ms": "3000",
+    "heartbeat.interval.ms": "500",
+}
 KEPT_RECORDS_A_PARTITION = 24_000
 
 

@@ -69,6 +69,7 @@ _AROUND = {
     "By the local stack, the tests and the benchmarks": (
         Variable("KAFKA_HOME", "path", "", "An Apache Kafka that is installed; without it, its jars are fetched once"),
         Variable("XDG_CACHE_HOME", "path", "`~/.cache`", "Where those jars are kept"),
+        Variable("FRAUD_ALARM_SAMPLE", "path", "", "Rows of the real training file, for the tests that need them"),
         Variable("CI", "text", "", "Tests that would be skipped for want of a broker fail"),
     ),
 }

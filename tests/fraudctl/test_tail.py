@@ -23,6 +23,8 @@ from shared.kafka.messages import NOTHING
 from shared.provenance import Provenance, to_headers
 from shared.records import encode_prediction, encode_transaction
 
+pytestmark = pytest.mark.server
+
 CARD = 4497913965512794052
 
 

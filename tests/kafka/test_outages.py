@@ -25,7 +25,7 @@ from shared.settings import StreamSettings
 from shared.stream.delivery import ExactlyOnce
 from shared.stream.loop import Outcome, Stream
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400), pytest.mark.server]
 
 AWAY_S = 20.0
 
@@ -120,7 +120,7 @@ def test_offsets_that_a_forgotten_transaction_holds_back_are_had_again(
     apache_rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig, group = apache_rig, f"held-{apache_rig.topic_1}"
-    monkeypatch.setattr("shared.stream._FORGOTTEN_S", 1.0)
+    monkeypatch.setattr("shared.stream.loop._FORGOTTEN_S", 1.0)
     rig.put(rig.topic_1, [b"1", b"2", b"3"], key=b"one card")
     places = [TopicPartition(rig.topic_1, number, 0) for number in range(6)]
     reader = consumer(rig.properties, group=group)

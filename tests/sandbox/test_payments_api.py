@@ -17,12 +17,14 @@ from urllib.parse import urlsplit
 import pandas as pd
 import pytest
 import requests
-from conftest import SAMPLE, until
+from conftest import SAMPLE, needs_sample, until
 
 from sandbox.generator import ROUND_THE_CLOCK, training_frame, transactions
 from sandbox.payments_api import FAULTS, PATH, PaymentsApi
 from sandbox.processes import Process, StandInError, python
 from shared.records import RAW_COLUMNS
+
+pytestmark = pytest.mark.server
 
 Start = Callable[..., PaymentsApi]
 START = datetime(2024, 5, 17, 20, 0, tzinfo=UTC)
@@ -195,7 +197,7 @@ def test_a_file_may_leave_labels_open(api: Start, tmp_path: Path) -> None:
     assert [row[RAW_COLUMNS.index("is_fraud")] for row in found] == [None, None]
 
 
-@pytest.mark.skipif(not SAMPLE.exists(), reason="the real sample is not here")
+@needs_sample
 def test_the_real_sample_is_served_digit_for_digit(api: Start) -> None:
     found = rows_until_empty(api("--source", str(SAMPLE)).url)
 

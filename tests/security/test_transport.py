@@ -25,7 +25,7 @@ from services.db_sink.table import connect, migrate
 from shared.errors import Outage
 from shared.kafka import topics
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240), pytest.mark.server]
 
 WRONG = "not-this-one"
 OPEN = {"security_protocol": "PLAINTEXT", "sasl_mechanisms": None, "sasl_username": None, "sasl_password": None}
