@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 from confluent_kafka import Producer
 from conftest import Rig, dead_letter_topic, make_transactions, until
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from fraudctl.__main__ import app
 from sandbox.embedded import EmbeddedBroker

@@ -351,9 +351,9 @@ def test_unconfirmed_rows_come_again_first_and_in_order(api: Start, reset: bool)
         client.close()
         until(lambda taken=taken: source.status() == account(served=0, in_flight=taken, put_back=30 - taken))
 
-    with requests.Session() as client:
-        assert [row for _ in range(5) for row in rows(source.url, client)] == generated(45)
-        assert rows(source.url, client) == []
+    with requests.Session() as session:
+        assert [row for _ in range(5) for row in rows(source.url, session)] == generated(45)
+        assert rows(source.url, session) == []
     assert source.status() == account(served=45, exhausted=True)
 
 

@@ -219,7 +219,7 @@ def test_with_exactly_these_rights_it_runs_and_each_that_is_taken_away_is_named_
 
     def stored() -> int:
         with engine.connect() as connection:
-            return connection.execute(sa.text("SELECT count(*) FROM transactions")).scalar_one()
+            return int(connection.execute(sa.text("SELECT count(*) FROM transactions")).scalar_one())
 
     until(lambda: stored() == 4, what="the four transactions in the table")
     until(lambda: len(list(messages(mailbox.directory))) >= 2, what="the mails")
