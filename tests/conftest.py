@@ -59,8 +59,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = item._fixtureinfo.name2fixturedefs.values()
         if item.get_closest_marker("alone"):
             item.add_marker(pytest.mark.xdist_group("alone"))
-        elif any(each[-1].scope == "module" for each in fixtures):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))  # one worker makes it, once
+        elif not item.get_closest_marker("xdist_group") and any(each[-1].scope == "module" for each in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))  # one worker makes it, once
     items.sort(key=_turn)
 
 
@@ -217,12 +217,12 @@ class Shared:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared(session_directory: Path) -> Iterator[Shared]:
+def shared(session_directory: Path, pytestconfig: pytest.Config) -> Shared:
     """What the workers of this session share."""
     alone = "PYTEST_XDIST_WORKER" not in os.environ
     made = Shared(session_directory if alone else session_directory.parents[1])
-    yield made
-    made.close()
+    pytestconfig.add_cleanup(made.close)  # it waits for the others, which is not to count as the time of a test
+    return made
 
 
 @pytest.fixture(autouse=True)

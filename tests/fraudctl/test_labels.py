@@ -49,7 +49,7 @@ def changes(engine: sa.Engine) -> list[tuple[object, ...]]:
 
 def exported(engine: sa.Engine, out: Path, *, append: bool = False, **bounds: int | None) -> int:
     bounds = {"since": None, "until": None} | bounds
-    return export.export(engine, str(out), append=append, progress=lambda _done, _total: None, **bounds)  # type: ignore[arg-type]
+    return export.export(engine, str(out), append=append, progress=lambda _done, _total: None, **bounds)
 
 
 def fraudctl(engine: sa.Engine, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import msgspec
 import pytest
 import sqlalchemy as sa
-from confluent_kafka.admin import (
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AclBinding,
     AclBindingFilter,
     AclOperation,
