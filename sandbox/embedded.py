@@ -7,20 +7,28 @@ It speaks Kafka's protocol and keeps nothing on disk. Its measured limits, with 
 - transactions are accepted but fake (aborted records are visible, offsets sent with a transaction are lost), so
   `DELIVERY=at_least_once` is the setting for it;
 - the cooperative-sticky assignor leaves partitions unowned for many seconds; `range` works;
-- it does not wake a waiting fetch, so a consumer sees a record only at the end of its `fetch.wait.max.ms`.
+- it does not wake a waiting fetch, so a consumer sees a record only at the end of its `fetch.wait.max.ms`;
+- a group that a member has joined or left waits for the others for as long as a session lasts, less a second, whether
+  there are others or not.
 """
 
 import argparse
+import ctypes
 import signal
 import sys
 from pathlib import Path
 from threading import Event
 
-from confluent_kafka import Producer
+from confluent_kafka import cimpl
 
-from sandbox.processes import Process, python
+from sandbox.processes import Process, StandInError, python
 
-CLIENT_SETTINGS = {"fetch.wait.max.ms": "10", "partition.assignment.strategy": "range"}
+CLIENT_SETTINGS = {
+    "fetch.wait.max.ms": "10",
+    "partition.assignment.strategy": "range",
+    "session.timeout.ms": "3000",
+    "heartbeat.interval.ms": "500",
+}
 KEPT_RECORDS_A_PARTITION = 24_000
 
 
@@ -57,15 +65,33 @@ def main() -> int:
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    cluster = Producer({"bootstrap.servers": "", "test.mock.num.brokers": 1, "log_level": 3})
-    broker = next(iter(cluster.list_topics(timeout=30).brokers.values()))
+    bootstrap = _start()
     partial = arguments.address_file.with_suffix(".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(f"{broker.host}:{broker.port}")
+    partial.write_text(bootstrap)
     partial.rename(arguments.address_file)
     while not stop.wait(1.0):
         pass
     return 0
+
+
+def _start() -> str:
+    """Start a mock cluster of one broker for as long as this process lives. Returns its HOST:PORT.
+
+    By librdkafka's C interface: Python's clients start one as well, but whose groups wait 3 s for their first members.
+    """
+    c = ctypes.CDLL(cimpl.__file__)  # and through it the librdkafka that the clients here use
+    pointer = ctypes.c_void_p
+    c.rd_kafka_new.restype = c.rd_kafka_mock_cluster_new.restype = pointer
+    c.rd_kafka_mock_cluster_bootstraps.restype = ctypes.c_char_p
+    producer, reason = 0, ctypes.create_string_buffer(512)
+    handle = pointer(c.rd_kafka_new(producer, None, reason, ctypes.c_size_t(len(reason))))
+    cluster = pointer(c.rd_kafka_mock_cluster_new(handle, 1)) if handle else None
+    if not cluster:
+        raise StandInError(f"librdkafka could not start its mock cluster: {reason.value.decode() or 'no reason given'}")
+    c.rd_kafka_mock_group_initial_rebalance_delay_ms(cluster, 0)
+    bootstrap: bytes = c.rd_kafka_mock_cluster_bootstraps(cluster)
+    return bootstrap.decode()
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from shared.records import FEATURES, RAW_COLUMNS, format_time
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MEAN_GAP_S = 28.0  # the Sparkov test set: 555,719 rows in half a year
 FRAUD_RATE = 0.0038
@@ -133,9 +135,11 @@ def training_frame(
     start: datetime = TRAINING_START,
     fraud_rate: float = TRAINING_FRAUD_RATE,
     fraud_hours: np.ndarray = FRAUD_HOURS,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """`rows` labelled transactions in the training file's columns; by default, with more frauds than there are in life."""
     made = transactions(seed=seed, start=start, fraud_rate=fraud_rate, fraud_hours=fraud_hours)
+    import pandas as pd  # seconds, which who only serves a stream is spared
+
     frame = pd.DataFrame(islice(made, rows), columns=list(RAW_COLUMNS))
     frame["unix_time"] = frame.pop("current_time") // 1000
     frame["trans_date_trans_time"] = frame["unix_time"].map(format_time)

@@ -49,7 +49,7 @@ class Postgres(Process):
             "listen_addresses": "127.0.0.1",
             "port": str(self._port),
             "unix_socket_directories": "",
-            "max_connections": "50",
+            "max_connections": "100",
         } | dict(settings or {})
         arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
         super().__init__(

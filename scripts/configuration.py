@@ -76,6 +76,7 @@ _AROUND = {
             "KAFKA_HOME", "path", "", "Folder of an installed Apache Kafka; if not set, its jars are downloaded once"
         ),
         Variable("XDG_CACHE_HOME", "path", "`~/.cache`", "Folder in which those jars are cached"),
+        Variable("FRAUD_ALARM_SAMPLE", "path", "", "CSV file with real labelled rows, for the tests that need them"),
         Variable("CI", "text", "", "If set, tests that need Apache Kafka fail instead of being skipped"),
     ),
 }

@@ -9,6 +9,10 @@ from datetime import UTC, datetime
 from fcntl import LOCK_EX, LOCK_SH, LOCK_UN, flock
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
+
+# Before numpy, scikit-learn and MLflow are imported: several workers share the processors, and MLflow reports nothing.
+os.environ |= {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 import hypothesis
 import msgspec
@@ -22,7 +26,7 @@ from sandbox.embedded import CLIENT_SETTINGS, EmbeddedBroker
 from sandbox.generator import training_frame, transactions
 from sandbox.mailbox import Mailbox
 from sandbox.postgres import Postgres
-from sandbox.processes import Process
+from sandbox.processes import Process, free_port
 from sandbox.registry import Registry
 from services.db_sink.table import connect
 from shared.dead_letters import SUFFIX
@@ -37,7 +41,40 @@ hypothesis.settings.load_profile("unhurried")
 
 START = datetime(2024, 5, 17, 21, 30, tzinfo=UTC)
 _GROUPS = ("PREDICTOR_GROUP", "ALERTER_GROUP", "WEBHOOK_GROUP", "DB_SINK_GROUP")
-SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "training_sample.csv"
+_Server = TypeVar("_Server", bound=Process)
+SAMPLE = Path(
+    os.environ.get("FRAUD_ALARM_SAMPLE") or os.devnull
+)  # rows of the real training file, where they are at hand
+needs_sample = pytest.mark.skipif(not SAMPLE.is_file(), reason="FRAUD_ALARM_SAMPLE names no file")
+_SERVERS = {"apache", "embedded", "mailbox", "postgres", "registry", "secured"}  # the fixtures that start one
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start a server, and order all of them so that several workers end at about the same time.
+
+    A test that starts a server without these fixtures carries the mark `server` itself: `_no_server` sees to it.
+    """
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        if _SERVERS & set(item.fixturenames):
+            item.add_marker("server")
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if item.get_closest_marker("alone"):
+            item.add_marker(pytest.mark.xdist_group("alone"))
+        elif not item.get_closest_marker("xdist_group") and any(each[-1].scope == "module" for each in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))  # one worker makes it, once
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> tuple[bool, float, bool]:
+    """What may take long comes first, what starts no server late, and what must be alone when nothing else is left."""
+    timeout = item.get_closest_marker("timeout")
+    return (
+        item.get_closest_marker("alone") is not None,
+        -timeout.args[0] if timeout else 0,
+        item.get_closest_marker("server") is None,
+    )
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -147,6 +184,58 @@ def session_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("session")
 
 
+class Shared:
+    """Servers that all workers of a session use: who needs one first starts it, and ends it when all have finished."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._started: list[Process] = []
+        self._users = (directory / "users").open("w")
+        flock(self._users, LOCK_SH)
+
+    def server(self, kind: Callable[..., _Server], fill: Callable[[_Server], None] | None = None) -> _Server:
+        """A server of this kind, started and filled by whoever is first to ask for it."""
+        directory = self._directory / kind.__name__
+        with directory.with_suffix(".port").open("a+") as file:
+            flock(file, LOCK_EX)
+            file.seek(0)
+            if known := file.read():
+                return kind(directory, port=int(known))
+            port = free_port()
+            server = kind(directory, port=port)
+            self._started.append(server.start())
+            if fill:
+                fill(server)
+            file.write(str(port))
+            return server
+
+    def close(self) -> None:
+        """End what this worker started, once no other uses it."""
+        flock(self._users, LOCK_UN)  # first, since two may wait for each other
+        if self._started:
+            flock(self._users, LOCK_EX)
+        for server in reversed(self._started):
+            server.stop()
+        self._users.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared(session_directory: Path, pytestconfig: pytest.Config) -> Shared:
+    """What the workers of this session share."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    made = Shared(session_directory if alone else session_directory.parents[1])
+    pytestconfig.add_cleanup(made.close)  # it waits for the others, which is not to count as the time of a test
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _no_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that is not marked as one that starts a server cannot."""
+    if not request.node.get_closest_marker("server"):
+        unmarked = "mark this test with pytest.mark.server, since it starts one"
+        monkeypatch.setattr(Process, "spawn", lambda _: pytest.fail(unmarked))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _mlflow(session_directory: Path) -> Iterator[None]:
     """What it fetches to look at, and leaves there, is left among the tests' own files; and it is patient."""
@@ -165,21 +254,19 @@ def embedded(session_directory: Path) -> Iterator[EmbeddedBroker]:
 
 
 @pytest.fixture(scope="session")
-def apache(session_directory: Path) -> Iterator[ApacheKafka]:
+def apache(shared: Shared) -> ApacheKafka:
     """A real Apache Kafka. Where it cannot run the test is skipped, in CI failed."""
     if reason := missing():
         if os.environ.get("CI"):
             pytest.fail(f"Apache Kafka must run in CI: {reason}")
         pytest.skip(reason)
-    with ApacheKafka(session_directory / "apache") as broker:
-        yield broker
+    return shared.server(ApacheKafka)
 
 
 @pytest.fixture(scope="session")
-def postgres(session_directory: Path) -> Iterator[Postgres]:
+def postgres(shared: Shared) -> Postgres:
     """A PostgreSQL server."""
-    with Postgres(session_directory / "postgres") as database:
-        yield database
+    return shared.server(Postgres)
 
 
 @pytest.fixture
@@ -198,12 +285,13 @@ def engine(postgres: Postgres) -> Iterator[sa.Engine]:
 
 
 @pytest.fixture(scope="session")
-def registry(session_directory: Path) -> Iterator[Registry]:
+def registry(shared: Shared) -> Registry:
     """An MLflow registry whose model `fraud` has a champion."""
-    with Registry(session_directory / "registry") as server:
-        trained = train.fit(training_frame(seed=1), seed=1)
-        train.register(trained, Alias(server.uri, "fraud", "champion"))
-        yield server
+
+    def champion(server: Registry) -> None:
+        train.register(train.fit(training_frame(seed=1), seed=1), Alias(server.uri, "fraud", "champion"))
+
+    return shared.server(Registry, champion)
 
 
 @pytest.fixture
@@ -231,6 +319,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def rig(tmp_path: Path, embedded: EmbeddedBroker, environment: dict[str, str]) -> Iterator[Rig]:
     """Services on the embedded broker."""
     properties = {"bootstrap.servers": embedded.bootstrap} | CLIENT_SETTINGS
+    # Coverage counts what services do here. On Apache Kafka they do the same, and being counted costs a start a second.
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
     made = _rig(tmp_path, properties, environment, embedded=True)
     yield made
     for process in made.processes:

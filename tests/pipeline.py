@@ -71,7 +71,7 @@ class Pipeline:
     def _through(self) -> bool:
         with self.engine.connect() as connection:
             rows, frauds = connection.execute(_OUTCOME).one()
-        return rows == self.streamed and len({each for mail in self.mails() for each in mail.alarms}) == frauds
+        return bool(rows == self.streamed) and len({each for mail in self.mails() for each in mail.alarms}) == frauds
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from certificates import Authority
-from confluent_kafka.admin import (
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AdminClient,
     ScramCredentialInfo,
     ScramMechanism,

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
@@ -337,6 +338,8 @@ class Machine:
         done = subprocess.run(
             command, env=self.environment(name), cwd=self.folder(name), capture_output=True, check=False
         )
+        if done.returncode:
+            time.sleep(1)  # each question is a process, and takes from the container what it needs to start
         return done.returncode == 0
 
     def folder(self, name: str) -> Path:

@@ -218,7 +218,7 @@ def test_services_and_jobs_are_given_the_secrets_they_read_and_no_others(
     named = {key.removesuffix("_FILE").lower(): path for key, path in settings.items() if key.endswith("_FILE")}
     configured = {name: pod for name, pod in pods(objects) if "envFrom" in pod["spec"]["containers"][0]}
     assert configured.keys() - OF_JOBS.keys() == {name.replace("_", "-") for name in SETTINGS} | {"fraudctl"}
-    read_by = {name: each.model_fields.keys() for name, each in (SETTINGS | OF_JOBS).items()}
+    read_by = {name: set(each.model_fields) for name, each in (SETTINGS | OF_JOBS).items()}
     read_by["fraudctl"] = {name.lower() for name in FIELDS}
     for name, pod in configured.items():
         fields = read_by[compose_name(name)]

@@ -83,7 +83,7 @@ def test_what_a_lock_installs_is_small_and_under_known_licences(service: str, mo
 def test_a_package_that_is_not_what_was_locked_is_not_installed(tmp_path: Path) -> None:
     lock = (ROOT / "services/requirements/producer.txt").read_text()
     (tmp_path / "requirements.txt").write_text(re.sub(r"sha256:\w{8}", "sha256:00000000", lock))
-    command = [sys.executable, "-m", "uv", "pip", "sync", "--target", tmp_path / "site", "--require-hashes"]
+    command = [sys.executable, "-m", "uv", "pip", "sync", "--target", str(tmp_path / "site"), "--require-hashes"]
 
     done = subprocess.run([*command, tmp_path / "requirements.txt"], capture_output=True, text=True)
 

@@ -1,5 +1,7 @@
 """The database through psycopg2 alone: the same addresses and the same schema as SQLAlchemy and Alembic."""
 
+from typing import Any
+
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
@@ -22,7 +24,8 @@ from shared.errors import Outage, SettingsError
     ],
 )
 def test_an_address_is_read_as_sqlalchemy_reads_it(url: str) -> None:
-    _, wanted = PGDialect_psycopg2().create_connect_args(sa.make_url(url))
+    dialect: Any = PGDialect_psycopg2()  # type: ignore[no-untyped-call]
+    _, wanted = dialect.create_connect_args(sa.make_url(url))
 
     assert Address(url).parameters == {name: str(value) for name, value in wanted.items()}
 

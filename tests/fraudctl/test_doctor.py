@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import sqlalchemy as sa
 from confluent_kafka import TopicPartition
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType  # type: ignore[attr-defined]
 from conftest import Rig, dead_letter_topic, make_transactions, until
 from typer.testing import CliRunner
 
@@ -25,7 +25,7 @@ from shared.kafka import topics
 from shared.kafka.clients import consumer, producer
 from shared.records import FEATURES
 
-pytestmark = pytest.mark.kafka
+pytestmark = [pytest.mark.kafka, pytest.mark.xdist_group("logins")]
 
 LOGIN = ("operator", "right-mail-password")
 SECRETS = (LOGIN[1], "wrong-mail-password", "right-database-password", "wrong-database-password", "registry-password")

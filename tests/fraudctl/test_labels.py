@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import s3fs
 import sqlalchemy as sa
-from conftest import SAMPLE, make_transactions
+from conftest import SAMPLE, make_transactions, needs_sample
 from moto.server import ThreadedMotoServer
 
 from fraudctl import export, labels
@@ -49,7 +49,7 @@ def changes(engine: sa.Engine) -> list[tuple[object, ...]]:
 
 def exported(engine: sa.Engine, out: Path, *, append: bool = False, **bounds: int | None) -> int:
     bounds = {"since": None, "until": None} | bounds
-    return export.export(engine, str(out), append=append, progress=lambda _done, _total: None, **bounds)  # type: ignore[arg-type]
+    return export.export(engine, str(out), append=append, progress=lambda _done, _total: None, **bounds)
 
 
 def fraudctl(engine: sa.Engine, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -231,9 +231,8 @@ def test_confirmed_rows_come_back_as_a_training_file(engine: sa.Engine, tmp_path
         assert values == wanted
 
 
+@needs_sample
 def test_the_file_has_the_types_of_the_training_file(engine: sa.Engine, tmp_path: Path) -> None:
-    if not SAMPLE.exists():
-        pytest.skip("the sample is not there")
     batch = [each for each in make_transactions(500) if each.cc_num < 2**63]  # pandas reads larger ones as uint64
     stored(engine, batch)
     labels.confirm(engine, [Label(each.trans_num, False, "ana") for each in batch])

@@ -16,13 +16,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import sqlalchemy as sa
-from click.testing import Result
 from confluent_kafka import Producer, cimpl
 from conftest import Rig, dead_letter_topic, make_transactions, until
 from mlflow.models import infer_signature
 from rich.console import Console
 from sklearn.base import BaseEstimator, ClassifierMixin
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from fraudctl.__main__ import app
 from sandbox.mailbox import Mailbox
@@ -50,7 +49,7 @@ def stack(apache_rig: Rig, registry: Registry, engine: sa.Engine, mailbox: Mailb
 
 
 @pytest.fixture
-def status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Status]:
+def status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Status:
     monkeypatch.chdir(tmp_path)
     for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}.items():
         monkeypatch.setenv(name, value)  # whatever other tests have left there

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 from confluent_kafka import Producer
 from conftest import Rig, dead_letter_topic, make_transactions, until
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from fraudctl.__main__ import app
 from sandbox.embedded import EmbeddedBroker
@@ -22,6 +21,8 @@ from shared.kafka import topics
 from shared.kafka.messages import NOTHING
 from shared.provenance import Provenance, to_headers
 from shared.records import encode_prediction, encode_transaction
+
+pytestmark = pytest.mark.server
 
 CARD = 4497913965512794052
 

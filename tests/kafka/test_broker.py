@@ -9,7 +9,7 @@ from conftest import Rig
 from sandbox.apache import ApacheKafka
 from shared.kafka import topics
 
-pytestmark = pytest.mark.kafka
+pytestmark = [pytest.mark.kafka, pytest.mark.server]
 
 
 def test_records_survive_stop_and_kill(tmp_path: Path, apache_rig: Rig) -> None:

@@ -18,6 +18,8 @@ from rehearsal.ledger import Ledger
 from rehearsal.scenarios import SCENARIOS
 from services.catalogue import CORE
 
+pytestmark = pytest.mark.server
+
 HELD = Ledger(
     served=10, fetched=10, skipped_repeats=0, topic_1=10, topic_2=10, predicted_frauds=2, emails=2, mailed_frauds=2,
     rows=10, repeated_mails=0, dead_letters=0, lost=0, duplicates=0, out_of_order=0, seconds=1.0, latency_ms={},

@@ -26,7 +26,7 @@ from shared.stream.delivery import ExactlyOnce
 from shared.stream.flight import Outcome
 from shared.stream.loop import Stream
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400), pytest.mark.server]
 
 AWAY_S = 20.0
 

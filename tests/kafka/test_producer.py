@@ -14,7 +14,7 @@ from shared.kafka import topics
 from shared.kafka.messages import says_nothing
 from shared.records import read_topic_1
 
-pytestmark = pytest.mark.kafka
+pytestmark = [pytest.mark.kafka, pytest.mark.server]
 
 
 def test_a_topic_that_is_missing_is_waited_for(apache_rig: Rig) -> None:

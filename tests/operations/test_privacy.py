@@ -21,6 +21,8 @@ from sandbox.registry import Registry
 from services.db_sink.table import connect
 from shared.records import Transaction, encode_transaction
 
+pytestmark = pytest.mark.server
+
 SECRETS = {
     "SMTP_PASSWORD": "planted-for-smtp",
     "DATABASE_URL": "planted-for-the-database",

@@ -28,6 +28,8 @@ from shared.provenance import Provenance, to_headers
 from shared.records import encode_prediction, encode_transaction
 from shared.settings import load
 
+pytestmark = pytest.mark.xdist_group("logins")  # of the one PostgreSQL, for which it writes rules
+
 ROOT = Path(__file__).parents[2]
 USER = "guarded"
 SETTINGS = {

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from conftest import SAMPLE, START, until
+from conftest import SAMPLE, START, needs_sample, until
 
 from sandbox.generator import training_frame
 from sandbox.mailbox import messages
 from sandbox.postgres import Postgres
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.server]
 
 COUNTED = (
     "served", "fetched", "skipped_repeats", "topic_1", "topic_2", "predicted_frauds", "emails", "mailed_frauds", "rows",
@@ -164,7 +164,7 @@ def test_a_source_in_another_format_is_refused_by_name(tmp_path: Path, text: str
     assert named in err
 
 
-@pytest.mark.skipif(not SAMPLE.exists(), reason="the real sample is not here")
+@needs_sample
 def test_the_real_sample_balances(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     process = fraudctl(

@@ -17,12 +17,14 @@ from urllib.parse import urlsplit
 import pandas as pd
 import pytest
 import requests
-from conftest import SAMPLE, until
+from conftest import SAMPLE, needs_sample, until
 
 from sandbox.generator import ROUND_THE_CLOCK, training_frame, transactions
 from sandbox.payments_api import FAULTS, PATH, PaymentsApi
 from sandbox.processes import Process, StandInError, python
 from shared.records import RAW_COLUMNS
+
+pytestmark = pytest.mark.server
 
 Start = Callable[..., PaymentsApi]
 START = datetime(2024, 5, 17, 20, 0, tzinfo=UTC)
@@ -195,7 +197,7 @@ def test_a_file_may_lack_labels(api: Start, tmp_path: Path) -> None:
     assert [row[RAW_COLUMNS.index("is_fraud")] for row in found] == [None, None]
 
 
-@pytest.mark.skipif(not SAMPLE.exists(), reason="the real sample is not here")
+@needs_sample
 def test_the_real_sample_is_served_digit_for_digit(api: Start) -> None:
     found = rows_until_empty(api("--source", str(SAMPLE)).url)
 
@@ -349,9 +351,9 @@ def test_unconfirmed_rows_are_served_again_first_and_in_order(api: Start, reset:
         client.close()
         until(lambda taken=taken: source.status() == account(served=0, in_flight=taken, put_back=30 - taken))
 
-    with requests.Session() as client:
-        assert [row for _ in range(5) for row in rows(source.url, client)] == generated(45)
-        assert rows(source.url, client) == []
+    with requests.Session() as session:
+        assert [row for _ in range(5) for row in rows(source.url, session)] == generated(45)
+        assert rows(source.url, session) == []
     assert source.status() == account(served=45, exhausted=True)
 
 

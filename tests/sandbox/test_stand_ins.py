@@ -20,6 +20,8 @@ from sandbox.mailbox import FAULTS, Mailbox, messages
 from sandbox.postgres import Postgres
 from sandbox.processes import Process, StandInError, free_port, port_open, python
 
+pytestmark = pytest.mark.server
+
 PARENT = """
 import sys, time
 from pathlib import Path

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import msgspec
 import pytest
 import sqlalchemy as sa
-from confluent_kafka.admin import (
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AclBinding,
     AclBindingFilter,
     AclOperation,
@@ -220,7 +220,7 @@ def test_with_exactly_these_rights_it_runs_and_each_that_is_taken_away_is_named_
 
     def stored() -> int:
         with engine.connect() as connection:
-            return connection.execute(sa.text("SELECT count(*) FROM transactions")).scalar_one()
+            return int(connection.execute(sa.text("SELECT count(*) FROM transactions")).scalar_one())
 
     until(lambda: stored() == 4, what="the four transactions in the table")
     until(lambda: len(list(messages(mailbox.directory))) >= 2, what="the mails")

@@ -14,7 +14,7 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 from certificates import Authority
-from confluent_kafka.admin import ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
+from confluent_kafka.admin import ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion  # type: ignore[attr-defined]
 from conftest import Rig, until
 from secured import OWNER, SecuredKafka, SecuredPostgres, password_of, programs_with_tls
 
@@ -25,7 +25,7 @@ from services.db_sink.table import connect, migrate
 from shared.errors import Outage
 from shared.kafka import topics
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240), pytest.mark.server]
 
 WRONG = "not-this-one"
 OPEN = {"security_protocol": "PLAINTEXT", "sasl_mechanisms": None, "sasl_username": None, "sasl_password": None}

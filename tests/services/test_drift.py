@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 from prometheus_client import REGISTRY
+from scipy.stats import entropy
 from structlog.testing import capture_logs
 
 from sandbox.generator import training_frame, transactions
@@ -133,6 +134,15 @@ def test_the_measures_can_be_scraped(profile: Profile, live: list[Transaction]) 
     assert 0 < amounts < 0.1
     monitor(None)  # another model has begun
     assert scraped("category", "unknown") is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_psi_is_the_relative_entropy_both_ways(seed: int) -> None:
+    live, expected = np.random.default_rng(seed).integers(100, 100_000, size=(2, 10))
+
+    assert psi(live, expected.astype(float)) == pytest.approx(
+        entropy(live, expected) + entropy(expected, live), rel=0.02
+    )
 
 
 def test_psi_is_zero_for_the_same_shares_and_known_for_others() -> None:

@@ -1,5 +1,6 @@
 """Waiting out an outage."""
 
+from collections.abc import Iterator
 from threading import Event
 
 import pytest
@@ -20,7 +21,7 @@ def test_waits_grow_and_are_capped(attempt: int, initial_s: float, max_s: float)
 
 
 def test_an_outage_is_said_once_and_its_end_once() -> None:
-    answers = iter([Outage("gone"), Outage("gone"), "back"])
+    answers: Iterator[Outage | str] = iter([Outage("gone"), Outage("gone"), "back"])
     waits: list[float] = []
 
     def step() -> str:

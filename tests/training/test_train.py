@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn
-from conftest import SAMPLE
+from conftest import SAMPLE, needs_sample
 from sklearn.metrics import average_precision_score, precision_score
 
 from sandbox.generator import ROUND_THE_CLOCK, training_frame
@@ -23,8 +23,6 @@ from shared.profile import Profile
 from shared.records import FEATURES
 from training import features, train
 from training.aliases import Alias
-
-needs_sample = pytest.mark.skipif(not SAMPLE.exists(), reason="the real sample is not here")
 
 # Load a model where nothing of this project can be imported, and print its probabilities.
 LOAD = """

@@ -12,6 +12,8 @@ from shared.errors import Outage
 from shared.kafka.messages import Record
 from shared.stream.delivery import AtLeastOnce, ExactlyOnce
 
+pytestmark = pytest.mark.server
+
 
 def test_a_broker_that_stays_connected_and_acknowledges_nothing_is_an_outage(tmp_path: Path) -> None:
     with EmbeddedBroker(tmp_path) as broker, capture_logs() as lines:

@@ -110,7 +110,7 @@ def test_what_is_to_come_again_later_comes_with_what_has_come_since(rig: Rig, co
     def handle(batch: Sequence[Message]) -> Outcome:
         at.append(time.monotonic())
         batches.append([message.value() for message in batch])
-        return Outcome(0, again_in_s=5.0) if len(batches) == 1 else Outcome(len(batch))
+        return Outcome(0, again_in_s=2.0) if len(batches) == 1 else Outcome(len(batch))
 
     with streaming(rig, handle):
         until(lambda: batches, what="the first batch")
@@ -118,7 +118,7 @@ def test_what_is_to_come_again_later_comes_with_what_has_come_since(rig: Rig, co
         until(lambda: committed() == 5)
 
     assert batches == [numbers(3), numbers(5)]
-    assert at[1] - at[0] >= 5
+    assert at[1] - at[0] >= 2
 
 
 def test_a_full_batch_does_not_wait(rig: Rig, committed: Callable[[], int]) -> None:
@@ -243,10 +243,10 @@ def test_a_handler_may_take_longer_than_the_group_waits_for_a_poll(rig: Rig, com
         go_on.wait(20)
         return Outcome(len(batch))
 
-    patience = {"max.poll.interval.ms": "3000", "session.timeout.ms": "3000", "heartbeat.interval.ms": "500"}
+    patience = {"max.poll.interval.ms": "2000", "session.timeout.ms": "2000", "heartbeat.interval.ms": "500"}
     with streaming(rig, handle, **patience):
         assert handed_over.wait(20)
-        threading.Timer(5, go_on.set).start()  # longer than the three seconds: the length is the point
+        threading.Timer(3, go_on.set).start()  # longer than the two seconds: the length is the point
         until(lambda: committed() == 1)
         rig.put(rig.topic_1, [b"next"], key=b"one card")
         until(lambda: committed() == 2)
