@@ -46,7 +46,7 @@ class Pipeline:
         until(self._through, timeout_s=timeout_s, what=f"{self.streamed} rows and a mail for each fraud")
 
     def stop(self, timeout_s: float) -> dict[str, int | None]:
-        """Tell all services at once to stop; returns their exit codes, after that time that of who was killed."""
+        """Stop all services at once. Returns their exit codes; those still running after `timeout_s` are killed."""
         with ThreadPoolExecutor(len(self.services)) as pool:
             codes = pool.map(lambda each: each.stop(timeout_s), self.services.values())
             return dict(zip(self.services, codes, strict=True))

@@ -86,7 +86,7 @@ def test_the_files_are_what_the_compose_specification_allows(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_service_can_be_scaled(name: str) -> None:
     assert not {"container_name", "ports"} & CONTAINERS[name].keys()
-    # Replicas tell themselves apart by their host names: one name would have them take each other's place.
+    # Replicas are distinguished by their host names: with one name they would take each other's place.
     assert "hostname" not in CONTAINERS[name]
     assert "REPLICA" not in variables(CONTAINERS[name])
     # To the topics, they are all of one kind: as many share the work as there are partitions.
@@ -110,7 +110,7 @@ def test_whoever_gets_into_a_container_finds_little(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_a_stop_is_heard_before_there_is_a_handler_for_it(name: str) -> None:
+def test_a_stop_works_before_there_is_a_handler_for_it(name: str) -> None:
     assert CONTAINERS[name].get("init", False) == ("build" in CONTAINERS[name])
 
 

@@ -1,4 +1,4 @@
-"""deploy/kubernetes without a cluster: what kustomize makes of it, held against the schemas and against compose."""
+"""deploy/kubernetes without a cluster: what kustomize renders, compared with the schemas and with compose."""
 
 import os
 import re
@@ -300,7 +300,7 @@ def test_a_service_is_probed_limited_spread_and_not_disrupted_all_at_once(name: 
     assert name in of_kind(objects, "PodDisruptionBudget")
 
 
-def test_a_stop_is_heard_before_there_is_a_handler_for_it(objects: list[Object]) -> None:
+def test_a_stop_works_before_there_is_a_handler_for_it(objects: list[Object]) -> None:
     for _, pod in pods(objects):
         ours = "fraud-alarm/" in pod["spec"]["containers"][0]["image"]
         assert pod["spec"].get("shareProcessNamespace", False) == ours

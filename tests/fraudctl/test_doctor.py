@@ -359,7 +359,7 @@ def test_a_setting_that_nobody_reads_is_named(stack: Rig, doctor: Doctor, tmp_pa
     )
 
 
-def test_what_libraries_read_is_no_stranger_and_where_they_do_not_find_it_is_told(
+def test_a_librarys_variable_is_known_and_a_place_where_it_is_not_read_is_reported(
     stack: Rig, doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)

@@ -121,7 +121,7 @@ def test_an_import_is_all_or_nothing_and_names_each_bad_line(engine: sa.Engine, 
     assert label_of(engine, second) == (0, "ana", True)
 
 
-def test_a_number_that_came_several_times_is_told_apart_by_its_time(engine: sa.Engine) -> None:
+def test_a_number_that_came_several_times_is_identified_by_its_time(engine: sa.Engine) -> None:
     early, late = make_transactions(2)
     late.trans_num = early.trans_num
     stored(engine, [early, late])
@@ -135,7 +135,7 @@ def test_a_number_that_came_several_times_is_told_apart_by_its_time(engine: sa.E
         labels.confirm(engine, [Label(early.trans_num, True, "ana", unix_time=1)])
 
 
-def test_confirmed_labels_outlive_predictions_that_come_again(engine: sa.Engine) -> None:
+def test_confirmed_labels_survive_redelivered_predictions(engine: sa.Engine) -> None:
     batch = make_transactions(10_000)
     stored(engine, batch)
     given = [Label(each.trans_num, number % 3 == 0, "ana") for number, each in enumerate(batch)]

@@ -26,7 +26,7 @@ Fraudctl = Callable[..., "CompletedProcess[str]"]
 @pytest.fixture
 def champion(registry: Registry) -> Alias:
     """The alias of a model of this test's own."""
-    return Alias(registry.uri, f"told-{uuid.uuid4().hex[:8]}", "champion")
+    return Alias(registry.uri, f"compared-{uuid.uuid4().hex[:8]}", "champion")
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def fraudctl(champion: Alias, tmp_path: Path) -> Fraudctl:
 def log_version(champion: Alias, *, amounts: tuple[float, float], columns: str = "amt") -> None:
     """A version for which the larger amount is a fraud."""
     mlflow.set_tracking_uri(champion.tracking_uri)
-    mlflow.set_experiment("told")
+    mlflow.set_experiment("compared")
     rows = pd.DataFrame({columns: list(amounts)})
     with mlflow.start_run():
         mlflow.sklearn.log_model(

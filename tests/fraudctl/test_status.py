@@ -1,4 +1,4 @@
-"""fraudctl status: what an operator is told of a system that is well, and of one that is not."""
+"""fraudctl status: what an operator sees of a healthy system and of an unhealthy one."""
 
 import ctypes
 import json
@@ -185,7 +185,7 @@ def test_a_partition_without_a_leader_hides_nothing_of_the_others(
     assert "unhealthy: topic_1: no leader for partitions 1. Check that every broker runs." in lines, lines
     for topic in ("topic_1", "topic_1.dlq", "topic_2", "topic_2.dlq"):
         assert any(line.startswith(f"{topic}: 3 partitions") for line in lines), lines
-    for group in ("predictor", "alerter", "db_sink"):  # such a broker cannot tell of groups
+    for group in ("predictor", "alerter", "db_sink"):  # such a broker cannot describe groups
         assert f"unhealthy: Kafka: {group}: Local: Required feature not supported by broker" in lines
 
 
@@ -251,9 +251,9 @@ def test_dead_letters_are_counted_until_they_are_put_back_and_are_not_unhealthy(
     found = status(stack)
 
     assert all("no member is running" in line for line in unhealthy(found))
-    told = re.search(rf"^{letters}: 6 partitions, 2 dead letters, newest record (\d+) s old$", found.stdout, re.M)
-    assert told
-    assert int(told[1]) <= round(time.monotonic() - began)
+    shown = re.search(rf"^{letters}: 6 partitions, 2 dead letters, newest record (\d+) s old$", found.stdout, re.M)
+    assert shown
+    assert int(shown[1]) <= round(time.monotonic() - began)
 
 
 def test_no_champion_no_schema_and_no_topic_are_named(stack: Rig, engine: sa.Engine, status: Status) -> None:

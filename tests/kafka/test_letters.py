@@ -1,4 +1,4 @@
-"""Dead letters on Apache Kafka: listed, shown, mended, and put back exactly once, whoever else does so."""
+"""Dead letters on Apache Kafka: listed, shown, fixed, and put back exactly once, whoever else does so."""
 
 import json
 import os
@@ -312,7 +312,7 @@ def test_more_than_a_thousand_want_a_yes(apache_rig: Rig) -> None:
     assert len(marks(apache_rig.read(dead_letter_topic(topic), 2 * len(values)))) == len(values)
 
 
-def test_a_refused_transaction_is_saved_mended_and_predicted(apache_rig: Rig, registry: Registry) -> None:
+def test_a_refused_transaction_is_saved_fixed_and_predicted(apache_rig: Rig, registry: Registry) -> None:
     (transaction,) = make_transactions(1)
     wrong = json.dumps(json.loads(encode_transaction(transaction)) | {"zip": "28372a"}).encode()
     apache_rig.put(apache_rig.topic_1, [wrong])
@@ -333,13 +333,13 @@ def test_a_refused_transaction_is_saved_mended_and_predicted(apache_rig: Rig, re
 
 
 @pytest.mark.parametrize("key", [b"mine", b"", None])
-def test_a_mended_value_keeps_the_key_that_was_there(apache_rig: Rig, key: bytes | None) -> None:
+def test_a_fixed_value_keeps_the_key_that_was_there(apache_rig: Rig, key: bytes | None) -> None:
     value = b"still wrong" if key is None else encode_transaction(make_transactions(1)[0])
     write(apache_rig, [refused(apache_rig.topic_1, b"wrong", key=key)])
     (name,) = ids_of(apache_rig, apache_rig.topic_1, 1).values()
-    (apache_rig.directory / "mended").write_bytes(value)
+    (apache_rig.directory / "fixed").write_bytes(value)
 
-    assert fraudctl(apache_rig, "replay", name, "--value", "mended").returncode == 0
+    assert fraudctl(apache_rig, "replay", name, "--value", "fixed").returncode == 0
 
     (message,) = apache_rig.read(apache_rig.topic_1, 1)
     assert (message.value(), message.key()) == (value, key)
@@ -349,9 +349,9 @@ def test_a_value_too_large_is_refused_and_leaves_nothing_open(apache_rig: Rig) -
     write(apache_rig, [refused(apache_rig.topic_1, b"letter")])
     (name,) = ids_of(apache_rig, apache_rig.topic_1, 1).values()
     for size in (1_500_000, 3_000_000):  # beyond what the topic takes, and beyond what the producer sends
-        (apache_rig.directory / "mended").write_bytes(os.urandom(size))
+        (apache_rig.directory / "fixed").write_bytes(os.urandom(size))
 
-        done = fraudctl(apache_rig, "replay", name, "--value", "mended")
+        done = fraudctl(apache_rig, "replay", name, "--value", "fixed")
 
         assert done.returncode == 2
         assert done.stderr.startswith("fraudctl: Kafka: ")

@@ -1,4 +1,4 @@
-"""What the services need goes away: nobody exits, all of it comes through in the end, and who is told to stop does."""
+"""What the services need goes away: none exits, everything arrives in the end, and SIGTERM still stops them."""
 
 import io
 import time
@@ -78,7 +78,7 @@ def test_nobody_exits_and_the_ledger_balances(tmp_path: Path, apache_rig: Rig) -
 
 @pytest.mark.alone
 @pytest.mark.parametrize("silent", [False, True], ids=["dead", "silent"])
-def test_told_to_stop_while_the_broker_is_away_they_do_and_what_they_leave_comes_through_later(
+def test_sigterm_while_the_broker_is_away_stops_them_and_what_they_leave_arrives_later(
     apache_rig: Rig, engine: sa.Engine, registry: Registry, mailbox: Mailbox, silent: bool
 ) -> None:
     rig, everything = apache_rig, 15_000

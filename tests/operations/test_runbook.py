@@ -141,8 +141,8 @@ def test_a_service_is_down(stack: Rig, runbook: Runbook) -> None:
     put_a_fraud(stack)
 
     reader = f"db_sink (group {stack.environment['DB_SINK_GROUP']} on {stack.topic_2})"
-    told = f"unhealthy: {reader}: lag 1, and no member is running. Start the db_sink."
-    until(lambda: told in runbook("A service is down"), what="a group without members")
+    unhealthy = f"unhealthy: {reader}: lag 1, and no member is running. Start the db_sink."
+    until(lambda: unhealthy in runbook("A service is down"), what="a group without members")
 
 
 def test_a_service_is_stalled(stack: Rig, runbook: Runbook) -> None:

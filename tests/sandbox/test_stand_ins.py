@@ -39,7 +39,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a child that its parent died")
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_a_child_dies_with_its_parent_however_that_ends(tmp_path: Path, end: signal.Signals) -> None:
     command = [sys.executable, "-c", PARENT, str(tmp_path / "log")]

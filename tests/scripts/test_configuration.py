@@ -88,7 +88,7 @@ def test_document_and_names_are_up_to_date() -> None:
     assert (ROOT / "shared" / "variables.py").read_text() == configuration.names(), "make configuration"
 
 
-def test_a_row_tells_type_default_and_meaning() -> None:
+def test_a_row_has_type_default_and_meaning() -> None:
     rows = configuration.document().splitlines()
 
     assert (

@@ -141,7 +141,7 @@ class Guarded:
         return self.rig.log(user)[since:].splitlines()
 
     def is_well(self, user: str) -> bool:
-        """Whether each outage that it told of is over."""
+        """Whether each outage that it logged is over."""
         log = self.rig.log(user)
         return log.count("event='outage' ") == log.count("event='outage_over' ")
 
@@ -151,7 +151,7 @@ def known(admin: AdminClient, acl: Acl) -> bool:
     return bool(admin.describe_acls(AclBindingFilter(*acl.terms)).result(15))
 
 
-def tells(line: str, acl: Acl) -> bool:
+def reports(line: str, acl: Acl) -> bool:
     """Whether it says what is missing."""
     return acl.name in line and _REFUSED[acl.resource] in line and ("event='outage'" in line or "rests'" in line)
 
@@ -236,16 +236,16 @@ def test_with_exactly_these_rights_it_runs_and_each_that_is_taken_away_is_named_
         guarded.forbid(acl)
         guarded.give_work(acl.user)
 
-        def told(acl: Acl = acl, seen: int = seen) -> list[str]:
-            return [line for line in guarded.lines(acl.user, seen) if tells(line, acl)]
+        def reported(acl: Acl = acl, seen: int = seen) -> list[str]:
+            return [line for line in guarded.lines(acl.user, seen) if reports(line, acl)]
 
-        until(told, what=f"a line on {acl}")
+        until(reported, what=f"a line on {acl}")
         assert services[acl.user].running
         guarded.allow([acl])
         if acl not in challenged:
             until(lambda: guarded.is_well(acl.user), what=f"the end, with {acl}")  # noqa: B023
-        groups = [line.partition(" group=")[2] for line in told()]
-        assert len(groups) == len(set(groups)), f"{acl} is told twice"
+        groups = [line.partition(" group=")[2] for line in reported()]
+        assert len(groups) == len(set(groups)), f"{acl} is reported twice"
     for each in services.values():
         assert each.stop(10) == 0
 
@@ -256,7 +256,7 @@ def test_of_two_rights_that_are_missing_the_second_is_named_too(guarded: Guarded
         (acl,) = [acl for acl in rows("db_sink") if str(acl) == missing]
         guarded.forbid(acl)
         guarded.give_work("db_sink")
-        until(lambda: any(tells(line, acl) for line in guarded.lines("db_sink", 0)), what=f"a line on {acl}")  # noqa: B023
+        until(lambda: any(reports(line, acl) for line in guarded.lines("db_sink", 0)), what=f"a line on {acl}")  # noqa: B023
 
     guarded.allow(rows("db_sink"))
 
@@ -280,7 +280,7 @@ def test_a_producer_that_may_not_see_what_it_left_undone_says_so(guarded: Guarde
 
     process = guarded.rig.start("producer", **environment)
 
-    until(lambda: any(tells(line, read) for line in guarded.lines("producer", seen)), what="a line on it")
+    until(lambda: any(reports(line, read) for line in guarded.lines("producer", seen)), what="a line on it")
     guarded.allow([read])
     until(lambda: process.said("event='outage_over'"), what="its end")
     assert process.stop(10) == 0
@@ -292,8 +292,8 @@ def test_the_sink_cannot_read_topic_1_and_no_service_reads_anothers_group(guarde
     assert sink.said("Topic authorization failed")
     assert sink.stop(10) == 0
     sink = guarded.rig.start("db_sink", ready=False, DB_SINK_GROUP="alerter", **guarded.environment("db_sink"))
-    told = re.compile(r"Group authorization failed\..*group='alerter'").search
-    until(lambda: told(guarded.rig.log("db_sink")), what="a line on the group")
+    reported = re.compile(r"Group authorization failed\..*group='alerter'").search
+    until(lambda: reported(guarded.rig.log("db_sink")), what="a line on the group")
     assert sink.stop(10) == 0
 
 
@@ -332,7 +332,7 @@ def test_topics_that_are_hidden_are_not_called_missing(guarded: Guarded) -> None
     assert re.fullmatch(r"fraudctl: Kafka: topic_1: .*Topic authorization failed\n", tail.stderr)
 
 
-def test_an_operator_is_told_what_is_missing(guarded: Guarded) -> None:
+def test_an_operator_sees_what_is_missing(guarded: Guarded) -> None:
     def fraudctl(*arguments: str, topic_1: str = "topic_1") -> str:
         """All that it says if something is wrong."""
         done = operate(guarded, *arguments, TOPIC_1=topic_1)
@@ -382,7 +382,7 @@ def test_doctor_asks_for_the_operators_rights_and_no_more(
     assert "services' logs" in doctor("ACLs")
 
 
-def test_who_may_no_longer_read_what_is_followed_is_told_so(guarded: Guarded) -> None:
+def test_losing_the_right_to_read_a_followed_topic_is_reported(guarded: Guarded) -> None:
     command = [sys.executable, "-m", "fraudctl", "tail", "topic_1", "--follow"]
     environment = guarded.rig.environment | guarded.environment("operator")
     out = guarded.rig.directory / "tail.out"

@@ -110,7 +110,7 @@ def test_without_a_role_psql_fails_and_nothing_is_granted(ungranted: Granted) ->
 
 
 @pytest.mark.parametrize("closed_before", [False, True])
-def test_who_owns_the_tables_and_not_the_database_is_told_so(ungranted: Granted, closed_before: bool) -> None:
+def test_an_owner_of_the_tables_but_not_the_database_is_reported(ungranted: Granted, closed_before: bool) -> None:
     ungranted.run("CREATE ROLE tables LOGIN")
     try:
         ungranted.run('GRANT CONNECT ON DATABASE :"DBNAME" TO tables')

@@ -154,7 +154,7 @@ def test_a_password_that_becomes_right_ends_the_outage(secured_rig: Rig, secured
         ({"sasl_password": None}, "SASL_PASSWORD: missing"),
     ],
 )
-def test_what_no_patience_mends_ends_the_service_with_one_line(
+def test_what_waiting_cannot_fix_ends_the_service_with_one_line(
     secured_rig: Rig, secured: SecuredKafka, changes: dict[str, str | None], said: str
 ) -> None:
     path = written(secured_rig.directory / "wrong.properties", secured.properties("PLAIN", **changes))

@@ -267,7 +267,7 @@ def test_a_fraud_that_lies_twice_on_the_topic_is_mailed_once(rig: Rig, mailbox: 
     assert rig.log("alerter").count("event='alarm_repeats_skipped'") == 1
 
 
-def test_a_fraud_whose_commit_failed_comes_again_and_is_not_mailed_again(rig: Rig, mailbox: Mailbox) -> None:
+def test_a_fraud_whose_commit_failed_is_redelivered_and_is_not_mailed_again(rig: Rig, mailbox: Mailbox) -> None:
     channel = by_mail(mailbox.port)
     batch = [
         encode_prediction(encode_transaction(each), label)
@@ -345,7 +345,7 @@ def test_killed_in_a_flood_it_loses_none_and_repeats_those_of_one_mail_at_the_mo
     assert len(repeated_mails(list(messages(mailbox.directory)))) <= 1
 
 
-def test_what_was_mailed_in_a_digest_and_not_committed_comes_again_in_one(rig: Rig, mailbox: Mailbox) -> None:
+def test_what_was_mailed_in_a_digest_and_not_committed_is_mailed_in_one_again(rig: Rig, mailbox: Mailbox) -> None:
     put_predictions(rig, [(each, 1) for each in make_transactions(300)])
     batch = rig.read(rig.topic_2, 300)
 
@@ -359,7 +359,7 @@ def test_what_was_mailed_in_a_digest_and_not_committed_comes_again_in_one(rig: R
     assert list(map(len, named(received(mailbox, 2)))) == [300, 300]
 
 
-def test_a_flood_waits_for_the_mail_server_and_then_goes_out_once(rig: Rig, mailbox: Mailbox) -> None:
+def test_a_flood_waits_for_the_mail_server_and_then_is_mailed_once(rig: Rig, mailbox: Mailbox) -> None:
     frauds = make_transactions(1000)
     mailbox.stop()
     own = {"ALERT_BURST": "3", "ALERT_DIGEST_SECONDS": "1", "BACKOFF_MAX_SECONDS": "0.5"}
@@ -422,7 +422,7 @@ def test_a_fraud_that_comes_twice_is_once_in_a_digest(rig: Rig, mailbox: Mailbox
     assert sorted(digest) == sorted(each.identity for each in frauds)
 
 
-def test_what_was_gathered_goes_out_though_nothing_follows(rig: Rig, mailbox: Mailbox) -> None:
+def test_what_was_gathered_is_mailed_though_nothing_follows(rig: Rig, mailbox: Mailbox) -> None:
     frauds = make_transactions(4)
     rig.start("alerter", SMTP_PORT=str(mailbox.port), ALERT_BURST="1", ALERT_DIGEST_SECONDS="2")
     put_predictions(rig, [(each, 1) for each in frauds])
@@ -658,7 +658,7 @@ def test_a_sample_goes_through_each_channel_and_what_happened_is_said(
     assert "Test alarm" in mail.message["Subject"]
 
 
-def test_machines_are_told_what_people_are() -> None:
+def test_a_post_says_what_a_mail_says() -> None:
     (transaction,) = make_transactions(1)
     found = fields(alarm(transaction, cc_num=4497913965510030))
 
@@ -756,7 +756,7 @@ def test_a_server_that_hangs_is_an_outage_after_one_timeout(mailbox: Mailbox, re
     assert message_ids(received(mailbox, 1)).count(message["Message-ID"]) == 1
 
 
-def test_a_refusal_for_now_is_an_outage_at_any_stage_and_the_mail_goes_out_once(mailbox: Mailbox) -> None:
+def test_a_refusal_for_now_is_an_outage_at_any_stage_and_the_mail_is_sent_once(mailbox: Mailbox) -> None:
     mailer = plain_mailer(mailbox.port)
     (message,) = mails(1)
     mailbox.misbehave("4xx")

@@ -95,7 +95,7 @@ def test_a_model_that_calls_everything_a_fraud_raises_a_signal_without_any_profi
     assert signals(monitor(None), rows) == [("drift", "prediction", "fraud_rate")]
 
 
-def test_what_comes_back_is_told_once(profile: Profile, live: list[Transaction]) -> None:
+def test_what_returns_is_reported_once(profile: Profile, live: list[Transaction]) -> None:
     watch = monitor(profile)
     rows = [*seen(live[:2000], category="space_flights"), *seen(live[2000:6000])]
 
@@ -111,7 +111,7 @@ def test_the_size_of_the_batches_does_not_matter(profile: Profile, live: list[Tr
     assert signals(monitor(profile), rows, batch=batch) == [("drift", "category", "unknown")]
 
 
-def test_a_profile_that_fits_no_transaction_is_told_and_the_rest_is_watched(live: list[Transaction]) -> None:
+def test_a_profile_that_fits_no_transaction_is_reported_and_the_rest_is_watched(live: list[Transaction]) -> None:
     theirs = make_profile({"shoe_size": [42.0] * 100}, ["2024-05-17 12:00:00"] * 100)
     with capture_logs() as lines:
         watch = monitor(theirs)

@@ -13,7 +13,7 @@ BATCH = 3
 
 
 class Answers:
-    """A model that always says the same; of as many rows as it is asked, unless it is told how many."""
+    """A model with a constant answer, for as many rows as it gets or for a fixed number."""
 
     def __init__(self, answer: Any, *, rows: int | None = None) -> None:
         self._answer = answer
@@ -56,13 +56,13 @@ def test_other_answers_are_refused(estimator: Any, metadata: dict[str, object], 
 
 
 def test_a_model_that_fails_later_is_poison_without_the_digits_of_a_card() -> None:
-    class Telling(Answers):
+    class WithProbabilities(Answers):
         def predict(self, rows: Any) -> Any:
             if len(rows) == BATCH:
                 raise ValueError("4000000000000002 is stolen")
             return super().predict(rows)
 
-    model = made(Telling(0))
+    model = made(WithProbabilities(0))
 
     with pytest.raises(Poison) as found:
         score(model, [REFERENCE] * BATCH)

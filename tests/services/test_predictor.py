@@ -308,7 +308,7 @@ class Unconverted(RandomForestClassifier):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("serves", [False, True], ids=["at the start", "beside the one that serves"])
-def test_sigterm_is_heard_while_a_model_is_converted_and_leaves_nothing_behind(
+def test_sigterm_works_while_a_model_is_converted_and_leaves_nothing_behind(
     rig: Rig, registry: Registry, name: str, tmp_path: Path, serves: bool
 ) -> None:
     history = frame(make_transactions(200))
@@ -422,7 +422,7 @@ def test_a_challenger_whose_alias_was_taken_away_scores_no_more(rig: Rig, regist
     assert versions(rig.read(f"{rig.topic_2}.challenger", 20)) == {challenger: 20}
 
 
-def test_times_in_milliseconds_are_brought_to_seconds_and_told(champion_rig: Rig) -> None:
+def test_times_in_milliseconds_are_converted_to_seconds_and_reported(champion_rig: Rig) -> None:
     batch = make_transactions(1600)
     old = [encode_transaction(msgspec.structs.replace(each, unix_time=1000 * each.unix_time)) for each in batch]
     champion_rig.put(champion_rig.topic_1, old)

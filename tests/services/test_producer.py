@@ -162,8 +162,8 @@ def test_a_bad_row_is_kept_and_its_neighbours_go_on(
     wanted = make_transactions(3)
     assert {message.value() for message in good} == {encode_transaction(wanted[0]), encode_transaction(wanted[2])}
     assert b"$.amt" in (dict(headers(dead))["dlq-reason"] or b"")
-    mended = (dead.value() or b"").replace(b"null", b"12.5")
-    assert read_split(mended).transactions[0].identity == wanted[1].identity
+    fixed = (dead.value() or b"").replace(b"null", b"12.5")
+    assert read_split(fixed).transactions[0].identity == wanted[1].identity
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rows that are bad, told from a model, a table or a mail server that is."""
+"""Bad rows, distinguished from a bad model, table or mail server."""
 
 from collections.abc import Sequence
 

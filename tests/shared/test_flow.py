@@ -23,11 +23,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 def test_a_second_is_one_line_with_rate_lag_and_latency(clock: Callable[[float], None]) -> None:
     with capture_logs() as lines:
-        told = Flow("processed", levels=lambda: {"lag": 12})
+        flow_of_records = Flow("processed", levels=lambda: {"lag": 12})
         for _ in range(10):
             clock(0.25)
-            told.add(records=10, dead_letters=1, ages_ms=[7.0])
-        told.report()
+            flow_of_records.add(records=10, dead_letters=1, ages_ms=[7.0])
+        flow_of_records.report()
 
     assert len(lines) == 3
     assert lines[0] == {
@@ -39,21 +39,21 @@ def test_a_second_is_one_line_with_rate_lag_and_latency(clock: Callable[[float],
 
 def test_idle_is_silence_and_does_not_lower_the_rate(clock: Callable[[float], None]) -> None:
     with capture_logs() as lines:
-        told = Flow("processed")
+        flow_of_records = Flow("processed")
         for _ in range(100):
             clock(0.5)
-            told.report_if_due()
-        told.add(records=50)
+            flow_of_records.report_if_due()
+        flow_of_records.add(records=50)
         clock(1.0)
-        told.report_if_due()
+        flow_of_records.report_if_due()
 
     assert [(line["records"], line["per_s"]) for line in lines] == [(50, 50)]
 
 
 def test_p99_is_the_smallest_that_99_of_100_do_not_exceed() -> None:
     with capture_logs() as lines:
-        told = Flow("processed")
-        told.add(records=1, ages_ms=map(float, range(1, 101)))
-        told.report()
+        flow_of_records = Flow("processed")
+        flow_of_records.add(records=1, ages_ms=map(float, range(1, 101)))
+        flow_of_records.report()
 
     assert lines[0]["p99_ms"] == 99

@@ -1,4 +1,4 @@
-"""What a probe, a person at night and Prometheus are told."""
+"""What a probe, an operator and Prometheus see."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def port() -> int:
 
 @pytest.fixture
 def loop() -> Iterator[str]:
-    """The name of a loop that nobody watches any more afterwards, nor tells of in another test."""
+    """The name of a loop that is forgotten after the test."""
     with capture_logs() as lines:
         yield "a loop"
         health.ended("a loop")
@@ -52,7 +52,7 @@ def test_a_loop_that_does_not_turn_is_named_and_again_live_when_it_does(port: in
     assert ask(port, "/live").json()["live"]
 
 
-def test_a_call_that_hangs_is_told_in_the_log_once_and_its_end_once(port: int) -> None:
+def test_a_call_that_hangs_is_logged_once_and_its_end_once(port: int) -> None:
     with capture_logs() as lines:
         with health.call("a call"):
             until(lambda: [line for line in lines if line["event"] == "stalled"], timeout_s=20)
@@ -108,10 +108,10 @@ def test_ready_gives_no_login_away(port: int, password: str) -> None:
     outage_log = OutageLog("the registry")
 
     outage_log.failed(f"API request to http://operator:{password}@127.0.0.1:9/api failed for 4539578763621486")
-    told = ask(port, "/ready").json()["waiting_for"]["the registry"]
+    reason = ask(port, "/ready").json()["waiting_for"]["the registry"]
     outage_log.over()
 
-    assert told == "API request to http://127.0.0.1:9/api failed for **** 1486"
+    assert reason == "API request to http://127.0.0.1:9/api failed for **** 1486"
 
 
 def test_a_port_that_is_taken_is_named(port: int) -> None:
@@ -123,7 +123,7 @@ def test_other_paths_are_not_there(port: int) -> None:
     assert ask(port, "/").status_code == 404
 
 
-def test_a_containers_probe_tells_dead_from_alive(port: int, loop: str) -> None:
+def test_a_containers_probe_distinguishes_dead_from_alive(port: int, loop: str) -> None:
     def probe(at: int, *what: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "shared.probe", *what]
         return subprocess.run(command, env={"METRICS_PORT": str(at)}, capture_output=True, text=True, check=False)

@@ -146,8 +146,8 @@ def test_one_bad_row_does_not_spoil_its_neighbours() -> None:
     (bad,) = rows.bad
     assert bad.reason.startswith("row 1: ")
     assert "$.amt" in bad.reason
-    mended = bad.value.replace(b'"much"', b"9.5")
-    assert read_topic_1(mended).transactions[0].amt == 9.5
+    fixed = bad.value.replace(b'"much"', b"9.5")
+    assert read_topic_1(fixed).transactions[0].amt == 9.5
 
 
 def test_milliseconds_are_made_seconds() -> None:

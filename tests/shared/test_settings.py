@@ -191,7 +191,7 @@ def test_the_same_setting_in_secrets_env_and_as_a_file_is_refused(
         load(ExampleSettings)
 
 
-def test_what_nobody_reads_is_told_with_what_was_meant(tmp_path: Path) -> None:
+def test_what_nothing_reads_is_reported_with_what_was_meant(tmp_path: Path) -> None:
     (tmp_path / "secrets.env").write_text(
         "SASL_PASWORD=hush\nsasl_username=a\nSMTP_HOST=of the alerter\nDATABASE_URL_FILE=b\nSMTP_PASSWORDFILE=c\n"
         "COLOUR=blue\nAWS_SECRET_ACCESS_KEY=of a library\n"
@@ -212,7 +212,7 @@ MODEL_PATH MLFLOW_TRACKING_TOKEN MLFLOW_REGISTRY_URI METRICS_PATH METRICS_PORTS2
 """
 
 
-def test_in_the_environment_what_is_all_but_a_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_near_miss_of_a_setting_in_the_environment_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     misspelt = {
         "SMTP_PASWORD": "SMTP_PASSWORD",
         "DATABASE_URLFILE": "DATABASE_URL_FILE",
@@ -224,7 +224,7 @@ def test_in_the_environment_what_is_all_but_a_setting_is_told(monkeypatch: pytes
     assert unknown_variables() == misspelt
 
 
-def test_what_is_somebody_elses_in_the_environment_is_not_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_programs_variables_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     services = ("ALERTER", "PRODUCER", "PREDICTOR", "DB_SINK", "KAFKA", "MLFLOW", "POSTGRES", "MAILPIT", "SMTP", "API")
     ends = ("PORT", "SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_9092_TCP", "PORT_9092_TCP_ADDR")
     of_kubernetes = [f"{service}_{end}" for service in (*services, "METRICS_2", "MLFLOW_TRACKING") for end in ends]

@@ -29,7 +29,7 @@ class Broker:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A time that passes when it is told to, in seconds."""
+    """A clock in seconds that only the test advances."""
     now = SimpleNamespace(s=1000.0)
     monkeypatch.setattr(lag.time, "monotonic", lambda: now.s)
     monkeypatch.setattr(lag.time, "time", lambda: now.s)
@@ -41,28 +41,28 @@ def oldest_s(group: str) -> float:
 
 
 def test_the_marks_of_transactions_are_no_lag() -> None:
-    broker, told = Broker(), Lag("marks", "orders")
-    told.final([TopicPartition("orders", 0, 10)])
-    told.reached_end(0, 11)  # a mark lies between
+    broker, lag_of_orders = Broker(), Lag("marks", "orders")
+    lag_of_orders.final([TopicPartition("orders", 0, 10)])
+    lag_of_orders.reached_end(0, 11)  # a mark lies between
     broker.end = 11
 
-    told.measure(broker, [], paused=False)  # type: ignore[arg-type]
+    lag_of_orders.measure(broker, [], paused=False)  # type: ignore[arg-type]
 
-    assert told.records == 0
+    assert lag_of_orders.records == 0
     assert oldest_s("marks") == 0
 
 
 def test_what_goes_on_is_young_and_what_stands_still_grows_old(clock: Any) -> None:
-    broker, told = Broker(), Lag("steady", "orders")
-    for offset in range(0, 600, 10):  # each time, there is a mark that the end was not told behind yet
+    broker, lag_of_orders = Broker(), Lag("steady", "orders")
+    for offset in range(0, 600, 10):  # each time, there is a mark that the end was not lag_of_orders behind yet
         broker.end = offset + 11
-        told.final([TopicPartition("orders", 0, offset + 10)])
-        told.measure(broker, [], paused=False)  # type: ignore[arg-type]
+        lag_of_orders.final([TopicPartition("orders", 0, offset + 10)])
+        lag_of_orders.measure(broker, [], paused=False)  # type: ignore[arg-type]
         clock.s += 1
-    assert told.records == 1
+    assert lag_of_orders.records == 1
     assert oldest_s("steady") <= 1
 
     for _ in range(60):
         clock.s += 1
-        told.measure(broker, [], paused=True)  # type: ignore[arg-type]
+        lag_of_orders.measure(broker, [], paused=True)  # type: ignore[arg-type]
     assert oldest_s("steady") >= 59

@@ -102,7 +102,7 @@ def test_what_a_handler_leaves_over_is_handed_to_it_again(rig: Rig, committed: C
     assert len(rig.read(rig.topic_2, 4)) == 4
 
 
-def test_what_is_to_come_again_later_comes_with_what_has_come_since(rig: Rig, committed: Callable[[], int]) -> None:
+def test_what_is_redelivered_later_comes_with_what_has_arrived_since(rig: Rig, committed: Callable[[], int]) -> None:
     rig.put(rig.topic_1, numbers(3), key=b"one card")
     batches: list[list[bytes]] = []
     at: list[float] = []
@@ -137,7 +137,7 @@ def test_a_full_batch_does_not_wait(rig: Rig, committed: Callable[[], int]) -> N
     assert batches[:2] == [3, 10]
 
 
-def test_what_is_kept_comes_again_and_the_rest_is_committed_with_it(rig: Rig, committed: Callable[[], int]) -> None:
+def test_what_is_kept_is_redelivered_and_the_rest_is_committed_with_it(rig: Rig, committed: Callable[[], int]) -> None:
     rig.put(rig.topic_1, numbers(6), key=b"one card")
     batches: list[list[bytes]] = []
 
@@ -195,7 +195,7 @@ def test_an_outage_after_the_wait_is_one_like_any_other(rig: Rig, committed: Cal
     assert batches == [numbers(4), [b"2", b"3"], [b"2", b"3"]]
 
 
-def test_in_an_outage_the_batch_comes_again_and_nothing_is_committed(rig: Rig, committed: Callable[[], int]) -> None:
+def test_in_an_outage_the_batch_is_redelivered_and_nothing_is_committed(rig: Rig, committed: Callable[[], int]) -> None:
     rig.put(rig.topic_1, numbers(5), key=b"one card")
     over = Event()
     tries: list[int] = []
@@ -315,7 +315,7 @@ def test_what_a_rebalance_brings_in_an_outage_waits_on_the_broker(rig: Rig) -> N
 
 
 class Losing:
-    """A consumer that is told, once `lost` is set, that its partitions are others'."""
+    """A consumer that learns, once `lost` is set, that its partitions are others'."""
 
     def __init__(self, client: Consumer) -> None:
         self._client = client
@@ -503,9 +503,9 @@ def test_what_finishes_a_batch_is_done_in_order_and_before_its_offsets(rig: Rig,
             if batch[0].value() == b"10" and (tries := tries + 1) < 3:
                 raise Outage("away")
             finished.append(([message.value() for message in batch], committed()))
-            return [dead_letter(batch[0], "by way of example", group="g")]
+            return [dead_letter(batch[0], "for example", group="g")]
 
-        return Outcome(len(batch), dead=[dead_letter(batch[1], "by way of example", group="g")], finish=finish)
+        return Outcome(len(batch), dead=[dead_letter(batch[1], "for example", group="g")], finish=finish)
 
     with streaming(rig, handle, ahead=True):
         until(lambda: committed() == 35, what="all of it committed")
@@ -516,7 +516,7 @@ def test_what_finishes_a_batch_is_done_in_order_and_before_its_offsets(rig: Rig,
     assert letters == {b"0", b"1", b"10", b"11", b"20", b"21", b"30", b"31"}
 
 
-def test_ahead_an_outage_is_told_once_and_tried_ever_more_seldom(rig: Rig, committed: Callable[[], int]) -> None:
+def test_ahead_an_outage_is_logged_once_and_retried_ever_more_rarely(rig: Rig, committed: Callable[[], int]) -> None:
     rig.put(rig.topic_1, numbers(35), key=b"one card")
     over = Event()
     tries: list[float] = []
