@@ -44,7 +44,7 @@ def test_a_client_that_does_not_return_is_an_outage_and_is_replaced(monkeypatch:
             over.wait()
 
     monkeypatch.setattr("shared.stream.delivery._STUCK_S", 0.1)
-    monkeypatch.setattr("shared.delivery.make_producer", lambda *_, **__: Hangs())
+    monkeypatch.setattr("shared.stream.delivery.make_producer", lambda *_, **__: Hangs())
     deliver = ExactlyOnce(properties={}, transactional_id="producer-1", shutdown=Event())
 
     for _ in range(2):
