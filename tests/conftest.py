@@ -18,6 +18,7 @@ import hypothesis
 import msgspec
 import pytest
 import sqlalchemy as sa
+from _pytest.nodeid import coerce_node_id
 from confluent_kafka import Message, Producer, TopicPartition
 
 from rehearsal.stack import Addresses, service
@@ -50,7 +51,7 @@ _SERVERS = {"apache", "embedded", "mailbox", "postgres", "registry", "secured"} 
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests that start a server, and order all of them so that several workers end at about the same time.
 
     A test that starts a server without these fixtures carries the mark `server` itself: `_no_server` sees to it.
@@ -64,6 +65,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("alone"))
         elif not item.get_closest_marker("xdist_group") and any(each[-1].scope == "module" for each in fixtures):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))  # one worker makes it, once
+        group = item.get_closest_marker("xdist_group")
+        if group and getattr(config.option, "loadgroup", False):
+            item._id = coerce_node_id(f"{item.nodeid}@{group.args[0]}")  # as pytest-xdist 3.8 still did for pytest 9.1
     items.sort(key=_turn)
 
 

@@ -704,6 +704,7 @@ def certificate(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.server
 def test_starttls_and_login(tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (message,) = mails(1)
     with Mailbox(tmp_path / "secure", login=("alarm", "secret"), certificate=certificate) as server:
