@@ -44,6 +44,8 @@ EXCEPTIONS = (
     ("tests/scripts/test_wording.py", "", "tests the list"),
     ("*requirements*.txt", "", "names of packages"),
     ("*.py", ".tell()", "the method of files"),
+    ("CHANGELOG.md", "| `comes_again` |", "an earlier name"),
+    ("CHANGELOG.md", "(was `mended", "an earlier name"),
 )
 
 _GAP = r"[\s#/*>_-]+"  # between the words of a phrase: also a line break, with the mark of a comment or a quote
