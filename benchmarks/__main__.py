@@ -1,11 +1,11 @@
-"""`python -m benchmarks [SUITE...]` measures, prints tables and writes JSON. Exit code 1 if a bar is not reached."""
+"""Entry point of `python -m benchmarks [SUITE...]`, which runs benchmark suites. See benchmarks.suites."""
 
 import os
 import sys
 
 
 def run() -> int:
-    """Set what numpy, scikit-learn and MLflow read when they are imported, then import them and measure."""
+    """Set the variables that numpy, scikit-learn and MLflow read on import, then run the suites."""
     os.environ["OMP_NUM_THREADS"] = "1"  # as in the predictor
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     from benchmarks.suites import main

@@ -1,4 +1,4 @@
-"""A flood: thousands of frauds at once, and the mails that result, also while something fails."""
+"""Send thousands of frauds at once, and count the resulting mails, also when a process fails meanwhile."""
 
 import time
 import uuid
@@ -23,7 +23,7 @@ BadDay = Callable[[Process, Mailbox], None]
 
 
 def flood(bench: Bench, *, rounds: int, frauds: int) -> Section:
-    """The alerter with its default limits: a burst of ten mails, then a digest a minute."""
+    """Measure the alerter with its default limits: a burst of ten mails, then one digest per minute."""
     found = side_by_side(
         {
             "a good day": partial(_flooded, bench, frauds, lambda _alerter, _mailbox: None),
@@ -75,7 +75,10 @@ def _flooded(bench: Bench, frauds: int, bad_day: BadDay) -> dict[str, float]:
             bad_day(alerter, mailbox)
             wanted = {each.identity for each in batch}
             wait_until(
-                lambda: wanted <= set(_named(_mails(mailbox))), "frauds in mails", [alerter], patience_s=_PATIENCE_S
+                lambda: wanted <= set(_named(_mails(mailbox))),
+                "mails about all frauds",
+                [alerter],
+                patience_s=_PATIENCE_S,
             )
             took_s = time.time() - began_ms / 1000
         mails = _mails(mailbox)

@@ -1,4 +1,4 @@
-"""How the cost of a row grows with partitions, replicas, the backlog, and the size of the table."""
+"""How the cost per row changes with the number of partitions and replicas, and the size of backlog and table."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ from benchmarks.measure import Bar, Figure, Section, side_by_side
 
 PARTITIONS = (1, 3, 6, 12)
 REPLICAS = (1, 2, 3, 4)
-_TOGETHER = 0.9  # of the backlog; beyond it, replicas run out of work one by one
+_TOGETHER = 0.9  # share of the backlog to measure; after that, replicas run out of work one by one
 BACKLOGS = (10_000, 100_000, 1_000_000)
 TABLES = (100_000, 1_000_000, 10_000_000)
 _COLUMNS = ("us a row", "CPU s a million")
@@ -22,14 +22,14 @@ _EXPONENT = "exponent"
 
 
 def with_partitions(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """One predictor on a growing number of partitions."""
+    """Measure one predictor with an increasing number of partitions."""
     sources = {number: bench.backlog(rows, partitions=number) for number in PARTITIONS}
     variants = {number: partial(predictor.drained, bench, source, rows) for number, source in sources.items()}
     return _grown("Partitions", f"one predictor, exactly once, {rows:,} rows, Apache Kafka", variants, rounds=rounds)
 
 
 def with_replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """A growing number of predictors."""
+    """Measure an increasing number of predictors."""
     source = bench.backlog(rows)
     most = int(_TOGETHER * rows)
     variants = {number: partial(predictor.drained, bench, source, most, replicas=number) for number in REPLICAS}
@@ -45,20 +45,20 @@ def with_replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def with_backlog(bench: Bench, *, rounds: int) -> Section:
-    """One predictor and a growing backlog."""
+    """Measure one predictor with backlogs of increasing size."""
     sources = {rows: bench.backlog(rows, partitions=6) for rows in BACKLOGS}
     variants = {rows: partial(predictor.drained, bench, source, rows) for rows, source in sources.items()}
     return _grown("Backlog", "one predictor, exactly once, 6 partitions, Apache Kafka", variants, rounds=rounds)
 
 
 def with_table(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """The db_sink and a table that already has a growing number of rows, indexed."""
+    """Measure the db_sink with indexed tables of increasing size."""
     with sink.filled(bench, rows, TABLES) as into:
-        return _grown("Rows there", f"db_sink, {rows:,} rows, PostgreSQL 18 as it comes", into, rounds=rounds)
+        return _grown("Rows there", f"db_sink, {rows:,} rows, PostgreSQL 18 with default settings", into, rounds=rounds)
 
 
 def draw(sections: Sequence[Section], path: Path) -> None:
-    """A picture with a panel for each section: the cost of a row over what grows, both axes logarithmic."""
+    """Write an SVG chart with one panel per section: the cost per row against the size, both axes logarithmic."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -92,7 +92,7 @@ def _grown(
 
 
 def _slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The exponent b of cost = a * size**b, by least squares of the logarithms."""
+    """The exponent b of cost = a * size**b, by a least-squares fit. `sizes` are logarithms, `costs` are not."""
     return statistics.linear_regression(sizes, [math.log(cost) for cost in costs]).slope
 
 

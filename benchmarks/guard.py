@@ -1,4 +1,4 @@
-"""The guard: a few ratios that no change may lower, measured in a minute and compared with those in guard.json."""
+"""The guard: measures, in a minute, a few ratios that must not drop, and compares them with guard.json."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -19,14 +19,15 @@ GUARD: dict[str, Suite] = {
     "compiled": lambda bench, rounds: predictor.compiled_scoring(bench, rounds=rounds),
 }
 _COMMITTED = Path(__file__).with_name("guard.json")
-_STILL_GOOD = 0.7  # share of a ratio in guard.json
+_STILL_GOOD = 0.7  # share of the ratio in guard.json that must be reached
 _TRIES = 3
 
 
 def guarded(suites: Iterable[Callable[[], Section]], console: Console) -> int:
-    """0 if each suite, in one try of three, reaches 70 % of its ratios in guard.json and passes no limit; else 1.
+    """Run the suites and return the exit code: 0 if each one passes in at least one of three tries, otherwise 1.
 
-    A real regression fails every time; a busy machine is unlikely to spoil three tries.
+    A suite passes if it reaches 70 % of its ratios in guard.json and exceeds no upper limit. A real regression fails
+    every time; a busy machine is unlikely to spoil all three tries.
     """
     least = {what: _STILL_GOOD * ratio for what, ratio in json.loads(_COMMITTED.read_text()).items()}
     measured: set[str] = set()
@@ -41,7 +42,7 @@ def guarded(suites: Iterable[Callable[[], Section]], console: Console) -> int:
                 fallen = bar.seen.median < least[bar.what]
                 good = good and not fallen
                 verdict = "[red]has fallen" if fallen else "[green]holds"
-                console.print(f"{bar.what}: {bar.seen.median:.2f}, at least {least[bar.what]:.2f} {verdict}")
+                console.print(f"{bar.what}: {bar.seen.median:.2f} (>= {least[bar.what]:.2f}) {verdict}")
         return good
 
     held = [any(holds(suite) for _ in range(_TRIES)) for suite in suites]

@@ -1,4 +1,4 @@
-"""CPU and memory of the services while nothing happens."""
+"""CPU and memory usage of the services while there is nothing to process."""
 
 import time
 import uuid
@@ -12,7 +12,7 @@ _SETTLE_S = 15.0
 
 
 def idle(bench: Bench, *, rounds: int, seconds: float) -> Section:
-    """All core services, polling and waiting."""
+    """Measure all core services while they poll and wait."""
     topic_1, topic_2 = bench.topics("in", "out")
     found: dict[str, dict[str, list[float]]] = {name: {"% of a core": [], "MB": []} for name in CORE}
     with database(bench) as url:
@@ -43,5 +43,5 @@ def idle(bench: Bench, *, rounds: int, seconds: float) -> Section:
             memory_bar(name, row["MB"]),
         )
     ]
-    settings = f"Apache Kafka, 6 partitions, {seconds:.0f} s a round, resident memory at its end"
+    settings = f"Apache Kafka, 6 partitions, {seconds:.0f} s per round, resident memory at the end of each"
     return Section("Idle", settings, ("% of a core", "MB"), rows, bars)

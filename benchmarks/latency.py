@@ -1,4 +1,4 @@
-"""The time from topic_1 to a prediction, to a mail and to a row, and the time to catch up with a backlog."""
+"""Measure the time from topic_1 to a prediction, a mail and a row, and the time to work off a backlog."""
 
 import shutil
 import time
@@ -24,7 +24,7 @@ _FRAUD_RATE = 0.01  # enough mails to measure at 100 tx/s
 
 
 def latencies(bench: Bench, *, rounds: int, rates: Sequence[int], seconds: float) -> Section:
-    """The latencies at each rate, exactly once and at least once alternately."""
+    """Measure the latencies at each rate, alternating between exactly-once and at-least-once delivery."""
     rows: dict[str, dict[str, list[float]]] = {}
     for _ in range(rounds):
         for rate in rates:
@@ -51,7 +51,7 @@ def latencies(bench: Bench, *, rounds: int, rates: Sequence[int], seconds: float
 
 
 def catching_up(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """The time to bring a backlog from topic_1 into the table, with predictor and db_sink at the same time."""
+    """Measure how long predictor and db_sink together take to get a backlog from topic_1 into the table."""
     source = bench.backlog(rows)
     found = side_by_side(
         {
@@ -78,7 +78,7 @@ def _caught_up(bench: Bench, source: str, rows: int, guarantee: str) -> dict[str
             with bench.committed(f"{target}-sink", target) as committed:
                 for each in services:
                     each.spawn()
-                usage = watch(services, committed, rows=rows)  # transaction markers are counted, too: 0.5 %
+                usage = watch(services, committed, rows=rows)  # also counts transaction markers, about 0.5 %
             wait_until(lambda: _rows(url) == rows, "rows", services)
         finally:
             for each in services:
@@ -126,7 +126,7 @@ def _measure(bench: Bench, rate: int, seconds: float, guarantee: str) -> dict[st
 
 
 def stream(bench: Bench, topic: str, rate: int, rows: int) -> None:
-    """Write the backlog's first rows to the topic, `rate` a second."""
+    """Write the first `rows` of the backlog to the topic, `rate` per second."""
     client = producer({**bench.properties, "linger.ms": "0"})
     records = [(encode_transaction(each), each.key) for each in backlog(rows, fraud_rate=_FRAUD_RATE)]
     began, sent = time.monotonic(), 0
@@ -143,11 +143,11 @@ def stream(bench: Bench, topic: str, rate: int, rows: int) -> None:
 def wait_until(
     condition: Callable[[], bool], what: str, services: Sequence[Process], *, patience_s: float = _PATIENCE_S
 ) -> None:
-    """Wait for the condition. Raises StandInError if it does not hold in time."""
+    """Wait until the condition holds. Raises StandInError if that takes longer than `patience_s`."""
     deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:
-            raise StandInError(f"no {what} after {patience_s:.0f} s: {services[0].last_line()}")
+            raise StandInError(f"{what} did not arrive within {patience_s:.0f} s: {services[0].last_line()}")
         time.sleep(0.1)
 
 

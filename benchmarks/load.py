@@ -1,4 +1,4 @@
-"""The bench: a backlog on a broker, services that process it, and what that costs."""
+"""The bench: write a backlog to a broker, have services process it, and measure their speed, CPU and memory."""
 
 import os
 import time
@@ -28,7 +28,7 @@ from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_sp
 from shared.stream.delivery import enqueue
 
 PARTITIONS = 6
-_START = datetime(2024, 5, 17, 18, tzinfo=UTC)  # shortly before the hours of most frauds
+_START = datetime(2024, 5, 17, 18, tzinfo=UTC)  # shortly before the hours with the most frauds
 _TIMEOUT_S = 180.0
 _LOOK_S = 0.03
 _COORDINATOR_MOVES = (KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_LOAD_IN_PROGRESS)
@@ -37,15 +37,15 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Usage:
-    """What it cost processes to process a backlog."""
+    """The speed of processes that worked on a backlog, and the resources they used."""
 
     rows_per_s: float
     cpu_s_per_million: float
     peak_rss_mb: float
-    machine_busy: float  # share of all cores, by any process
+    machine_busy: float  # share of all cores that was busy, with any process
 
     def quantities(self) -> dict[str, float]:
-        """The quantities, by the names of their columns in the tables."""
+        """The quantities by column name, as in the tables."""
         return {
             "rows/s": self.rows_per_s,
             "CPU s a million": self.cpu_s_per_million,
@@ -60,32 +60,32 @@ def _at_once() -> bool:
 
 @cache
 def backlog(rows: int, *, fraud_rate: float = FRAUD_RATE) -> tuple[Transaction, ...]:
-    """Generated transactions, the same ones at each call."""
+    """Generated transactions, the same ones in each call."""
     stream = transactions(seed=1, start=_START, fraud_rate=fraud_rate)
     table = {"columns": RAW_COLUMNS, "index": [], "data": list(islice(stream, rows))}
     return tuple(read_split(msgspec.json.encode(table)).transactions)
 
 
 def topic_1_records(topic: str, rows: int) -> Iterator[Record]:
-    """The backlog as the producer writes it."""
+    """The backlog as records on topic_1, as the producer writes them."""
     for transaction in backlog(rows):
         yield Record(topic, encode_transaction(transaction), transaction.key, [])
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A stack to measure on, and a folder for logs and other files."""
+    """A running stack to measure on, and a folder for logs and other files."""
 
     stack: Stack
     directory: Path
 
     @property
     def properties(self) -> Mapping[str, str]:
-        """The settings of a Kafka client."""
+        """Settings for Kafka clients."""
         return self.stack.properties
 
     def topics(self, *kinds: str, partitions: int = PARTITIONS) -> list[str]:
-        """The names of new topics, one for each kind."""
+        """Create one topic for each kind, and return their names."""
         names = [f"{kind}-{uuid.uuid4().hex[:8]}" for kind in kinds]
         if isinstance(self.stack.broker, EmbeddedBroker):
             topics.use(self.properties, names)
@@ -100,13 +100,13 @@ class Bench:
         client.flush()
 
     def backlog(self, rows: int, *, partitions: int = PARTITIONS) -> str:
-        """A new topic with the backlog as the producer writes it."""
+        """Create a topic, write the backlog to it, and return its name."""
         (topic,) = self.topics("backlog", partitions=partitions)
         self.fill(topic_1_records(topic, rows))
         return topic
 
     def service(self, name: str, settings: Mapping[str, str], *, replica: int = 1) -> Process:
-        """A service in a folder of its own, not started yet."""
+        """A process for this service in a new folder, not started yet."""
         directory = self.directory / uuid.uuid4().hex[:8]
         directory.mkdir()
         environment = self.stack.addresses.environment() | {"REPLICA": "one"} | dict(settings)
@@ -114,8 +114,8 @@ class Bench:
 
     @contextmanager
     def committed(self, group: str, topic: str) -> Iterator[Callable[[], int]]:
-        """A function that returns how many records of the topic the group has committed."""
-        # With read_committed, the broker withholds offsets while a transaction that changes them is open.
+        """Yield a function that returns the number of the topic's records that the group has committed."""
+        # Not read_committed: the broker would withhold the offsets while a transaction that changes them is open.
         reader = Consumer({**self.properties, "group.id": group, "isolation.level": "read_uncommitted"})
         partitions = self._partitions(topic)
         try:
@@ -125,7 +125,7 @@ class Bench:
 
     @contextmanager
     def written(self, topic: str) -> Iterator[Callable[[], int]]:
-        """A function that returns how many records a topic has. Transaction markers count as well."""
+        """Yield a function that returns the number of records on the topic, including transaction markers."""
         reader = consumer(self.properties, group="benchmarks")
         partitions = self._partitions(topic)
         try:
@@ -139,11 +139,14 @@ class Bench:
     def drain(
         self, processes: Sequence[Process], *, group: str, topic: str, rows: int, at_most_s: float = 60.0
     ) -> Usage:
-        """Measure how the processes consume the topic as this group. They are started first and stopped at the end."""
+        """Start the processes, measure how this group consumes the topic, and stop the processes.
+
+        Raises StandInError if a process fails.
+        """
         with self.committed(group, topic) as committed:
             for process in processes:
                 process.spawn()
-            # Replicas join one after another: measure from the moment when the last one has partitions.
+            # Replicas join one after another, so start measuring when the last one has partitions.
             several = len(processes) > 1
             begun = partial(_all_share, admin(self.properties), group, len(processes)) if several else _at_once
             usage = watch(processes, committed, rows=rows, at_most_s=at_most_s, begun=begun)
@@ -154,11 +157,11 @@ class Bench:
 
 
 Suite = Callable[[Bench, int], Section]
-"""Measures a number of rounds on a bench."""
+"""A function that measures on this bench, this number of rounds."""
 
 
 def _all_share(client: AdminClient, group: str, members: int) -> bool:
-    """Whether this many members of the group have partitions."""
+    """Whether exactly this many members of the group have partitions."""
     (description,) = client.describe_consumer_groups([group]).values()
     try:
         found = description.result().members
@@ -186,7 +189,11 @@ def watch(
     at_most_s: float = 60.0,
     begun: Callable[[], bool] = _at_once,
 ) -> Usage:
-    """The usage of the processes, from the first count after `begun` to the last row, or until time is up."""
+    """Measure the processes from the first rows after `begun` returns True until the last row, or until time is up.
+
+    `count` returns the number of rows processed so far. Raises StandInError if a process exits or processes nothing, or
+    if all rows were processed before the measurement began.
+    """
     first, began = _first(processes, count, begun)
     cpu, machine = sum(map(cpu_s, processes)), _machine()
     done, now = first, began
@@ -196,7 +203,7 @@ def watch(
     spent = sum(map(cpu_s, processes)) - cpu
     peak = max(rss_mb(process, peak=True) for process in processes)
     if done == first:
-        raise StandInError(f"{rows:,} rows are too few to measure: all were done at the first look")
+        raise StandInError(f"{rows:,} rows are too few to measure: all were processed before the measurement began")
     busy, all_of_it = (after - before for before, after in zip(machine, _machine(), strict=True))
     return Usage((done - first) / (now - began), 1e6 * spent / (done - first), peak, busy / all_of_it)
 
@@ -208,31 +215,31 @@ def _first(processes: Sequence[Process], count: Callable[[], int], begun: Callab
             return count(), time.monotonic()
         for process in processes:
             if not process.running:
-                raise StandInError(f"{process.name} ended: {process.last_line()}")
+                raise StandInError(f"{process.name} exited unexpectedly: {process.last_line()}")
         time.sleep(_LOOK_S)
     raise StandInError(f"nothing was processed in {_TIMEOUT_S:.0f} s: {processes[0].last_line()}")
 
 
 def cpu_s(process: Process) -> float:
-    """Seconds of user and system time that the process has used so far."""
+    """CPU time that the process has used so far, user and system, in seconds."""
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def _machine() -> tuple[int, int]:
-    """Clock ticks of all cores so far: busy ones, and all."""
+    """Clock ticks since boot, summed over all cores: busy ticks, and all ticks."""
     user, nice, system, idle, iowait, *others = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     total = user + nice + system + idle + iowait + sum(others)
     return total - idle - iowait, total
 
 
 def memory_bar(service: str, seen: Figure) -> Bar:
-    """The bar for a service's memory, in MB."""
+    """The upper limit for a service's memory, in MB."""
     return Bar(f"{service}, MB", seen, 350 if service.startswith("predictor") else 110, at_most=True)
 
 
 def rss_mb(process: Process, *, peak: bool = False) -> float:
-    """Resident memory of a process in MB: now, or its peak so far."""
+    """Resident memory of a process in MB: the current value or, with `peak`, the highest so far."""
     wanted = "VmHWM:" if peak else "VmRSS:"
     status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in status if line.startswith(wanted))

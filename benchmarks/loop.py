@@ -1,4 +1,4 @@
-"""The stream loop and the predictor, compared with alternatives on the same topic and broker."""
+"""Compare the stream loop and the predictor with alternatives on the same topic and broker."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ _COLUMNS = {BOOSTING: RAW, FOREST: FOREST_COLUMNS}
 
 
 def loops(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Only decode, add a field and encode."""
+    """Compare stream loops that only decode each record, add a field, and encode it."""
     source = bench.backlog(rows)
     ours, alone = ([sys.executable, str(_PEERS / f"{name}.py")] for name in ("stream_loop", "pass_through"))
     found = side_by_side(
@@ -47,7 +47,7 @@ def loops(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def scoring(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """The same model, called by the predictor and by alternatives."""
+    """Compare the predictor with alternatives that use the same model."""
     source = bench.backlog(rows)
     with _server(bench) as url:
         found = side_by_side(
@@ -76,7 +76,7 @@ def scoring(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 @contextmanager
 def _server(bench: Bench) -> Iterator[str]:
-    """The address of MLflow's scoring server."""
+    """Run MLflow's scoring server and yield its URL."""
     port = free_port()
     arguments = ["-m", _downloaded(bench, BOOSTING), "-h", "127.0.0.1", "-p", str(port), "--env-manager", "local"]
     url = f"http://127.0.0.1:{port}"
@@ -84,14 +84,14 @@ def _server(bench: Bench) -> Iterator[str]:
         "MLflow's scoring server",
         [sys.executable, "-m", "mlflow", "models", "serve", "--workers", "1", *arguments],
         log=bench.directory / f"serve-{port}.log",
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},  # it runs uvicorn from PATH
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},  # to find uvicorn
         ready=lambda: _answers(f"{url}/ping"),
     ):
         yield url
 
 
 def _served(url: str, *, rows: int, batch: int) -> dict[str, float]:
-    """The rate of HTTP calls to MLflow's scoring server, without Kafka."""
+    """The rows per second that MLflow's scoring server handles over HTTP, without Kafka."""
     values = [[getattr(each, name) for name in RAW] for each in backlog(rows)]
     calls = [{"dataframe_split": {"columns": RAW, "data": values[at : at + batch]}} for at in range(0, rows, batch)]
     with requests.Session() as session:
@@ -115,7 +115,7 @@ def _downloaded(bench: Bench, model: str) -> str:
 
 
 def peers_python() -> Path:
-    """The interpreter of the peers' own environment, which is created the first time."""
+    """The Python interpreter for the peers. Their virtual environment is created on the first call."""
     name = "peers-" + hashlib.sha256(_REQUIREMENTS.read_bytes()).hexdigest()[:12]
     home = Path.home() / ".cache" / "fraud-alarm" / name
     interpreter = home / "bin" / "python"
@@ -138,7 +138,7 @@ def _peer(
 
 
 def _run(bench: Bench, command: Sequence[str], source: str, *, rows: int, at_most_s: float = 10.0) -> dict[str, float]:
-    """The rate at which a program copies records to a new topic, until all are copied or time is up."""
+    """The rate at which a program writes records to a new topic, measured until all are written or time is up."""
     (target,) = bench.topics("copied")
     broker = bench.properties["bootstrap.servers"]
     arguments = ["--bootstrap", broker, "--group", target, "--source", source, "--target", target]

@@ -1,4 +1,4 @@
-"""Fair figures: all variants are measured in every round; medians with their spread; ratios within a round."""
+"""Fair comparisons: all variants are measured in every round, and ratios are taken within a round."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +23,13 @@ class Figure:
         return (max(self.values) - min(self.values)) / 2 / abs(self.median) if self.median else 0.0
 
     def over(self, other: "Figure") -> "Figure":
-        """The ratio to another figure, round by round."""
+        """The ratio of this figure to another one, round by round."""
         return Figure(tuple(mine / its for mine, its in zip(self.values, other.values, strict=True)))
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar that a ratio, a time or a size has to reach, or must not exceed with `at_most`."""
+    """A bar that a quantity must reach or, with `at_most`, must not exceed."""
 
     what: str
     seen: Figure
@@ -38,13 +38,13 @@ class Bar:
 
     @property
     def reached(self) -> bool:
-        """Whether the median reaches the bar."""
+        """Whether the median reaches the bar or, with `at_most`, does not exceed it."""
         return self.seen.median <= self.bar if self.at_most else self.seen.median >= self.bar
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table of figures, the bars they have to reach, and the settings they were measured with."""
+    """A table of figures, the settings that they were measured with, and the bars that they must reach."""
 
     title: str
     settings: str
@@ -53,7 +53,7 @@ class Section:
     bars: Sequence[Bar] = field(default_factory=tuple)
 
     def as_json(self) -> dict[str, Any]:
-        """All figures with every round."""
+        """The section for the JSON report, with the values of every round."""
         return {
             "title": self.title,
             "settings": self.settings,
@@ -69,9 +69,10 @@ class Section:
 def side_by_side(
     variants: Mapping[str, Callable[[], Mapping[str, float]]], *, rounds: int
 ) -> dict[str, dict[str, Figure]]:
-    """Run all variants in every round, forwards and backwards alternately, so that a slow minute affects all of them.
+    """Run all variants in every round and return each variant's figures by name.
 
-    A variant returns its quantities by name. The first round is a warm-up and is not counted.
+    Every other round runs in reverse order, so that a slow minute of the machine affects all variants. A variant
+    returns its quantities by name. A warm-up round comes first and is not counted.
     """
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in variants}
     for number in range(-1, rounds):

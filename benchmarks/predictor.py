@@ -1,4 +1,4 @@
-"""The predictor, compared with its own computation without Kafka, and with itself under other settings."""
+"""Compare the predictor with its own computation without Kafka, and with itself under different settings."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -27,11 +27,11 @@ BOOSTING, FOREST = "fraud", "forest"  # the names of the models
 FOREST_COLUMNS = ("amt", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long", "zip")
 BATCH_SIZES = (1, 10, 100, 1000, 5000)
 _START = datetime(2024, 1, 1, tzinfo=UTC)
-_EMBEDDED_ROWS = 80_000  # the embedded broker keeps no more
+_EMBEDDED_ROWS = 80_000  # the embedded broker keeps no more records than this
 
 
 def register_forest(tracking_uri: str) -> None:
-    """Log a random forest of 150 trees on plain numbers as the champion of `forest`."""
+    """Train a random forest of 150 trees on the numeric columns, and register it as the champion of `forest`."""
     frame = training_frame(rows=30_000, seed=2, start=_START, fraud_rate=0.02)
     rows = frame[list(FOREST_COLUMNS)]
     forest = RandomForestClassifier(150, n_jobs=-1, random_state=0).fit(rows, frame["is_fraud"].astype(int))
@@ -50,13 +50,13 @@ def register_forest(tracking_uri: str) -> None:
 
 
 def another_version(bench: Bench) -> str:
-    """Train a second version of the boosting model. Returns its number."""
+    """Train and register a second version of the boosting model. Returns its version number."""
     trained = train.fit(training_frame(seed=2), seed=2)
     return train.register(trained, Alias(bench.stack.registry.uri, BOOSTING, "other"))
 
 
 def load_model(bench: Bench, name: str, *, compiled: bool) -> Model:
-    """The champion, as the predictor loads it."""
+    """Load the champion in the same way as the predictor."""
     registry = Registry(
         tracking_uri=bench.stack.registry.uri,
         name=name,
@@ -69,7 +69,7 @@ def load_model(bench: Bench, name: str, *, compiled: bool) -> Model:
 
 
 def consumed(bench: Bench, topic: str) -> list[Message]:
-    """All messages of a topic, as the predictor receives them."""
+    """Read all messages of a topic, as the predictor receives them."""
     ends = topics.ends(bench.properties, [topic])
     reader = consumer(bench.properties, group="ceiling")
     reader.assign([TopicPartition(end.topic, end.partition, 0) for end in ends])
@@ -82,7 +82,7 @@ def consumed(bench: Bench, topic: str) -> list[Message]:
 
 
 def without_kafka(model: Model, messages: Sequence[Message], *, batch_size: int) -> dict[str, float]:
-    """The rate of decoding, predicting and encoding in batches."""
+    """The rate at which batches are decoded, scored and encoded, without Kafka."""
     limit = Limit(ratio=0.5, consecutive=20)
     began = time.monotonic()
     for start in range(0, len(messages), batch_size):
@@ -99,7 +99,7 @@ def drained(
     settings: Mapping[str, str] | None = None,
     at_most_s: float = 60.0,
 ) -> dict[str, float]:
-    """The figures of predictors that process the backlog on `source`, in a group of their own."""
+    """Measure predictors, in a new consumer group, that process the backlog on `source`."""
     (target,) = bench.topics("predicted")
     own = {"TOPIC_1": source, "TOPIC_2": target, "PREDICTOR_GROUP": target} | dict(settings or {})
     processes = [bench.service("predictor", own, replica=number) for number in range(1, replicas + 1)]
@@ -109,7 +109,7 @@ def drained(
 def against_its_ceiling(
     bench: Bench, *, rounds: int, rows: int = _EMBEDDED_ROWS, guarantee: str = "at_least_once"
 ) -> Section:
-    """The service compared with decoding, scoring and encoding alone."""
+    """Compare the service with decoding, scoring and encoding alone."""
     source = bench.backlog(rows)
     model, messages = load_model(bench, BOOSTING, compiled=False), consumed(bench, source)
     found = side_by_side(
@@ -130,7 +130,7 @@ def against_its_ceiling(
 
 
 def guarantees(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Exactly once compared with at least once, on Apache Kafka."""
+    """Compare exactly-once with at-least-once delivery on Apache Kafka."""
     source = bench.backlog(rows)
     found = side_by_side(
         {
@@ -150,7 +150,7 @@ def guarantees(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def batch_sizes(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Both models at several batch sizes."""
+    """Measure the predictor with both models at several batch sizes."""
     source = bench.backlog(rows)
     found = side_by_side(
         {
@@ -172,7 +172,7 @@ def batch_sizes(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def logging(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """The predictor with its INFO log lines, and without."""
+    """Compare the predictor with and without its INFO log lines."""
     source = bench.backlog(rows)
     found = side_by_side(
         {level: partial(drained, bench, source, rows, settings={"LOG_LEVEL": level}) for level in ("INFO", "ERROR")},
@@ -189,7 +189,7 @@ def logging(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
-    """The forest in batches of 100, compiled and not."""
+    """Compare scoring with the compiled and the original forest, in batches of 100."""
     transactions = backlog(20_000)
     compiled, own = (load_model(bench, FOREST, compiled=flag) for flag in (True, False))
     found = side_by_side(

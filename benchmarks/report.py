@@ -1,4 +1,4 @@
-"""Output of the figures: tables, JSON, Markdown, and a picture of the growth."""
+"""Output of the figures: tables, JSON, Markdown, and a chart of how costs grow."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _PACKAGES = ("confluent-kafka", "msgspec", "numpy", "pandas", "scikit-learn", "p
 
 
 def versions() -> dict[str, str]:
-    """The versions of everything that the figures depend on."""
+    """The software versions and the number of cores that the figures depend on."""
     return {
         "Python": platform.python_version(),
         "librdkafka": libversion()[0],
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def show(section: Section, console: Console) -> None:
-    """Print a section: medians and the spread of the rounds."""
+    """Print a section as a table with the median and the spread of each figure."""
     table = Table("", *section.columns, title=section.title, caption=section.settings)
     for label, row in section.rows.items():
         cells = [_cell(row[name]) if name in row else "" for name in section.columns]
@@ -43,7 +43,7 @@ def show(section: Section, console: Console) -> None:
 
 
 def save(sections: Mapping[str, Section], path: Path) -> None:
-    """Write the figures of all rounds as JSON, their medians as Markdown, and the growth as a picture."""
+    """Write the figures of all rounds as JSON, their medians as Markdown, and the growth suites as a chart."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = {name: section.as_json() for name, section in sections.items()}
     path.write_text(json.dumps({"versions": versions(), "sections": figures}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The db_sink, compared with PostgreSQL alone and with other ways to insert, and with a large table."""
+"""Compare the db_sink with PostgreSQL alone and with other ways to insert, and measure it on a large table."""
 
 import io
 import time
@@ -27,7 +27,7 @@ _WHO = Provenance("fraud", "1", 0.01, 1_730_134_684_025, 0, 12_345)
 
 
 def against_postgres(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """The whole service compared with its SQL statements alone."""
+    """Compare the whole service with its SQL statements alone."""
     source = _predicted(bench, rows)
     found = side_by_side(
         {"COPY and upsert": lambda: _alone(bench, rows, bare=False), "db_sink": lambda: drained(bench, source, rows)},
@@ -37,7 +37,7 @@ def against_postgres(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def throughput(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """The same, and compared with common alternatives."""
+    """Compare the service with its SQL statements alone and with common alternatives."""
     source = _predicted(bench, rows)
     found = side_by_side(
         {
@@ -66,7 +66,7 @@ def throughput(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def full_table(bench: Bench, *, rounds: int, rows: int, there: int) -> Section:
-    """Writing to a table with millions of rows, and to an empty one."""
+    """Compare writing to a table that already has millions of rows with writing to an empty table."""
     with filled(bench, rows, [there]) as into:
         source = _predicted(bench, rows)
         found = side_by_side({"0": lambda: drained(bench, source, rows), f"{there:,}": into[there]}, rounds=rounds)
@@ -82,7 +82,7 @@ def full_table(bench: Bench, *, rounds: int, rows: int, there: int) -> Section:
 
 @contextmanager
 def filled(bench: Bench, rows: int, sizes: Sequence[int]) -> Iterator[Mapping[int, Callable[[], dict[str, float]]]]:
-    """For each table size, a function that stores a backlog of `rows` in such a table and returns the figures."""
+    """For each size, a function that measures storing `rows` more rows in a table that already has that many."""
     source = _predicted(bench, rows)
     with ExitStack() as databases:
         into = {}
@@ -99,7 +99,7 @@ def _of_its_limit(found: Mapping[str, Mapping[str, Figure]]) -> Bar:
 
 
 def _settings(rows: int) -> str:
-    return f"{rows:,} rows of {len(_COLUMNS)} columns, PostgreSQL 18 as it comes, batches of {_BATCH:,}"
+    return f"{rows:,} rows of {len(_COLUMNS)} columns, PostgreSQL 18 with default settings, batches of {_BATCH:,}"
 
 
 def _predicted(bench: Bench, rows: int) -> str:
@@ -109,7 +109,7 @@ def _predicted(bench: Bench, rows: int) -> str:
 
 
 def topic_2_records(topic: str, rows: int) -> Iterator[Record]:
-    """The backlog as the predictor writes it."""
+    """The backlog as records on topic_2, as the predictor writes them."""
     headers = to_headers(_WHO)
     for transaction in backlog(rows):
         yield Record(topic, encode_prediction(encode_transaction(transaction), 0), transaction.key, headers)
@@ -117,7 +117,7 @@ def topic_2_records(topic: str, rows: int) -> Iterator[Record]:
 
 @contextmanager
 def database(bench: Bench) -> Iterator[str]:
-    """The URL of an empty database, dropped at the end."""
+    """Create an empty database, yield its URL, and drop the database at the end."""
     name = f"bench_{uuid.uuid4().hex}"
     owner = sa.create_engine(bench.stack.addresses.database_url, isolation_level="AUTOCOMMIT")
     with owner.connect() as connection:
@@ -130,14 +130,14 @@ def database(bench: Bench) -> Iterator[str]:
 
 
 def drained(bench: Bench, source: str, rows: int) -> dict[str, float]:
-    """The figures of a db_sink that stores the backlog on `source` in an empty database."""
+    """Measure a db_sink that stores the backlog on `source` in an empty database."""
     with database(bench) as url:
         return _into(bench, url, source, rows)
 
 
 def _into(bench: Bench, url: str, source: str, rows: int) -> dict[str, float]:
     with _engine(url) as engine, engine.begin() as connection:
-        if sa.inspect(connection).has_table(table.TABLE):  # the rows of an earlier round
+        if sa.inspect(connection).has_table(table.TABLE):  # delete the rows of an earlier round
             connection.execute(sa.text(f"DELETE FROM {table.TABLE} WHERE source_offset = {_WHO.source_offset}"))
     group = f"sink-{uuid.uuid4().hex[:8]}"
     process = bench.service("db_sink", {"TOPIC_2": source, "DB_SINK_GROUP": group, "DATABASE_URL": url})
@@ -145,7 +145,10 @@ def _into(bench: Bench, url: str, source: str, rows: int) -> dict[str, float]:
 
 
 def _alone(bench: Bench, rows: int, *, bare: bool) -> dict[str, float]:
-    """The rate of COPY into a table without an index, or of the db_sink's statements, given ready-made text."""
+    """The rate of the db_sink's SQL statements or, if `bare`, of COPY into a table without an index.
+
+    The text to copy is prepared beforehand.
+    """
     batches = [copy_text(batch) for batch in _batches(rows)]
     with database(bench) as url, _engine(url) as engine:
         migrate(engine)
@@ -194,13 +197,13 @@ def _on_conflict(engine: sa.Engine, values: Values) -> None:
 def _row_by_row(engine: sa.Engine, values: Values) -> None:
     as_it_comes = sa.create_engine(engine.url)
     for row in values:
-        frame = pd.DataFrame([{**row, "cc_num": str(row["cc_num"])}])  # pandas has no 19-digit integers
+        frame = pd.DataFrame([{**row, "cc_num": str(row["cc_num"])}])  # may be too large for integers in pandas
         frame.to_sql(table.TABLE, as_it_comes, if_exists="append", index=False)
     as_it_comes.dispose()
 
 
 def _fill_table(url: str, rows: int) -> None:
-    """Insert rows like the backlog's, with random names and earlier times, generated by PostgreSQL itself."""
+    """Have PostgreSQL generate rows like those of the backlog, with random transaction numbers and earlier times."""
     first = next(iter(_batches(1)))[0]
     with _engine(url) as engine:
         migrate(engine)

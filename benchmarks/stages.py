@@ -1,4 +1,4 @@
-"""The two ends: the producer compared with librdkafka alone, the alerter with a plain SMTP session."""
+"""Compare the producer with librdkafka alone, and the alerter with a plain SMTP session."""
 
 import smtplib
 import time
@@ -24,7 +24,7 @@ _WHO = Provenance("fraud", "1", 0.99, 1_730_134_684_025, 0, 12_345)
 
 
 def producing(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """The producer from the API to topic_1, including its journal and transactions."""
+    """Compare the producer, including its journal and Kafka transactions, with librdkafka alone."""
     found = side_by_side(
         {
             "librdkafka, produce": lambda: _produced(bench, rows),
@@ -43,7 +43,7 @@ def producing(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def alerting(bench: Bench, *, rounds: int, mails: int) -> Section:
-    """The alerter with a mail for each record."""
+    """Compare the alerter, which sends one mail per record here, with an SMTP session alone."""
     (source,) = bench.topics("frauds")
     headers = to_headers(_WHO)
     values = [encode_prediction(encode_transaction(each), 1) for each in backlog(mails)]

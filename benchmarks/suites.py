@@ -1,4 +1,4 @@
-"""The suites of benchmarks by name, and running them: tables, JSON, and exit code 1 if a bar is not reached."""
+"""Run benchmark suites: print tables, write JSON, and exit with code 1 if a bar is not reached."""
 
 import argparse
 import gc
@@ -46,20 +46,20 @@ APACHE: dict[str, Suite] = {
 
 
 def main() -> int:
-    """Run the chosen suites, on one stack for each kind of broker."""
+    """Run the chosen suites, with one stack for each kind of broker. Returns the exit code."""
     names = [*EMBEDDED, *APACHE]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"Suites to run: {', '.join(names)}. Default: all.")
-    parser.add_argument("--guard", action="store_true", help="Run only the guard: ratios against guard.json.")
-    parser.add_argument("--rounds", type=int, default=5, help="How often each variant is measured. Default: 5.")
+    parser.add_argument("--guard", action="store_true", help="Run only the guard: compare ratios with guard.json.")
+    parser.add_argument("--rounds", type=int, default=5, help="Number of times each variant is measured. Default: 5.")
     parser.add_argument(
-        "--report", type=Path, help="JSON file for the figures; tables (.md) and a picture (.svg) go beside it."
+        "--report", type=Path, help="JSON file for the figures. Tables (.md) and a chart (.svg) are saved beside it."
     )
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.suites if name not in names]:
-        parser.error(f"unknown suite {', '.join(unknown)}; the suites are {', '.join(names)}")
+        parser.error(f"unknown suite {', '.join(unknown)}. The suites are: {', '.join(names)}.")
     chosen = arguments.suites or names
-    gc.disable()  # the measuring process must not pause
+    gc.disable()  # garbage collection would pause the measuring process
     sys.setswitchinterval(0.0002)
     console = Console()
     console.print(", ".join(f"{name} {number}" for name, number in versions().items()))
@@ -82,12 +82,12 @@ def main() -> int:
         sys.stderr.write(f"benchmarks: {error}\n")
         return 1
     except KeyboardInterrupt:
-        return 130  # what a shell returns after SIGINT; the figures so far are saved
+        return 130  # the exit code of a shell after SIGINT; the figures so far are saved
     return int(not all(bar.reached for section in sections.values() for bar in section.bars))
 
 
 def started(stack: ExitStack, broker: str) -> Bench:
-    """A stack with both models, whose database records when a row was committed."""
+    """Start a stack that has both models, and a database that records commit times."""
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fraud-alarm-bench-")))
     parts = stack.enter_context(local_stack(directory, broker=broker))
     predictor.register_forest(parts.registry.uri)

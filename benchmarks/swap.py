@@ -1,4 +1,4 @@
-"""The cost of moving the champion's alias while the predictor works."""
+"""Measure the cost of moving the champion's alias while the predictor is working."""
 
 from collections import defaultdict
 from functools import partial
@@ -22,7 +22,7 @@ _EVERY_S = 2.0
 
 
 def swaps(bench: Bench, *, rounds: int, rate: int, moves: int) -> Section:
-    """The same stream while the alias stays, and while it alternates between two versions."""
+    """Measure the latency while the alias stays on one version, and while it alternates between two."""
     other = another_version(bench)
     found = side_by_side(
         {

@@ -1,4 +1,4 @@
-"""What an operator asks for in words (times and ages), and the error for what cannot be done."""
+"""Times and ages on the command line, and the error for a request that cannot be carried out."""
 
 import re
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ _UNIT_MS = {"m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
 class CallError(Exception):
-    """A command cannot do what was asked. The message is one line, or one for each part that cannot be done."""
+    """A command cannot do what was asked. The message has a line, or a heading and a line for each problem."""
 
     exit_code = 2
 
 
 @contextmanager
 def refusing(*errors: type[Exception]) -> Iterator[None]:
-    """Raise CallError, with the same message, for the errors of another package that a wrong call causes."""
+    """Convert these errors of another package, which a wrong call causes, to CallError with the same message."""
     try:
         yield
     except errors as error:
@@ -25,7 +25,10 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
 
 
 def parse_since(text: str, *, now_ms: int, option: str = "--since") -> int:
-    """Epoch ms of an ISO date or time (UTC without an offset), or of an age such as 90m. Raises CallError."""
+    """The epoch ms of an ISO date or time (UTC unless it has an offset), or of an age such as 90m.
+
+    Raises CallError for any other text.
+    """
     if age := _AGE(text):
         return now_ms - int(age[1]) * _UNIT_MS[age[2]]
     try:

@@ -1,6 +1,6 @@
-"""What all commands share: how they are declared, where they print, and what they report on stderr.
+"""What all commands share: declaring them, printing results, and reporting problems on stderr.
 
-A command file imports nothing heavy at its top: every `--help` imports all of them.
+Command modules import heavy packages inside functions only, because every `--help` imports all command modules.
 """
 
 import sys
@@ -19,16 +19,16 @@ console = Console()
 
 
 class _PlainTypes:
-    """`--help` shows the names of values instead of Typer's types: `<bool>` for a flag, `<str>` for a name."""
+    """Makes `--help` show names of values such as FILE instead of Typer's types, `<bool>` and `<str>`."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """The parameters with the help option."""
+        """The command's parameters, including `--help`."""
         parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for parameter in parameters:
             if isinstance(parameter, TyperArgument):
-                parameter.display_type_rich = lambda **_: None  # type: ignore[method-assign]  # it has a column of its own
+                parameter.display_type_rich = lambda **_: None  # type: ignore[method-assign]  # shown in its own column
             elif parameter.is_flag:
-                parameter.metavar = ""  # it takes no value
+                parameter.metavar = ""  # a flag takes no value
         return parameters
 
 
@@ -41,22 +41,22 @@ class CommandGroup(_PlainTypes, TyperGroup):
 
 
 class Commands(typer.Typer):
-    """A group of commands, each with an example in its `--help`."""
+    """A group of commands whose `--help` texts end with examples."""
 
     def __init__(self, *, help: str | None = None) -> None:
         super().__init__(cls=CommandGroup, no_args_is_help=True, add_completion=False, help=help)
 
     def add(self, name: str, *examples: str) -> Callable[[F], F]:
-        """Register the function as command `name`; its docstring and its parameters make the help."""
+        """A decorator that registers a function as command `name`. The help comes from its docstring and parameters."""
         epilog = "\n".join((f"Example{'s' * (len(examples) > 1)}:", *(f"  $ fraudctl {each}" for each in examples)))
         return self.command(name, cls=Command, epilog=epilog)
 
 
 def say(text: str) -> None:
-    """Print a line of results as it is, however long."""
+    """Print a line of results, without markup or line breaks."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def report(text: str) -> None:
-    """Print a line about a problem on stderr, without the credentials that a URL in it may hold."""
+    """Print a line about a problem on stderr, with credentials removed from the URLs in it."""
     sys.stderr.write(f"fraudctl: {without_credentials(text)}\n")

@@ -1,4 +1,4 @@
-"""The database through psycopg2 alone: importing SQLAlchemy takes longer than all that `fraudctl status` does."""
+"""Database access without SQLAlchemy, because importing it takes longer than everything `fraudctl status` does."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ _TIMEOUT_S = 10.0
 _MIGRATIONS = Path(services.db_sink.__path__[0]) / "migrations" / "versions"
 _PERMISSION_DENIED, _QUERY_CANCELED = "42501", "57014"  # SQLSTATE
 
-# As SQLAlchemy reads it, for the db_sink: a password may hold any character but @, encoded or not.
+# Accepts what SQLAlchemy accepts for the db_sink: in a password, only @ has to be percent-encoded.
 _URL = re.compile(
     r"(?P<dialect>\w+)(\+\w+)?://((?P<user>[^:/]*)(:(?P<password>[^@]*))?@)?"
     r"(\[(?P<ipv6>[^/?]+)\]|(?P<host>[^/:?]+))?(:(?P<port>\d*))?(/(?P<dbname>[^?]*))?(\?(?P<query>.*))?",
@@ -27,14 +27,14 @@ _URL = re.compile(
 
 
 Query = Callable[..., Any]
-"""Runs a query, with its parameters, and returns the first row, or None."""
+"""A function that runs a query with parameters and returns its first row, or None."""
 
 
 class Address:
-    """Where the database is, and how to log in."""
+    """The database's host, port and name, and the login."""
 
     def __init__(self, url: str) -> None:
-        """Raises SettingsError."""
+        """Parse a database URL. Raises SettingsError if it is not a PostgreSQL URL."""
         found = _URL(url)
         if found is None or "@" in (found["host"] or ""):
             raise SettingsError("DATABASE_URL: not a database URL; an @ in a password is written as %40")
@@ -60,9 +60,10 @@ class Address:
 
 @contextmanager
 def transaction(address: Address, *, timeout_s: float = _TIMEOUT_S) -> Iterator[Query]:
-    """One transaction, for a function that runs a query and returns its first row, or None.
+    """Open a transaction, and yield a function that runs a query in it and returns the first row, or None.
 
-    No statement runs, or waits for a lock, longer than `timeout_s`. Raises Outage.
+    A statement fails if it takes longer than `timeout_s`, including the time it waits for locks. Raises Outage if the
+    database cannot be reached or a statement fails.
     """
     parameters: dict[str, Any] = {"connect_timeout": int(timeout_s), "application_name": "fraudctl"}
     try:
@@ -83,7 +84,7 @@ def transaction(address: Address, *, timeout_s: float = _TIMEOUT_S) -> Iterator[
 
 
 def schema(first: Query) -> str | None:
-    """The version of the schema; None if it was never migrated."""
+    """The version of the schema, or None if the database was never migrated."""
     if first("SELECT to_regclass('alembic_version') AS found").found is None:
         return None
     row = first("SELECT version_num FROM alembic_version")
@@ -91,7 +92,7 @@ def schema(first: Query) -> str | None:
 
 
 def newest_schema() -> str:
-    """The version that `fraudctl migrate` makes: the files of the migrations begin with theirs."""
+    """The version that `fraudctl migrate` produces. Each migration's file name begins with its version."""
     return max(path.stem.partition("_")[0] for path in _MIGRATIONS.glob("[0-9]*_*.py"))
 
 
@@ -99,7 +100,7 @@ _REMEDY = "Check that it runs, and user, password, host and database name in DAT
 
 
 def _refusal(error: Exception) -> str:
-    """Why there is no connection, from libpq's words, of which a line may go before each address that was tried."""
+    """Why the connection failed: the first reason in libpq's message, without the address that was tried."""
     text = str(error).strip().partition("\n")[0].rpartition("failed: ")[2].removeprefix("FATAL:").strip()
     if "translate host name" in text:
         return "its host name is unknown"
@@ -108,10 +109,10 @@ def _refusal(error: Exception) -> str:
 
 def _failure(error: psycopg2.Error, address: Address, timeout_s: float) -> str:
     if error.pgcode == _QUERY_CANCELED:
-        return f"did not answer in {timeout_s:.0f} s: a lock on the table, or a slow disk. Look at pg_stat_activity."
+        return f"did not respond within {timeout_s:.0f} s: a lock on the table, or a slow disk. Check pg_stat_activity."
     said = error.diag.message_primary
     if said is None:
-        return "closed the connection. Look at its log."
+        return "closed the connection. Check the server's log."
     if error.pgcode == _PERMISSION_DENIED:
-        return f"refuses {address.user}: {without_digits(said)}. Grant it with deploy/grants.sql."
+        return f"refuses {address.user}: {without_digits(said)}. Grant the privileges in deploy/grants.sql."
     return f"failed: {without_digits(said)}"

@@ -1,4 +1,4 @@
-"""Everything the services need, tried once: one finding a check, with the fix for one that fails."""
+"""Checks of everything the services need. Each check gives one finding, which says how to fix a failure."""
 
 import email.utils
 import os
@@ -42,7 +42,7 @@ from shared.settings import (
 from shared.variables import OF_LIBRARIES
 
 _TIMEOUT_S = 8.0
-_MAX_SKEW_S = 5.0  # clocks that follow NTP differ by milliseconds; ages and limits are in seconds
+_MAX_SKEW_S = 5.0  # clocks synchronized by NTP differ by milliseconds; ages and limits are in seconds
 _TABLE = "transactions"
 
 _ON_TOPICS = {
@@ -53,7 +53,7 @@ _ON_TOPICS = {
 _TRANSACTIONAL_ID = "fraudctl-doctor"
 
 Clocks = list[tuple[str, float]]
-"""The other systems that gave their time, and by how many seconds each is ahead of this machine's clock."""
+"""Names of the systems that reported their time, each with the seconds that its clock is ahead of this machine's."""
 
 
 class Finding(NamedTuple):
@@ -68,7 +68,7 @@ class Finding(NamedTuple):
 
 
 class Area(NamedTuple):
-    """The checks of one system, for which the settings of the service that needs it are loaded."""
+    """The checks of one system. They run only if `settings`, of a service that needs the system, are valid."""
 
     name: str
     settings: type[BaseSettings]
@@ -76,7 +76,7 @@ class Area(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """The findings of all checks; different systems are checked at the same time."""
+    """Run all checks, with different systems in parallel. Returns their findings."""
     loaded: dict[type[BaseSettings], Any] = {}
     problems: list[str] = []
     kinds: list[type[ServiceSettings]] = [ServiceSettings, *(service.settings for service in catalogue.SERVICES)]
@@ -92,7 +92,7 @@ def examine() -> list[Finding]:
     def explore(area: Area) -> list[Finding]:
         if area.settings in loaded:
             return list(area.check(loaded[area.settings]))
-        return [Finding("skipped", area.name, "its settings have to be fixed first")]
+        return [Finding("skipped", area.name, "its settings must be fixed first")]
 
     areas = [Area("Kafka", ServiceSettings, lambda settings: _kafka(settings, loaded)), *_areas(clocks)]
     with ThreadPoolExecutor(len(areas)) as pool:
@@ -108,7 +108,7 @@ def examine() -> list[Finding]:
 
 
 def _areas(clocks: Clocks) -> Iterator[Area]:
-    """The systems besides Kafka that the services need, each once."""
+    """The systems other than Kafka that the services need, each listed once."""
     names_and_checks: dict[catalogue.Need, tuple[str, Callable[[Any], Iterator[Finding]]]] = {
         "registry": ("MLflow", lambda settings: _mlflow(settings, clocks)),
         "database": ("database", lambda settings: _database(settings, clocks)),
@@ -121,17 +121,17 @@ def _areas(clocks: Clocks) -> Iterator[Area]:
 
 
 def _names() -> Iterator[Finding]:
-    """The names in `secrets.env` and in the environment that are no setting's."""
+    """Findings about variables in `secrets.env` and in the environment that are not settings."""
     try:
         unknown = unknown_variables()
-    except SettingsError:  # it is among the problems of the settings
+    except SettingsError:  # already reported with the settings
         return
     for name, meant in unknown.items():
         hint = f" Rename it to {meant}, or remove it." if meant else " Remove it."
         where = f"in {SECRETS_FILE} or in the environment"
-        yield Finding("failed", "settings", f"{name}, {where}, is no setting.{hint}")
+        yield Finding("failed", "settings", f"{name}, {where}, is not a setting.{hint}")
     if strays := sorted({*OF_LIBRARIES} & {*dotenv_values(SECRETS_FILE)} - {*os.environ}):
-        where = "libraries read these from the environment only: compose sets them there, a checkout does not"
+        where = "libraries read these from the environment only. Compose puts them there; in a checkout, export them."
         yield Finding("ok", "settings", f"{SECRETS_FILE}: {', '.join(strays)}: {where}")
 
 
@@ -140,12 +140,12 @@ def _kafka(settings: ServiceSettings, loaded: Mapping[type[BaseSettings], Any]) 
     try:
         properties = kafka_properties(settings)
         client = admin(properties, on_error=errors.append)
-        for make in (producer, partial(consumer, group="fraudctl")):  # they read more properties
+        for make in (producer, partial(consumer, group="fraudctl")):  # these clients check more properties
             make(properties)
     except SettingsError as error:
         what = "credentials" if str(error).startswith("SASL_") else "client.properties"
         yield Finding("failed", what, str(error).removeprefix("CLIENT_PROPERTIES: "))
-        yield from _skipped(("Kafka", "topics", "ACLs"), f"{what} have to be fixed first")
+        yield from _skipped(("Kafka", "topics", "ACLs"), f"{what} must be fixed first")
         return
     yield Finding("ok", "client.properties", str(settings.client_properties))
     try:
@@ -153,7 +153,7 @@ def _kafka(settings: ServiceSettings, loaded: Mapping[type[BaseSettings], Any]) 
     except KafkaException as exception:
         client.poll(0)  # calls on_error with what happened on the connections
         yield from _unreached(properties, exception.args[0], errors)
-        yield from _skipped(("topics", "ACLs"), "Kafka has to be reached first")
+        yield from _skipped(("topics", "ACLs"), "Kafka must be reachable first")
         return
     yield Finding("ok", "Kafka", properties["bootstrap.servers"])
     secured = properties.get("security.protocol", "").upper().startswith("SASL")
@@ -189,18 +189,18 @@ def _unreached(properties: Mapping[str, str], error: KafkaError, errors: list[Ka
         reason = codes.get(KafkaError._SSL) or codes.get(KafkaError._RESOLVE) or error.str()
         remedy = "Check that it runs, and bootstrap.servers and security.protocol in client.properties."
         yield Finding("failed", "Kafka", f"cannot reach {where}: {reason}. {remedy}")
-        yield from _skipped(("credentials",), "Kafka has to be reached first")
+        yield from _skipped(("credentials",), "Kafka must be reachable first")
 
 
 def _acls(client: AdminClient, properties: Mapping[str, str], names: list[str], groups: list[str]) -> Iterator[Finding]:
-    """Whether this login has the operator's permissions: docs/security.md lists them."""
+    """Check that this login has the operator's permissions, which docs/security.md lists."""
     lacking: dict[str, list[str]] = {}
     try:
         for operation, name in _lacking(client, properties, names, groups):
             lacking.setdefault(operation, []).append(name)
     except KafkaException as exception:
         yield Finding(
-            "failed", "ACLs", f"cannot be checked: {exception.args[0].str()}. Repeat this when every broker runs."
+            "failed", "ACLs", f"cannot be checked: {exception.args[0].str()}. Run this again when all brokers are up."
         )
         return
     if lacking:
@@ -210,14 +210,17 @@ def _acls(client: AdminClient, properties: Mapping[str, str], names: list[str], 
         )
         yield Finding("failed", "ACLs", f"this login lacks {missing}. {remedy}")
     else:
-        others = "services with other logins log what those lack"
+        others = "services with other logins log their missing permissions"
         yield Finding("ok", "ACLs", f"this login has every permission that fraudctl needs; {others}")
 
 
 def _lacking(
     client: AdminClient, properties: Mapping[str, str], names: list[str], groups: list[str]
 ) -> Iterator[tuple[str, str]]:
-    """Each missing permission: an operation and a resource. Raises KafkaException if that cannot be checked."""
+    """Each missing permission, as an operation and a resource.
+
+    Raises KafkaException if the permissions cannot be checked.
+    """
     existing = []
     described = client.describe_topics(
         TopicCollection(names), include_authorized_operations=True, request_timeout=_TIMEOUT_S
@@ -230,7 +233,7 @@ def _lacking(
         allowed = [] if error else answer.result().authorized_operations
         if allowed is not None:  # None from a broker that does not report them
             yield from ((word, name) for operation, word in _ON_TOPICS.items() if operation not in allowed)
-    # Create may be granted on the cluster or on a topic, so it is tried on existing topics, which changes nothing.
+    # Create may be granted on the cluster or on a topic. Trying to create existing topics shows it and changes nothing.
     tried = [NewTopic(name, num_partitions=1) for name in existing]
     created = client.create_topics(tried, validate_only=True, request_timeout=_TIMEOUT_S) if tried else {}
     for name, done in created.items():
@@ -246,7 +249,7 @@ def _lacking(
 
 
 def _expected(ask: Callable[[], object], *codes: int) -> int | None:
-    """The error's code, if there is an error. Raises KafkaException for any other code than these."""
+    """Call `ask`; returns the code of its error, or None. Raises KafkaException if the code is not in `codes`."""
     try:
         ask()
     except KafkaException as exception:
@@ -258,7 +261,7 @@ def _expected(ask: Callable[[], object], *codes: int) -> int | None:
 
 
 def _groups(loaded: Mapping[type[BaseSettings], Any]) -> list[str]:
-    """The groups that status asks about, of the services whose settings are valid."""
+    """The consumer groups that `status` queries: those of services with valid settings."""
     services = {service.name: loaded[service.settings] for service in catalogue.SERVICES if service.settings in loaded}
     return [each.group for each in status.configured_groups(services)]
 
@@ -269,7 +272,7 @@ def _mlflow(settings: RegistrySettings, clocks: Clocks) -> Iterator[Finding]:
         version = registry.version_with_alias(settings, alias)
     except Outage as outage:
         yield Finding("failed", "MLflow", without_credentials(_line(outage)))
-        yield from _skipped((alias,), "MLflow has to be reached first")
+        yield from _skipped((alias,), "MLflow must be reachable first")
         return
     yield Finding("ok", "MLflow", without_credentials(uri))
     if uri.startswith("http"):
@@ -277,14 +280,14 @@ def _mlflow(settings: RegistrySettings, clocks: Clocks) -> Iterator[Finding]:
             began = time.time()
             _note("MLflow", requests.head(uri, timeout=_TIMEOUT_S), began, clocks)
         except requests.RequestException:
-            pass  # it has just answered: only its clock is unknown
+            pass  # MLflow has just responded, so only its clock is unknown
     if version is None:
         remedy = "Run `fraudctl train` or `fraudctl promote VERSION`, or change MODEL_NAME."
         yield Finding("failed", alias, f"no version of {name} is {alias}. {remedy}")
         return
     try:
         _read_artifact(settings, f"models:/{name}/{version}/MLmodel")
-    except Exception as error:  # the client's, its transport's, or an artifact store's own
+    except Exception as error:  # an error of MLflow's client, its transport or the artifact store
         reason = without_credentials(_line(error))
         remedy = "Check the artifact store's address and credentials."
         yield Finding("failed", alias, f"the files of version {version} cannot be read: {reason}. {remedy}")
@@ -293,7 +296,7 @@ def _mlflow(settings: RegistrySettings, clocks: Clocks) -> Iterator[Finding]:
 
 
 def _read_artifact(settings: RegistrySettings, uri: str) -> None:
-    """Raises whatever MLflow, its transport or the artifact store raises."""
+    """Read a file. Raises whatever MLflow, its transport or the artifact store raises."""
     registry.limit_mlflow()
     settings.set_up_mlflow()
 
@@ -308,7 +311,7 @@ def _database(settings: DatabaseSettings, clocks: Clocks) -> Iterator[Finding]:
         address = database.Address(settings.database_url.get_secret_value())
     except SettingsError as error:
         yield Finding("failed", "database", f"{error}. Write it as postgresql://user:password@host:5432/name.")
-        yield from _skipped(("migrations", "privileges"), "the database has to be reached first")
+        yield from _skipped(("migrations", "privileges"), "the database must be reachable first")
         return
     try:
         with database.transaction(address) as first:
@@ -318,16 +321,16 @@ def _database(settings: DatabaseSettings, clocks: Clocks) -> Iterator[Finding]:
             schema = database.schema(first)
     except Outage as outage:
         yield Finding("failed", "database", str(outage))
-        yield from _skipped(("migrations", "privileges"), "the database has to be reached first")
+        yield from _skipped(("migrations", "privileges"), "the database must be reachable first")
         return
     yield Finding("ok", "database", str(address))
     newest = database.newest_schema()
     if schema != newest:
         remedy = "Run `fraudctl migrate` as the tables' owner, or restart the db_sink if its role may migrate."
         yield Finding("failed", "migrations", f"the schema version is {schema or 'none'}, not {newest}. {remedy}")
-        yield from _skipped(("privileges",), "the schema has to be migrated first")
+        yield from _skipped(("privileges",), "the schema must be migrated first")
         return
-    yield Finding("ok", "migrations", f"{newest} is the newest")
+    yield Finding("ok", "migrations", f"the schema has the newest version, {newest}")
     remedy = f"If {address.user} is the db_sink's role, grant it what deploy/grants.sql has."
     try:
         with database.transaction(address) as first:
@@ -365,7 +368,7 @@ def _smtp(settings: AlerterSettings) -> Iterator[Finding]:
         yield Finding("failed", "SMTP", f"{where} does not offer STARTTLS or a login. {_SMTP_TLS_REMEDY}")
     except ssl.SSLError as error:
         reason = f"TLS failed ({error.reason or type(error).__name__})"
-        yield Finding("failed", "SMTP", f"{where}: {reason}. {_SMTP_TLS_REMEDY} Check its certificate, too.")
+        yield Finding("failed", "SMTP", f"{where}: {reason}. {_SMTP_TLS_REMEDY} Check the server's certificate, too.")
     except (smtplib.SMTPException, OSError, UnicodeError) as error:
         remedy = "Check that it runs, and SMTP_HOST, SMTP_PORT and SMTP_TLS."
         yield Finding("failed", "SMTP", f"cannot reach {where}: {_connection_reason(error)}. {remedy}")
@@ -374,14 +377,14 @@ def _smtp(settings: AlerterSettings) -> Iterator[Finding]:
         yield Finding("ok", "SMTP", f"{settings.smtp_host}:{settings.smtp_port}{login}")
 
 
-_SMTP_TLS_REMEDY = "Set SMTP_TLS to what it offers: starttls (port 587), implicit (port 465) or none."
+_SMTP_TLS_REMEDY = "Set SMTP_TLS to what the server offers: starttls (port 587), implicit (port 465) or none."
 
 
 def _connection_reason(error: Exception) -> str:
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
     if isinstance(error, TimeoutError):
-        return f"no answer in {_TIMEOUT_S:.0f} s"
+        return f"no response within {_TIMEOUT_S:.0f} s"
     if isinstance(error, socket.gaierror | UnicodeError):
         return "its host name is unknown"
     if isinstance(error, OSError) and error.strerror:
@@ -398,26 +401,26 @@ def _api(settings: ProducerSettings, clocks: Clocks) -> Iterator[Finding]:
         rows = read_split(fetch(session, str(settings.api_url), timeout_s=_TIMEOUT_S))
     except Outage as outage:
         if str(outage) == "HTTP 429":
-            yield Finding("skipped", what, "the API answers, but asks for fewer calls. Repeat this in a minute.")
+            yield Finding("skipped", what, "the API limits the rate of calls (HTTP 429). Run this again in a minute.")
         else:
-            remedy = f"Check API_URL, and the answer of `curl {url}`."
-            yield Finding("failed", what, f"no answer from {url}: {outage}. {remedy}")
+            remedy = f"Check API_URL, and the output of `curl {url}`."
+            yield Finding("failed", what, f"cannot fetch transactions from {url}: {outage}. {remedy}")
     except Poison as poison:
-        remedy = f"Check API_URL, and the answer of `curl {url}`."
-        yield Finding("failed", what, f"the answer from {url} is no transactions: {_line(poison)}. {remedy}")
+        remedy = f"Check API_URL, and the output of `curl {url}`."
+        yield Finding("failed", what, f"the response from {url} has no transactions: {_line(poison)}. {remedy}")
     else:
         if rows.bad:
-            remedy = "See such rows with `fraudctl dead-letters list`."
-            yield Finding("failed", what, f"{url} sends a row that is no transaction: {rows.bad[0].reason}. {remedy}")
+            remedy = "List such records with `fraudctl dead-letters list`."
+            yield Finding("failed", what, f"{url} returned an invalid transaction: {rows.bad[0].reason}. {remedy}")
         else:
-            yield Finding("ok", what, f"{url}: {len(rows.transactions)} transactions in one answer")
+            yield Finding("ok", what, f"{url}: {len(rows.transactions)} transactions in one response")
     finally:
         session.close()
 
 
 def _clock(clocks: Clocks) -> Finding:
     if not clocks:
-        return Finding("skipped", "clock skew", "no other system gave its time")
+        return Finding("skipped", "clock skew", "no other system reported its time")
     who, ahead_s = max(clocks, key=lambda clock: abs(clock[1]))
     if abs(ahead_s) > _MAX_SKEW_S:
         direction = "ahead of" if ahead_s > 0 else "behind"
@@ -427,7 +430,7 @@ def _clock(clocks: Clocks) -> Finding:
 
 
 def _note(who: str, answer: requests.Response, began: float, clocks: Clocks) -> None:
-    """Append the clock by its Date header, which has whole seconds."""
+    """Append the server's clock to `clocks`, from the response's Date header, which has whole seconds."""
     try:
         date = email.utils.parsedate_to_datetime(answer.headers["Date"]).timestamp()
     except (KeyError, ValueError):
@@ -436,7 +439,10 @@ def _note(who: str, answer: requests.Response, began: float, clocks: Clocks) -> 
 
 
 def _ahead(earliest: float, latest: float, began: float) -> float:
-    """By how much a clock that showed a time between these two, at some time since `began`, is ahead at least."""
+    """The minimum number of seconds by which another clock is ahead of this machine's; negative if it is behind.
+
+    The other clock showed a time between `earliest` and `latest` at some moment between `began` and now.
+    """
     return max(0.0, earliest - time.time()) + min(0.0, latest - began)
 
 

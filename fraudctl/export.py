@@ -1,4 +1,4 @@
-"""Export of confirmed transactions as a training file, with its header, column order and formats."""
+"""Export of confirmed transactions as a training file, with the same header, column order and formats."""
 
 import csv
 import sqlite3
@@ -18,7 +18,7 @@ from services.db_sink.table import TABLE, reason
 from shared.errors import Outage
 from shared.records import FEATURES
 
-HEADER = ("", *FEATURES)  # the first column is a row number, which confirmed rows do not have
+HEADER = ("", *FEATURES)  # the first column is the row number, which is left empty
 _S3 = "s3://"
 _AT_A_TIME = 5000  # rows
 _BOUNDS = (("since", ">="), ("until", "<"))
@@ -32,11 +32,14 @@ Progress = Callable[[int, int], None]
 def export(
     engine: sa.Engine, out: str, *, since: int | None, until: int | None, append: bool, progress: Progress
 ) -> int:
-    """Write the confirmed rows with since <= unix_time < until (epoch seconds), sorted by time; returns their number.
+    """Write the confirmed rows with since <= unix_time < until (epoch seconds), sorted by time.
 
-    With `append`, the rows in the file are kept, and the database's row wins for a transaction that is in both. The
-    file is written under another name and renamed when it is complete. Raises CallError for a file with another header,
-    Outage, OSError.
+    Returns the number of rows in the new file.
+
+    With `append`, the rows already in the file are kept; if a transaction is in both, the database's row replaces the
+    file's. The new file has a temporary name until it is complete. Raises CallError if the existing file is not a
+    training file or the folder is missing, Outage if the database or S3 does not respond, and OSError if a file cannot
+    be read or written.
     """
     with (
         _target(out) as (earlier, partial),
@@ -47,7 +50,7 @@ def export(
         if append and earlier.exists():
             counted = _merged(_read(earlier, out), counted, directory=partial.parent)
         writer = csv.writer(file, lineterminator="\n")
-        careful = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)  # for what Python 3.11 leaves bare
+        careful = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)  # Python 3.11 leaves \r unquoted
         writer.writerow(HEADER)
         written = 0
         for row in counted:
@@ -97,7 +100,7 @@ def _read(path: Path, name: str) -> Iterator[Row]:
         header = next(rows, [])
         if tuple(header) != HEADER:
             there, expected = ",".join(header), ",".join(HEADER)
-            raise CallError(f"{name} has another header\n  found:    {there}\n  expected: {expected}")
+            raise CallError(f"{name} has a different header\n  found:    {there}\n  expected: {expected}")
         for row in rows:
             if len(row) != len(HEADER):
                 raise CallError(f"{name}, line {rows.line_num}: {len(row)} values, not {len(HEADER)}")
@@ -107,11 +110,14 @@ def _read(path: Path, name: str) -> Iterator[Row]:
 
 
 def _merged(earlier: Iterable[Row], later: Iterable[Row], *, directory: Path) -> Iterator[Row]:
-    """The rows of both, one for each identity, sorted by time. SQLite sorts, because they may not fit into memory."""
+    """The rows of both sources, sorted by time. If a transaction is in both, the row of `later` is used.
+
+    SQLite sorts them, because they may not fit into memory.
+    """
     with _sorting(directory) as rows:
         columns = ", ".join(f"c{number}" for number in range(len(HEADER)))
         rows.execute(f"CREATE TABLE rows ({columns}, at INTEGER, PRIMARY KEY (at, c{_TRANS_NUM})) WITHOUT ROWID")
-        put = f"INSERT OR REPLACE INTO rows VALUES ({', '.join('?' * (len(HEADER) + 1))})"  # noqa: S608 - its own words
+        put = f"INSERT OR REPLACE INTO rows VALUES ({', '.join('?' * (len(HEADER) + 1))})"  # noqa: S608 - constants only
         for source in (earlier, later):
             rows.executemany(put, ([*map(str, row), int(row[_UNIX_TIME])] for row in source))
         yield from rows.execute(f"SELECT {columns} FROM rows ORDER BY at, c{_TRANS_NUM}")  # noqa: S608 - the same
@@ -124,13 +130,13 @@ def _sorting(directory: Path) -> Iterator[sqlite3.Connection]:
             rows.execute("PRAGMA journal_mode = OFF")
             rows.execute("PRAGMA synchronous = OFF")
             yield rows
-    except sqlite3.Error as error:  # a full disk, as a rule
+    except sqlite3.Error as error:  # usually a full disk
         raise OSError(f"cannot sort in {directory}: {error}") from None
 
 
 @contextmanager
 def _target(out: str) -> Iterator[tuple[Path, Path]]:
-    """Paths of the existing file, if there is one, and of the new one, which replaces it at the end."""
+    """The path of the existing file, which may be missing, and of the new file, which replaces it at the end."""
     if not out.startswith(_S3):
         path = Path(out)
         if not path.parent.is_dir():
@@ -152,14 +158,14 @@ def _target(out: str) -> Iterator[tuple[Path, Path]]:
                 bucket.get_file(out, str(earlier))
         yield earlier, partial
         with _reached(out):
-            bucket.put_file(str(partial), out)  # an object appears when it is complete
+            bucket.put_file(str(partial), out)  # S3 shows an object only once it is complete
 
 
 @contextmanager
 def _reached(out: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # botocore's, of which there are many
+    except Exception as error:  # botocore has many classes of errors
         raise Outage(f"cannot reach {out}: {type(error).__name__}: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""Fraud labels: reviewers confirm them, they replace the source's labels, and every change is kept."""
+"""Fraud labels that reviewers confirm. They replace the source's labels, and every change is recorded."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,8 @@ from shared.privacy import mask_card
 from shared.settings import load
 
 _YES, _NO = ("1", "yes", "true"), ("0", "no", "false")
-_MAX_TIMES = 5  # of one trans_num
-_LOCK = 4_120_937_718  # any number; a lock on the table would need the right to change all of it
+_MAX_TIMES = 5  # shown if a trans_num is ambiguous
+_LOCK = 4_120_937_718  # an arbitrary number; locking the table would require more privileges
 
 
 class Label(NamedTuple):
@@ -37,7 +37,7 @@ class Label(NamedTuple):
 
 
 class Done(NamedTuple):
-    """How many labels changed, and how many transactions had their label before."""
+    """The number of labels changed, and the number of transactions that already had their label."""
 
     changed: int
     confirmed_before: int
@@ -50,14 +50,14 @@ class Performance:
     model: str
     confirmed: int
     frauds: int
-    precision: float | None  # of its alarms
-    recall: float | None
+    precision: float | None  # share of its alarms that were fraud
+    recall: float | None  # share of the frauds that it found
 
 
 def read(path: Path, *, by: str | None) -> list[Label]:
     """The labels in a CSV file with the columns trans_num, is_fraud, and optionally unix_time and by.
 
-    Raises CallError, with a line for each row that is wrong; OSError.
+    Raises CallError, with a line for each invalid row, and OSError if the file cannot be read.
     """
     problems: list[str] = []
     labels: list[Label] = []
@@ -83,17 +83,17 @@ def read(path: Path, *, by: str | None) -> list[Label]:
 
 
 def fraud_or_not(text: str) -> bool:
-    """Whether the text says fraud. Raises ValueError for anything but yes, no, true, false, 1 and 0."""
+    """True for yes, true and 1; False for no, false and 0. Raises ValueError for any other text."""
     if (answer := text.strip().lower()) not in (*_YES, *_NO):
         raise ValueError(f"is_fraud: expected 0 or 1, not {answer[:20]!r}")
     return answer in _YES
 
 
 def confirm(engine: sa.Engine, labels: Sequence[Label], *, overrule: bool = False) -> Done:
-    """Write the labels, all or none, and keep the previous ones in label_changes.
+    """Write all labels or none, and record the previous labels in label_changes.
 
-    Raises CallError that names each unknown or ambiguous transaction and, without `overrule`, each with a conflicting
-    confirmed label; Outage.
+    Raises CallError if transactions are unknown or ambiguous or, without `overrule`, have a conflicting confirmed
+    label; the message names each of them. Raises Outage if the database fails.
     """
     with transaction(engine) as connection:
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})  # serializes confirmations
@@ -130,7 +130,7 @@ WHERE NOT confirmed OR was_fraud IS DISTINCT FROM is_fraud ORDER BY unix_time, t
 _KEPT = f"""
 INSERT INTO label_changes (trans_num, unix_time, was_fraud, was_validated_by, is_fraud, changed_by)
 SELECT trans_num, unix_time, was_fraud, validated_by, is_fraud, by FROM ({_LAST}) AS last
-"""  # noqa: S608 - nothing in it comes from outside
+"""  # noqa: S608 - contains no user input
 _WRITTEN = f"""
 UPDATE transactions AS stored SET is_fraud = last.is_fraud, validated_at = clock_timestamp(), validated_by = last.by
 FROM ({_LAST}) AS last WHERE stored.unix_time = last.unix_time AND stored.trans_num = last.trans_num
@@ -154,7 +154,7 @@ def _problems(connection: sa.Connection, labels: Sequence[Label], *, overrule: b
         )
     torn = "SELECT max(number) FROM matched GROUP BY unix_time, trans_num HAVING count(DISTINCT is_fraud) > 1"
     for (number,) in connection.execute(sa.text(torn)):
-        found.append((number, f"{labels[number].trans_num} has both labels in this import"))
+        found.append((number, f"{labels[number].trans_num} is labelled both fraud and not fraud in this import"))
     otherwise = "SELECT number, validated_by, was_fraud FROM matched WHERE confirmed AND was_fraud <> is_fraud"
     if not overrule:
         for number, who, was_fraud in connection.execute(sa.text(otherwise)):
@@ -173,7 +173,7 @@ def newest(engine: sa.Engine, *, unreviewed: bool, predicted_fraud: bool, limit:
         SELECT trans_num, unix_time, trans_date_trans_time, amt, merchant, cc_num, probability, prediction, is_fraud,
           validated_by
         FROM transactions WHERE {" AND ".join(conditions)} ORDER BY unix_time DESC, trans_num LIMIT :limit
-    """  # noqa: S608 - nothing in it comes from outside
+    """  # noqa: S608 - contains no user input
     table = Table(Column("transaction", no_wrap=True), "unix_time", "time (UTC)", "amount", "merchant", "card")
     for name in ("probability", "prediction", "label"):
         table.add_column(name)
@@ -218,7 +218,7 @@ def performance(engine: sa.Engine) -> list[Performance]:
 
 
 def engine() -> sa.Engine:
-    """The database of DATABASE_URL. Raises SettingsError."""
+    """The SQLAlchemy engine for DATABASE_URL. Raises SettingsError if the URL is invalid."""
     try:
         return connect(load(DatabaseSettings).database_url.get_secret_value())
     except ValueError as error:
@@ -227,7 +227,7 @@ def engine() -> sa.Engine:
 
 @contextmanager
 def transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """One transaction. Raises Outage."""
+    """Open one transaction. Raises Outage if the database fails."""
     try:
         with engine.begin() as connection:
             yield connection

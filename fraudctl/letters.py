@@ -1,7 +1,7 @@
 """Dead letters: listing them, showing one, and replaying them exactly once.
 
-Records cannot be changed, so a replayed letter is marked by a small record after it, in the same partition. Retention
-deletes the letter first.
+Records cannot be changed, so a replayed letter is marked by a small record that follows it in the same partition.
+Retention deletes the letter before the mark, because the letter is older.
 """
 
 import re
@@ -28,15 +28,15 @@ from shared.kafka.topics import ends
 from shared.records import format_time, read_topic_1
 from shared.settings import ServiceSettings
 
-UNCONFIRMED = 1000  # more need --yes
+UNCONFIRMED = 1000  # replaying more letters needs --yes
 
 _MARK = "dlq-replayed"
 _TRANSACTIONAL_ID = "fraudctl-dead-letters"
 _GROUP = "fraudctl"
 _TIMEOUT_S = 15.0
-_OPEN_S = 60.0  # brokers end a service's transaction within twenty seconds
+_OPEN_S = 60.0  # brokers abort a service's abandoned transaction within twenty seconds
 _TRANSACTION_LETTERS = 1000
-_TRANSACTION_BYTES = 16 * 1024 * 1024  # the broker gives a transaction ten seconds
+_TRANSACTION_BYTES = 16 * 1024 * 1024  # the broker aborts a transaction after ten seconds
 _FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
 
 _ID = re.compile(r"(.+):(\d{1,10}):(\d{1,19})", re.ASCII).fullmatch
@@ -61,7 +61,7 @@ class LetterId(NamedTuple):
 
 
 class Letter(NamedTuple):
-    """A dead letter: the original bytes, and why, when and by which group it was rejected."""
+    """A dead letter: the original record, and why, when and by which group the record was rejected."""
 
     id: LetterId
     value: bytes | None
@@ -72,22 +72,22 @@ class Letter(NamedTuple):
 
     @property
     def topic(self) -> str:
-        """Its original topic."""
+        """The topic that the rejected record came from."""
         return self._header("dlq-topic") or self.id.topic.removesuffix(SUFFIX)
 
     @property
     def reason(self) -> str:
-        """Why it was rejected."""
+        """Why the record was rejected."""
         return self._header("dlq-reason")
 
     @property
     def group(self) -> str:
-        """The consumer group that rejected it."""
+        """The consumer group that rejected the record."""
         return self._header("dlq-group")
 
     @property
     def original_headers(self) -> Headers:
-        """Its original headers."""
+        """The headers of the rejected record."""
         return [header for header in self.headers if not header[0].startswith("dlq-")]
 
     def _header(self, name: str) -> str:
@@ -95,7 +95,7 @@ class Letter(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A filter: the dead letters of these topics that match every other field."""
+    """A filter for dead letters: selects those of `topics` that match all other fields."""
 
     topics: Sequence[str]  # original topics
     ids: Collection[LetterId] = ()
@@ -115,7 +115,7 @@ class Replayed(NamedTuple):
     """The result of a replay."""
 
     replayed: int
-    skipped: int  # replayed before
+    skipped: int  # already replayed earlier
 
 
 def select(
@@ -126,7 +126,7 @@ def select(
     reason: str = "",
     since: str | None = None,
 ) -> Selection:
-    """The selection for these options. Raises CallError."""
+    """The selection for these command-line options. Raises CallError if one is invalid."""
     known = (settings.topic_1, settings.topic_2)
     if ids:
         wanted = {parse_id(each, known) for each in ids}
@@ -139,7 +139,7 @@ def select(
 
 
 def parse_id(text: str, topics: Sequence[str]) -> LetterId:
-    """Parse `topic_1.dlq:3:17`. Raises CallError for anything else, and for an unknown topic."""
+    """Parse an ID such as `topic_1.dlq:3:17`. Raises CallError if it is malformed or names an unknown topic."""
     found = _ID(text)
     if not found:
         raise CallError(f"{text!r} is not the ID of a dead letter, for example {topics[0]}{SUFFIX}:3:17")
@@ -147,7 +147,7 @@ def parse_id(text: str, topics: Sequence[str]) -> LetterId:
 
 
 def parse_topic(text: str, topics: Sequence[str]) -> str:
-    """The topic named by its own name or by its dead-letter topic's. Raises CallError for an unknown topic."""
+    """The topic's name, from that name or its dead-letter topic's. Raises CallError if the topic is unknown."""
     name = text.removesuffix(SUFFIX)
     if name not in topics:
         raise CallError(f"there is no topic {text!r}. Choose from: {', '.join(topics)}")
@@ -155,7 +155,10 @@ def parse_topic(text: str, topics: Sequence[str]) -> str:
 
 
 def read(properties: Mapping[str, str], selection: Selection) -> list[Letter]:
-    """The selected dead letters, oldest first. Raises CallError for a missing topic or ID, Outage."""
+    """The selected dead letters, oldest first.
+
+    Raises CallError if a topic or an ID does not exist, and Outage if Kafka does not respond.
+    """
     letters: dict[str, Letter] = {}
     marks: dict[str, int] = {}
     starts = [
@@ -185,8 +188,9 @@ def replay(
 ) -> Replayed:
     """Put the selected dead letters back on their topics, each exactly once, and mark them as replayed.
 
-    Marked letters are skipped. `limit` is the most to replay, oldest first; more than `UNCONFIRMED` need `confirmed`.
-    `corrected` replaces the value. Raises CallError, after which nothing was written; Fenced; Outage.
+    Letters that are marked already are skipped. At most `limit` letters are replayed, oldest first; replaying more than
+    `UNCONFIRMED` requires `confirmed`. `corrected` replaces the letters' value. Raises Fenced if another replay has
+    started, Outage if Kafka fails, and any other CallError only before anything is written.
     """
     names = [topic + SUFFIX for topic in selection.topics]
     _ends(properties, [*names, *selection.topics])
@@ -196,7 +200,7 @@ def replay(
         client.init_transactions(_TIMEOUT_S)
     except KafkaException as exception:
         raise _verdict(exception, [_TRANSACTIONAL_ID]) from None
-    # 2. Read all marks, also those behind an open transaction.
+    # 2. Read all marks, including those behind an open transaction.
     _wait_for_open_transactions(properties, names)
     letters = read(properties, selection)
     waiting = [letter for letter in letters if letter.replayed_at_ms is None]
@@ -207,7 +211,7 @@ def replay(
         )
     if corrected is not None:
         chosen = [_corrected(letter, corrected) for letter in chosen]
-    # 3. Write record and mark in one transaction.
+    # 3. Write each record and its mark in the same transaction.
     replayed = 0
     for batch in batches(chosen):
         _write(client, batch, done=replayed)
@@ -216,7 +220,7 @@ def replay(
 
 
 def batches(letters: Iterable[Letter]) -> Iterator[list[Letter]]:
-    """The letters in order, split into transactions bounded in letters and bytes."""
+    """The letters in order, split into batches that are small enough for one transaction each."""
     batch: list[Letter] = []
     size = 0
     for letter in letters:
@@ -231,7 +235,10 @@ def batches(letters: Iterable[Letter]) -> Iterator[list[Letter]]:
 
 
 def save(letter: Letter, path: Path) -> None:
-    """Write the value to a new file that nobody else can read. Raises CallError, OSError if it is there already."""
+    """Write the letter's value to a new file that only the current user can read.
+
+    Raises CallError if the letter has no value, and OSError if the file exists already or cannot be written.
+    """
     if letter.value is None:
         raise CallError(f"{letter.id} has no value to save")
     path.touch(mode=0o600, exist_ok=False)
@@ -260,7 +267,7 @@ def overview(letters: Iterable[Letter]) -> Table:
 
 
 def totals(letters: Sequence[Letter]) -> list[str]:
-    """Lines with the number of letters, and with the number for each reason if there are several."""
+    """Lines of text: the number of letters and, if there are several reasons, the number of letters per reason."""
     if not letters:
         return ["no dead letters"]
     reasons = Counter(map(_reason, letters))
@@ -269,12 +276,12 @@ def totals(letters: Sequence[Letter]) -> list[str]:
 
 
 def counted(number: int) -> str:
-    """`1 dead letter`, `2 dead letters`."""
+    """The number with its noun: `1 dead letter`, `2 dead letters`."""
     return f"{number:,} dead letter{'' if number == 1 else 's'}"
 
 
 def description(letter: Letter) -> str:
-    """A letter in lines, without card number and birth date."""
+    """A letter as lines of text, without card number and birth date."""
     replayed = "no" if letter.replayed_at_ms is None else f"{_time(letter.replayed_at_ms)} UTC"
     size = "" if letter.value is None else f" ({len(letter.value):,} bytes)"
     return "\n".join(
@@ -303,7 +310,10 @@ def _letter(message: Message) -> Letter:
 
 
 def _write(client: Producer, letters: Sequence[Letter], *, done: int) -> None:
-    """Write the letters and their marks in one transaction, after `done` others. Raises Fenced, Outage."""
+    """Write the letters and their marks in one transaction. `done` letters were replayed before, for the error message.
+
+    Raises Fenced if another replay has started, and Outage if Kafka fails.
+    """
     try:
         client.begin_transaction()
         for letter in letters:
@@ -332,7 +342,7 @@ def _enqueue(
     key: bytes | None,
     headers: Headers,
     *,
-    partition: int = -1,  # any, by the key
+    partition: int = -1,  # -1: chosen by the key
 ) -> None:
     while True:
         try:
@@ -345,16 +355,16 @@ def _verdict(exception: KafkaException, used: Sequence[str], *, replayed: int = 
     error = exception.args[0]
     if error.code() in _FENCED:
         return Fenced(f"another replay has started and continues where this one stopped, after {counted(replayed)}")
-    reason = f"no answer in {_TIMEOUT_S:.0f} s" if error.code() == KafkaError._TIMED_OUT else error.str()
+    reason = f"no response within {_TIMEOUT_S:.0f} s" if error.code() == KafkaError._TIMED_OUT else error.str()
     if error.code() in DENIED:
         reason = f"{', '.join(used)}: {reason}"
     return Outage(f"Kafka: {reason} (replayed before that: {counted(replayed)})")
 
 
 def _wait_for_open_transactions(properties: Mapping[str, str], names: Sequence[str]) -> None:
-    """Wait until every record written so far is committed or aborted: records behind an open transaction are invisible.
+    """Wait until every record written so far is committed or aborted. Raises Outage if that takes too long.
 
-    Raises Outage.
+    Records behind an open transaction are invisible.
     """
     partitions = [TopicPartition(end.topic, end.partition) for end in ends(properties, names)]
     written = offsets.ends(properties, partitions, committed=False)
@@ -363,13 +373,16 @@ def _wait_for_open_transactions(properties: Mapping[str, str], names: Sequence[s
         if time.monotonic() > deadline:
             raise Outage(
                 f"Kafka: a transaction on {' or '.join(names)} has been open for {_OPEN_S:.0f} s."
-                " Find it with kafka-transactions.sh find-hanging, and end it with abort."
+                " Find it with `kafka-transactions.sh find-hanging`, and end it with `kafka-transactions.sh abort`."
             )
         time.sleep(0.2)
 
 
 def _ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicPartition]:
-    """The end of the committed records in every partition. Raises CallError for a missing or hidden topic, Outage."""
+    """The end of the committed records in every partition.
+
+    Raises CallError if a topic is missing or this login may not see it, and Outage if Kafka does not respond.
+    """
     found = ends(properties, names)
     for name in names:
         if not any(end.topic == name for end in found):
@@ -378,7 +391,7 @@ def _ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicPart
 
 
 def _corrected(letter: Letter, value: bytes) -> Letter:
-    """The letter with this value. One without a key gets its transaction's key, if the value is one transaction."""
+    """The letter with its value replaced. If it has no key, it gets the value's key, if that is one transaction."""
     key = letter.key
     if key is None:
         with suppress(Poison):

@@ -1,4 +1,4 @@
-"""Promotion of a model version: the test prediction, and how it compares with the current one."""
+"""Promotion of a model version, after a test prediction, and its comparison with the current version."""
 
 import tempfile
 import time
@@ -18,20 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trial:
-    """A version's predictions for the recorded transactions, loaded as the predictor loads it."""
+    """A version's predictions for the recorded transactions. The version was loaded as the predictor loads it."""
 
     version: str
     predictions: np.ndarray  # (n,)
-    probabilities: np.ndarray  # (n,), NaN if the model gives none
-    ms: float  # for all of them
+    probabilities: np.ndarray  # (n,), NaN if the model has no probabilities
+    ms: float  # for all rows
 
 
 def promote(of: "Alias", version: str) -> tuple[Trial, Trial | None]:
-    """Move the alias to a version that can be served; returns its trial and that of the version before it.
+    """Move the alias to a version that can be served. Returns its trial, and that of the version with the alias before.
 
-    Raises NoSuchVersion, UnusableModel if it cannot be served, Outage if the registry does not answer.
+    The second trial is None if there was no other version, or that version cannot be loaded. Raises NoSuchVersion if
+    `version` does not exist, UnusableModel if it cannot be served, and Outage if the registry does not respond.
     """
-    # Importing MLflow and scikit-learn changes the environment, which importing a module of ours must not.
+    # Not imported at the top: importing MLflow and scikit-learn changes os.environ, and importing our modules must not.
     from services.predictor.model import UnusableModel
     from services.predictor.registry import Found, Registry
     from training import aliases
@@ -51,7 +52,7 @@ def promote(of: "Alias", version: str) -> tuple[Trial, Trial | None]:
 
 
 def comparison(candidate: Trial, champion: Trial | None) -> Table:
-    """A table of both on the same rows."""
+    """A table that compares both trials, which used the same rows."""
     table = Table("recorded transactions", *(f"version {each.version}" for each in (champion, candidate) if each))
     trials = [each for each in (champion, candidate) if each]
     table.add_row("rows", *(f"{len(each.predictions):,}" for each in trials))

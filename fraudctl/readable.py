@@ -1,7 +1,7 @@
-"""Keys, values and headers for people: no full card number and no birth date, whatever the bytes are.
+"""Keys, values and headers as text for people: card numbers and birth dates are masked, even in malformed records.
 
-The field's name decides. If it is unknown, in broken JSON or under a name that no transaction has, everything that
-might be a card number or a birth date is masked.
+The field's name decides what is masked. Without a name (in broken JSON), or under a name that is not a transaction
+field's, everything that might be a card number or a birth date is masked.
 """
 
 import json
@@ -13,12 +13,12 @@ from shared.records import FEATURES
 
 _CARD = "cc_num"
 _BIRTH = "dob"
-# Fields in which long numbers and dates are neither card numbers nor birth dates.
+# Fields whose long numbers and dates are neither card numbers nor birth dates.
 _SHOWN = frozenset(FEATURES) - {_CARD, _BIRTH} | {"current_time", "prediction"}
 
 
 def readable_value(value: bytes | None, *, indent: int | None = 2) -> str:
-    """A record's value: indented JSON, anything else as text, without card number and birth date."""
+    """A record's value without card number and birth date. JSON is indented; anything else is shown as text."""
     if value is None:
         return "none"
     text = _decoded(value)
@@ -33,7 +33,7 @@ def readable_value(value: bytes | None, *, indent: int | None = 2) -> str:
 
 
 def readable_key(key: bytes | None) -> str:
-    """A record's key; one that has only digits is a card number and is masked."""
+    """A record's key. A key of digits only is a card number and is masked."""
     if key is None:
         return "none"
     text = _decoded(key)
@@ -41,7 +41,7 @@ def readable_key(key: bytes | None) -> str:
 
 
 def readable_header(name: str, value: str | bytes | None) -> str:
-    """A header's value. The project's own headers, with times in ms, hold card numbers only in texts."""
+    """A header's value, masked. In the project's own headers, times in ms stay readable."""
     if value is None:
         return "none"
     text = value if isinstance(value, str) else _decoded(value)
@@ -79,14 +79,14 @@ def _hidden_object(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hidden_row(columns: list[Any], row: Any) -> Any:
-    """A row of the split form. If it does not fit the columns, no cell's field is known."""
+    """A row of the split form, masked. If it has too few or too many cells, they are masked as unknown fields."""
     if isinstance(row, list) and len(row) == len(columns):
         return [_hidden(cell, str(column)) for column, cell in zip(columns, row, strict=True)]
     return _hidden(row)
 
 
 def _parsed(text: str) -> Any:
-    """The object or list in the text, also as a JSON string inside JSON; None for anything else."""
+    """The JSON object or list in the text, which may be encoded as JSON twice; None for anything else."""
     try:
         parsed = json.loads(text)
         if isinstance(parsed, str):
@@ -101,7 +101,7 @@ def _decoded(raw: bytes) -> str:
 
 
 def _printable(text: str) -> str:
-    """The text with control characters escaped, so that a terminal does not execute them."""
+    """The text with control characters escaped, so that a terminal does not interpret them."""
     return "".join(
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
     )

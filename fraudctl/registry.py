@@ -1,7 +1,7 @@
-"""Which version of a model has an alias, asked of the MLflow registry within seconds.
+"""Looks up in the MLflow registry which version of a model has an alias, within seconds.
 
-An http(s) registry is asked through its REST API: importing MLflow takes longer than everything else that `fraudctl
-status` does. Other registries, and logins that only MLflow knows, are asked through MLflow's client.
+An http(s) registry is queried through its REST API, because importing MLflow takes longer than everything else that
+`fraudctl status` does. Other registries, and logins that only MLflow's client supports, are handled by that client.
 """
 
 import json
@@ -20,15 +20,14 @@ _TIMEOUT_S = 5.0
 _MOST_BYTES = 1024 * 1024
 _PIECE_BYTES = 64 * 1024
 _REMEDY = "Check that it runs, and MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
-# MLflow's REST API: POST, DELETE and GET /mlflow/registered-models/alias. No such model is the first of these error
-# codes, no such alias the second.
+# The path in MLflow's REST API, and its error codes for an unknown model and for an unknown alias.
 _PATH = "/api/2.0/mlflow/registered-models/alias"
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _REST_SETTINGS = frozenset(f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"))
 
 
 def version_with_alias(settings: RegistrySettings, alias: str) -> str | None:
-    """The version of the model that has the alias, or None. Raises Outage if the registry does not answer."""
+    """The version of the model that has the alias, or None. Raises Outage if the registry does not respond."""
     others = [name for name in os.environ if name.startswith("MLFLOW_TRACKING_") and name not in _REST_SETTINGS]
     if others or not settings.mlflow_tracking_uri.startswith(("http://", "https://")):
         return _by_client(settings, alias)
@@ -36,7 +35,7 @@ def version_with_alias(settings: RegistrySettings, alias: str) -> str | None:
 
 
 def limit_mlflow() -> None:
-    """Have MLflow's client try once and briefly unless the environment says otherwise: an operator is waiting."""
+    """Make MLflow's client try only once, briefly, because an operator is waiting. Variables already set are kept."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{_TIMEOUT_S:.0f}")
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
@@ -69,14 +68,14 @@ def _by_rest(settings: RegistrySettings, alias: str) -> str | None:
         if found.get("error_code") in _ABSENT:
             return None
     except (ValueError, LookupError, AttributeError, TypeError):
-        pass  # it is some other server
-    raise Outage(f"{where} answered {_meaning(status)}. {_REMEDY}")
+        pass  # not the response of an MLflow server
+    raise Outage(f"{where} responded with {_meaning(status)}. {_REMEDY}")
 
 
 def _answer(
     session: requests.Session, settings: RegistrySettings, alias: str, *, timeout_s: float
 ) -> tuple[int, bytes]:
-    """HTTP status and body, bounded in time and size."""
+    """The response's HTTP status and body. Raises requests.Timeout if it takes too long or is too large."""
     deadline = time.monotonic() + timeout_s
     with session.get(
         settings.mlflow_tracking_uri.rstrip("/") + _PATH,
@@ -94,7 +93,7 @@ def _answer(
 
 
 def _login(settings: RegistrySettings) -> dict[str, str]:
-    """The header that MLflow's client would send."""
+    """The Authorization header that MLflow's client would send, if there is a login."""
     username, password = settings.mlflow_tracking_username, settings.mlflow_tracking_password
     if username and password:
         login = b64encode(f"{username}:{password.get_secret_value()}".encode()).decode()
@@ -107,7 +106,7 @@ def _reason(error: Exception, timeout_s: float) -> str:
     if isinstance(error, requests.exceptions.SSLError):
         return "its certificate is not trusted, or it does not speak TLS"
     if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
-        return f"no complete answer in {timeout_s:g} s"
+        return f"no complete response within {timeout_s:g} s"
     text = str(error)
     if "Connection refused" in text:
         return "connection refused"
@@ -118,7 +117,7 @@ def _reason(error: Exception, timeout_s: float) -> str:
 
 def _meaning(status: int) -> str:
     if status == requests.codes.ok:
-        return "with something other than a registry's answer"
+        return "something that is not a registry's response"
     if status in (requests.codes.unauthorized, requests.codes.forbidden):
         return f"HTTP {status}: it refuses the login"
     return f"HTTP {status}"

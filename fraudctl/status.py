@@ -1,4 +1,4 @@
-"""What fraudctl status shows, asked of Kafka, MLflow and the database: no service has to answer."""
+"""What `fraudctl status` shows. It queries Kafka, MLflow and the database, and works even if every service is down."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,27 +31,27 @@ COORDINATOR_S = 20.0  # a new broker creates its internal topics when the first 
 _PARALLEL = 10
 _GROUP = "fraudctl"
 _MAX_LETTERS_READ = 10_000
-# Passing errors of a group whose coordinator is being created, loaded or moved.
+# Temporary errors while a group's coordinator is being created, loaded or moved.
 PASSING = frozenset(
     {KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS, KafkaError.NOT_COORDINATOR}
 )
-_QUIET_S = 900.0  # as in the alert NoTransactions
+_QUIET_S = 900.0  # the same as in the alert NoTransactions
 _MAX_ROWS_COUNTED = 1_000_000  # counting more takes longer than an operator waits
 
 T = TypeVar("T")
 
 
 class Settings(NamedTuple):
-    """The settings of everything that status asks about."""
+    """The settings of all systems and services that `status` covers."""
 
     common: ServiceSettings
     registry: RegistrySettings
     database: DatabaseSettings
-    services: Mapping[str, ServiceSettings]  # of each service with a consumer group, by its name
+    services: Mapping[str, ServiceSettings]  # by name; only services with a consumer group
 
 
 class ConfiguredGroup(NamedTuple):
-    """A consumer group that these settings give a service."""
+    """A consumer group in a service's settings, and the topic that the group reads."""
 
     service: str
     group: str
@@ -59,7 +59,7 @@ class ConfiguredGroup(NamedTuple):
 
 
 def configured_groups(services: Mapping[str, ServiceSettings]) -> list[ConfiguredGroup]:
-    """The consumer groups of the services with these settings, in the order of the flow."""
+    """The consumer groups in these services' settings, in the order of the data flow."""
     return [
         ConfiguredGroup(service.name, getattr(settings, group.setting), getattr(settings, group.topic))
         for service, group in catalogue.readers()
@@ -70,7 +70,7 @@ def configured_groups(services: Mapping[str, ServiceSettings]) -> list[Configure
 
 @dataclass(frozen=True)
 class Partition:
-    """A group's progress in a partition, and the member that it is assigned to."""
+    """A group's progress in a partition, and the member that the partition is assigned to."""
 
     partition: int
     lag: int  # offsets from the first unprocessed record to the end
@@ -80,7 +80,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Reader:
-    """A consumer group."""
+    """A consumer group's members and progress."""
 
     service: str
     group: str
@@ -101,12 +101,12 @@ class Reader:
 
 @dataclass(frozen=True)
 class Topic:
-    """A topic; of a dead-letter topic, also how many letters were not replayed."""
+    """A topic's state. Only a dead-letter topic has `dead_letters`: the number not replayed yet."""
 
     name: str
     partitions: int
-    leaderless: Sequence[int] = ()  # partitions, of which nothing else is known
-    records: int = 0  # offsets, some of which may be transaction markers
+    leaderless: Sequence[int] = ()  # partitions without a leader; nothing else is known about them
+    records: int = 0  # number of offsets, some of which may be transaction markers
     newest_seconds: float | None = None  # age of the newest record, if there is one
     dead_letters: int | None = None
     counted: bool = True  # False: dead_letters is an upper bound
@@ -117,7 +117,7 @@ class Database:
     """The rows in the table and the version of its schema."""
 
     rows: int
-    counted: bool
+    counted: bool  # False: `rows` is an estimate
     confirmed: int
     schema: str | None
     newest_schema: str | None
@@ -125,7 +125,7 @@ class Database:
 
 @dataclass(frozen=True)
 class Models:
-    """The versions that have the aliases."""
+    """The model's versions with the champion and challenger aliases."""
 
     name: str
     champion: str | None
@@ -143,7 +143,7 @@ class Alert:
 
 @dataclass(frozen=True)
 class Status:
-    """What was found; None where a system did not answer."""
+    """What was found. A field is None if its system did not respond."""
 
     topics: Sequence[Topic] | None
     readers: Sequence[Reader] | None
@@ -158,15 +158,15 @@ class Status:
 
 
 def load_settings() -> Settings:
-    """Raises SettingsError."""
+    """The settings that `look` needs. Raises SettingsError if one is missing or invalid."""
     services = {service.name: load(service.settings) for service, _ in catalogue.readers()}
     return Settings(load(ServiceSettings), load(RegistrySettings), load(DatabaseSettings), services)
 
 
 def look(settings: Settings) -> Status:
-    """Ask Kafka, MLflow and the database at the same time; one that does not answer becomes a problem.
+    """Query Kafka, MLflow and the database in parallel. A system that does not respond is listed under `problems`.
 
-    Raises SettingsError.
+    Raises SettingsError if a setting is invalid.
     """
     properties = kafka_properties(settings.common)
     address = database.Address(settings.database.database_url.get_secret_value())
@@ -207,14 +207,14 @@ def look(settings: Settings) -> Status:
 
 
 def _topic_names(settings: ServiceSettings) -> list[str]:
-    """Every topic that a service writes or reads, in the order of the flow."""
+    """Every topic that a service writes or reads, in the order of the data flow."""
     written = [service.writes for service in catalogue.SERVICES if service.writes]
     read = [group.topic for _, group in catalogue.readers()]
     return [getattr(settings, topic) for topic in dict.fromkeys((*written, *read))]
 
 
 def _sources(settings: ServiceSettings) -> dict[str, str]:
-    """The services that bring in transactions from outside, by the topic that they write."""
+    """The names of the services that fetch transactions from outside, by the topic that each writes."""
     return {
         getattr(settings, service.writes): service.name
         for service in catalogue.SERVICES
@@ -223,7 +223,7 @@ def _sources(settings: ServiceSettings) -> dict[str, str]:
 
 
 def show(status: Status) -> RenderableType:
-    """The status for people; problems first, because a terminal may have too few lines for everything."""
+    """The status for a terminal. Problems come first, because the rest may not fit on the screen."""
     parts: list[RenderableType] = [Text(f"unhealthy: {problem}") for problem in status.problems] or [Text("healthy")]
     if status.readers:
         table = Table("group", "topic", "partition", "lag", "oldest", "assigned to")
@@ -284,8 +284,8 @@ def _problems(status: Status, *, sources: Mapping[str, str], stall_seconds: floa
 
 
 def _known(properties: Mapping[str, str], names: Sequence[str]) -> dict[str, TopicMetadata]:
-    """Each topic's metadata, asked for by name: otherwise brokers leave out those that are denied. Raises Outage."""
-    client = consumer(properties, group=_GROUP)  # a consumer creates no topic by asking
+    """Each topic's metadata. Requested by name, because a full list omits topics with denied access. Raises Outage."""
+    client = consumer(properties, group=_GROUP)  # a consumer's request does not create missing topics
     try:
         return {name: client.list_topics(name, timeout=_TIMEOUT_S).topics[name] for name in names}
     except KafkaException as error:
@@ -296,7 +296,7 @@ def _known(properties: Mapping[str, str], names: Sequence[str]) -> dict[str, Top
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Raise Outage with the name of the topic or group for what Kafka refuses."""
+    """Convert Kafka's errors to Outage, with the name of the topic or group in the message."""
     try:
         yield
     except KafkaException as error:
@@ -313,7 +313,7 @@ def _led(name: str, found: TopicMetadata) -> list[TopicPartition]:
 def _reader(
     properties: Mapping[str, str], configured: ConfiguredGroup, found: TopicMetadata, *, now_ms: float
 ) -> Reader:
-    """Raises Outage."""
+    """The group's members, and its progress in each partition that has a leader. Raises Outage."""
     service, group, topic = configured
     client = admin(properties)
     places = _led(topic, found)
@@ -343,7 +343,7 @@ def _reader(
 
 
 def _with_coordinator(ask: Callable[[], T]) -> T:
-    """The answer, asked for again while the group's coordinator is not ready. Raises KafkaException."""
+    """The result of `ask`, which is retried while the group's coordinator is not ready. Raises KafkaException."""
     deadline = time.monotonic() + COORDINATOR_S
     while True:
         try:
@@ -355,9 +355,10 @@ def _with_coordinator(ask: Callable[[], T]) -> T:
 
 
 def answered(future: Future[T]) -> T:
-    """The answer about a group, with the time limit kept here. Raises KafkaException.
+    """The result of a request about a group. Raises KafkaException if the request fails or takes too long.
 
-    librdkafka aborts the process if its own `request_timeout` ends while it looks for the group's coordinator.
+    The time limit is enforced here because librdkafka aborts the process if its own `request_timeout` expires while it
+    looks for the group's coordinator.
     """
     try:
         return future.result(COORDINATOR_S)
@@ -366,7 +367,7 @@ def answered(future: Future[T]) -> T:
 
 
 def _committed(client: AdminClient, group: str, places: list[TopicPartition]) -> dict[int, int]:
-    """The group's committed offset in each partition; 0 without one. Raises KafkaException."""
+    """The group's committed offset in each partition, or 0 if it has none. Raises KafkaException."""
     asked = client.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group, places)])
     try:
         found = {place.partition: place.offset for place in answered(asked[group]).topic_partitions}
@@ -378,7 +379,7 @@ def _committed(client: AdminClient, group: str, places: list[TopicPartition]) ->
 
 
 def _firsts(properties: Mapping[str, str], places: Collection[TopicPartition]) -> dict[int, Message]:
-    """The first record of each partition from these offsets on; none where only transaction markers are left."""
+    """The first record at or after each offset, by partition; absent if only transaction markers follow."""
     reader = consumer({**properties, "enable.partition.eof": "true"}, group=_GROUP)
     unread = {place.partition for place in places}
     firsts: dict[int, Message] = {}
@@ -406,7 +407,7 @@ def _firsts(properties: Mapping[str, str], places: Collection[TopicPartition]) -
 
 
 def _topic(properties: Mapping[str, str], name: str, found: TopicMetadata, *, now_ms: float) -> Topic:
-    """The topic; of too many dead letters to read, with an upper bound instead of their number. Raises Outage."""
+    """The topic's state. If there are too many dead letters to read, their number is an upper bound. Raises Outage."""
     if found.error and found.error.code() in DENIED:
         raise Outage(f"Kafka: {name}: {found.error.str()}")
     places = _led(name, found)
@@ -417,7 +418,7 @@ def _topic(properties: Mapping[str, str], name: str, found: TopicMetadata, *, no
     with _naming(name):
         topic = replace(topic, records=_records(properties, places))
         newest = None
-        with suppress(Outage):  # a new topic may not have an answer yet
+        with suppress(Outage):  # Kafka may not know this for a new topic yet
             newest = newest_ms(properties, places)
         if newest is not None:
             topic = replace(topic, newest_seconds=round(max(0.0, now_ms - newest) / 1000, 1))
@@ -430,7 +431,7 @@ def _topic(properties: Mapping[str, str], name: str, found: TopicMetadata, *, no
 
 
 def _records(properties: Mapping[str, str], places: Sequence[TopicPartition]) -> int:
-    """Raises KafkaException."""
+    """The number of offsets in these partitions. Raises KafkaException."""
     client = consumer(properties, group=_GROUP)
     try:
         marks = [client.get_watermark_offsets(place, timeout=_TIMEOUT_S) for place in places]

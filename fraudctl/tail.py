@@ -1,4 +1,4 @@
-"""The last records of a topic, or the new ones as they arrive, without card numbers and birth dates."""
+"""A topic's last records, or its new records as they arrive, without card numbers and birth dates."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +18,15 @@ from shared.records import format_time
 _GROUP = "fraudctl"
 _POLL_S = 0.1
 _TIMEOUT_S = 10.0
-# A consumer looks for its group even if it has its partitions assigned: following needs none.
+# Errors to ignore: a consumer with assigned partitions also looks up its group, but `follow` does not need a group.
 _HARMLESS = frozenset({KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._PARTITION_EOF})
 
 
 def last(properties: Mapping[str, str], topic: str, count: int) -> list[Message]:
-    """The last records, oldest first. Raises CallError for a missing topic, Outage."""
+    """The last `count` records, oldest first.
+
+    Raises CallError if the topic is missing, and Outage if Kafka does not respond.
+    """
     places = _ends(properties, topic)
     first = begins(properties, places)
     reach = count
@@ -32,7 +35,8 @@ def last(properties: Mapping[str, str], topic: str, count: int) -> list[Message]
             TopicPartition(topic, end.partition, max(first[topic, end.partition], end.offset - reach)) for end in places
         ]
         found = list(read_to_end(properties, starts, group=_GROUP))
-        # Transaction markers have offsets too, and one partition may hold all of the last records.
+        # Transaction markers have offsets too, so `reach` offsets may hold too few records. All of the last records may
+        # be in one partition, so each partition needs `count` of them.
         behind = [start.partition for start in starts if start.offset > first[topic, start.partition]]
         if all(sum(message.partition() == each for message in found) >= count for each in behind):
             return sorted(found, key=lambda message: (message.timestamp()[1], coordinates(message)))[-count:]
@@ -40,10 +44,10 @@ def last(properties: Mapping[str, str], topic: str, count: int) -> list[Message]
 
 
 def follow(properties: Mapping[str, str], topic: str, *, report: Callable[[str], None]) -> Iterator[Message]:
-    """New records as they arrive, without end.
+    """New records as they arrive; never ends.
 
-    `report` is called with a problem, with each kind of problem once until the next record. Raises CallError for a
-    missing topic, Outage.
+    Calls `report` with each problem, but only once per kind of problem until the next record arrives. Raises CallError
+    if the topic is missing, and Outage if Kafka does not respond or denies access.
     """
     reported: set[int] = set()
 
@@ -54,7 +58,7 @@ def follow(properties: Mapping[str, str], topic: str, *, report: Callable[[str],
 
     def on_error(error: KafkaError) -> None:
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
-            report_once(error, f"Kafka at {properties['bootstrap.servers']}: no broker answers; retrying")
+            report_once(error, f"Kafka at {properties['bootstrap.servers']}: no broker responds; retrying")
 
     reader = consumer(properties, group=_GROUP, on_error=on_error)
     try:
@@ -62,7 +66,7 @@ def follow(properties: Mapping[str, str], topic: str, *, report: Callable[[str],
         while True:
             message = reader.poll(0)
             if message is None:
-                time.sleep(_POLL_S)  # Ctrl+C is handled here: in a poll that waits, the client's callbacks may lose it
+                time.sleep(_POLL_S)  # Ctrl+C is handled here: the callbacks of a blocking poll may swallow it
                 continue
             error = message.error()
             if error is None:
@@ -80,7 +84,7 @@ def follow(properties: Mapping[str, str], topic: str, *, report: Callable[[str],
 
 
 def description(message: Message) -> str:
-    """A record in a few lines, without card number and birth date."""
+    """A record as a few lines of text, without card number and birth date."""
     topic, partition, offset = coordinates(message)
     found = headers(message)
     provenance = from_headers(found)

@@ -1,7 +1,7 @@
-"""Fault campaigns: the whole flow on a real Apache Kafka while its parts are killed, stopped and made to misbehave.
+"""Fault campaigns: run the whole pipeline on a real Apache Kafka while its parts are killed, stopped or misbehave.
 
-Each scenario streams transactions at a steady rate, injects its faults by seed, repairs everything, waits until all is
-processed and draws up the ledger. Every promise must then hold, checked by identity.
+Each scenario streams transactions at a steady rate, injects faults chosen by its seed, and repairs everything. When all
+transactions are processed, it draws up the ledger and checks every guarantee, transaction by transaction.
 """
 
 import random
@@ -25,14 +25,14 @@ from sandbox.postgres import Postgres
 
 __all__ = ["SCENARIOS", "Result", "broken_promises", "campaign", "show"]
 
-_RATE = 250.0  # transactions a second
+_RATE = 250.0  # transactions per second
 _FRAUD_RATE = 0.02
 _SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The outcome of a scenario. `broken` has a line for each promise that did not hold."""
+    """The outcome of a scenario. `broken` has one line for each guarantee that did not hold."""
 
     scenario: str
     seed: int
@@ -45,7 +45,7 @@ class Result:
     broken: Sequence[str]
 
     def report(self) -> dict[str, object]:
-        """The entry in the report file."""
+        """The outcome as an entry of the report file."""
         named = {
             name: getattr(self, name) for name in ("scenario", "seed", "rubbish", "evictions", "figures", "broken")
         }
@@ -55,7 +55,10 @@ class Result:
 def campaign(
     names: Sequence[str], *, seed: int, minutes: float | None, work_dir: Path, console: Console
 ) -> Iterator[Result]:
-    """Run these scenarios one after another. Raises StandInError, Outage or SettingsError."""
+    """Run these scenarios one after another, and yield each one's outcome.
+
+    Raises StandInError if a process fails, Outage if Kafka does not respond, and SettingsError for invalid settings.
+    """
     for name in names:
         console.print(f"[bold]{name}[/bold], seed {seed}", highlight=False)
         yield _play(name, seed=seed, minutes=minutes, work_dir=work_dir / name, console=console)
@@ -70,9 +73,9 @@ def _play(name: str, *, seed: int, minutes: float | None, work_dir: Path, consol
         seconds = 60 * (scenario.minutes if minutes is None else minutes)
         run = Run(
             scene=scene,
-            broker=cast(ApacheKafka, scene.stack.broker),  # the options below ask for both
+            broker=cast(ApacheKafka, scene.stack.broker),  # not None: the options below start both
             database=cast(Postgres, scene.stack.database),
-            dice=random.Random(f"{name} {seed}"),  # noqa: S311 - makes faults, guards nothing
+            dice=random.Random(f"{name} {seed}"),  # noqa: S311 - only chooses faults
             rate=_RATE,
             ends=time.monotonic() + seconds,
             least_kills=scenario.least_kills if minutes is None else 0,
@@ -110,7 +113,7 @@ def _play(name: str, *, seed: int, minutes: float | None, work_dir: Path, consol
 
 
 def broken_promises(run: Run, ledger: Ledger, logs: Sequence[str]) -> list[str]:
-    """A line for each promise that did not hold, with the identities concerned."""
+    """One line for each guarantee that did not hold, with the identities of the transactions affected."""
     broken = [f"{what}: {_some(identities)}" for what, identities in ledger.suspects.items()]
     if ledger.mailed_frauds != ledger.predicted_frauds and not broken:
         broken.append(f"{ledger.mailed_frauds} of {ledger.predicted_frauds} frauds mailed")

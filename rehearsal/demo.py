@@ -1,4 +1,4 @@
-"""The demo: the local stack, the services on it, a stream of transactions, and a ledger that must balance."""
+"""The demo: start the local stack and the services, stream transactions through them, and check the ledger."""
 
 import signal
 import time
@@ -30,7 +30,10 @@ _SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to run the demo. `transactions` None: until interrupted; `source` None: generated transactions."""
+    """How to run the demo.
+
+    If `transactions` is None, the stream runs until interrupted. If `source` is None, transactions are generated.
+    """
 
     transactions: int | None
     rate: float
@@ -39,29 +42,32 @@ class Options:
     broker: str
     database: str | None
     work_dir: Path
-    environment: Mapping[str, str] = field(default_factory=dict)  # added to that of the services
-    confirmed: bool = False  # the payments API serves again what its client may not have received
+    environment: Mapping[str, str] = field(default_factory=dict)  # added to the services' environment
+    confirmed: bool = False  # whether the payments API repeats rows whose receipt was not confirmed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a scenario acts on."""
+    """The running demo, as a scenario sees it."""
 
     stack: Stack
-    services: dict[str, Process]  # by name; the demo fails if one of them ends by itself
-    topics: Topics  # what the ledger has read so far
+    services: dict[str, Process]  # by name; the demo fails if one of them exits unexpectedly
+    topics: Topics  # the records that the ledger has read so far
     enough: Event  # ends the stream when set
     _directory: Path
     _environment: Mapping[str, str]
 
     def replica(self, name: str, number: int) -> Process:
-        """Another replica of the service, not started yet."""
+        """A further replica of the service, not started yet."""
         return service(name, self._directory, self._environment, replica=number)
 
 
 Scenario = Callable[[Scene], Iterator[None]]
-"""What happens during the stream. It is advanced to its next `yield` four times a second, for the first time before the
-services start, and the demo does not end before it does."""
+"""A generator that acts on the demo while transactions stream.
+
+It is advanced to its first `yield` before the services start, and then four times per second. The demo goes on at least
+until the generator is exhausted.
+"""
 
 
 def _no_faults(_scene: Scene) -> Iterator[None]:
@@ -69,7 +75,10 @@ def _no_faults(_scene: Scene) -> Iterator[None]:
 
 
 def run(options: Options, console: Console, *, scenario: Scenario = _no_faults) -> Ledger:
-    """Run the demo to its end and return the ledger. Raises StandInError, Outage or SettingsError."""
+    """Run the demo to its end and return the ledger.
+
+    Raises StandInError if a process fails, Outage if Kafka does not respond, and SettingsError for invalid settings.
+    """
     if options.database:
         _check_database(options.database)
     began = time.monotonic()
@@ -88,7 +97,7 @@ def run(options: Options, console: Console, *, scenario: Scenario = _no_faults) 
         embedded = isinstance(parts.broker, EmbeddedBroker)
         (topics.use if embedded else topics.create)(parts.properties, TOPICS)
         console.print(f"local stack and model ready after {time.monotonic() - began:.0f} s")
-        run_id = f"demo-{since_ms}"  # a broker that is not ours may have groups of the default names
+        run_id = f"demo-{since_ms}"  # an existing broker may already have groups with the default names
         groups = [
             GroupProgress(parts.properties, reader.name, group.topic, run_id)
             for reader, group in catalogue.readers()
@@ -153,7 +162,7 @@ def show(ledger: Ledger, console: Console) -> None:
         table.add_row(f"{name.replace('_', ' ')}, ms (p50 / p99)", both)
     console.print(table)
     if ledger.balanced:
-        console.print("[bold green]The ledger balances: nothing lost, nothing doubled, every fraud mailed.")
+        console.print("[bold green]The ledger balances: nothing lost, nothing duplicated, every fraud mailed.")
     else:
         console.print("[bold red]The ledger does not balance.")
         for what, identities in ledger.suspects.items():
@@ -183,7 +192,7 @@ def _check_database(url: str) -> None:
 
 @contextmanager
 def _interrupts(interrupted: Event) -> Iterator[None]:
-    """The first Ctrl+C or SIGTERM sets the event, which ends the stream; the second ends the demo at once."""
+    """On the first Ctrl+C or SIGTERM, set the event, which ends the stream; on the second, abort the demo."""
 
     def interrupt(*_: object) -> None:
         if interrupted.is_set():

@@ -1,4 +1,4 @@
-"""Faults: what a scenario does to the services and to what they depend on, while transactions stream."""
+"""Faults that scenarios inject into the services, and into the servers they depend on, while transactions stream."""
 
 import json
 import random
@@ -21,34 +21,34 @@ from sandbox.postgres import Postgres
 from sandbox.processes import Process, python
 from services.catalogue import CORE
 
-STOP_TIMEOUT_S = 10.0  # `docker stop` waits as long before it kills a container
-_RUBBISH_SHARE = 0.005  # of the transactions
+STOP_TIMEOUT_S = 10.0  # as long as `docker stop` waits before it kills a container
+_RUBBISH_SHARE = 0.005  # rubbish records per transaction
 _TICK_S = 0.25
 
 
 @dataclass(kw_only=True)
 class Run:
-    """One run of a scenario: what its faults act on, and a record of what they did."""
+    """One run of a scenario: the processes that its faults act on, and a record of the faults injected."""
 
     scene: Scene
     broker: ApacheKafka
     database: Postgres
     dice: random.Random
-    rate: float  # transactions a second
-    ends: float  # monotonic
+    rate: float  # transactions per second
+    ends: float  # time.monotonic() at which no more faults are due
     least_kills: int
     work_dir: Path
     kills: Counter[str] = field(default_factory=Counter)  # by service
-    faults: Counter[str] = field(default_factory=Counter)  # by what they are called in the report
+    faults: Counter[str] = field(default_factory=Counter)  # by their names in the report
     bad_stops: list[str] = field(default_factory=list)  # services that exited with an error or too late after SIGTERM
     rubbish: set[Place] = field(default_factory=set)
     fixed: str | None = None  # trans_num of the dead letter that was replayed with a corrected value
     figures: dict[str, int] = field(default_factory=dict)
-    database_outages_ms: list[tuple[float, float]] = field(default_factory=list)  # start and end, epoch
+    database_outages_ms: list[tuple[float, float]] = field(default_factory=list)  # start and end of each (epoch ms)
 
     @property
     def over(self) -> bool:
-        """True when no more faults are due: time is up and enough was killed, or the run was interrupted."""
+        """True if no more faults are due: time is up and there were enough kills, or the run was interrupted."""
         done = time.monotonic() >= self.ends and self.kills.total() >= self.least_kills
         return done or self.scene.enough.is_set()
 
@@ -58,19 +58,18 @@ class Run:
         self.kills[process.name.partition("-")[0]] += 1
 
     def pause(self, least_s: float, most_s: float | None = None) -> Iterator[None]:
-        """Yield for a random time between the two, or until the run is over."""
+        """Yield for `least_s` to `most_s` seconds, chosen at random, or until the run is over."""
         until = time.monotonic() + self.dice.uniform(least_s, least_s if most_s is None else most_s)
         while time.monotonic() < until and not self.over:
             yield
 
 
 Faults = Callable[[Run], Iterator[None]]
-"""Injects faults until the run is over, then repairs what it broke. It is advanced to its next `yield` four times a
-second."""
+"""Injects faults until the run is over, then repairs the damage. The iterator is advanced four times per second."""
 
 
 def kills(name: str, *, pause_s: float = 3.0) -> Faults:
-    """SIGKILL a service at random moments, sometimes during its start, and restart it at once."""
+    """SIGKILL a service at random moments, sometimes during startup, and restart it at once."""
 
     def faults(run: Run) -> Iterator[None]:
         while not run.over:
@@ -90,7 +89,7 @@ def kills(name: str, *, pause_s: float = 3.0) -> Faults:
 
 
 def stops(*, pause_s: float = 3.0) -> Faults:
-    """SIGTERM one service after another at random moments, and restart each at once."""
+    """SIGTERM the services in turn, at random moments, and restart each at once."""
 
     def faults(run: Run) -> Iterator[None]:
         order: list[str] = []
@@ -113,7 +112,7 @@ def stops(*, pause_s: float = 3.0) -> Faults:
 
 
 def scaling(*, pause_s: float = 8.0) -> Faults:
-    """Scale the predictor from one to three replicas and back: one leaves by SIGTERM, one by SIGKILL."""
+    """Scale the predictor to three replicas and back to one, ending one replica with SIGTERM and one with SIGKILL."""
 
     def faults(run: Run) -> Iterator[None]:
         services = run.scene.services
@@ -136,7 +135,7 @@ def scaling(*, pause_s: float = 8.0) -> Faults:
 
 
 def broker_restarts(*, pause_s: float = 8.0) -> Faults:
-    """Stop or kill the broker, for a moment or for longer than a consumer's session lasts."""
+    """Stop or kill the broker, and restart it after up to 2 s, or after a consumer's session has expired."""
 
     def faults(run: Run) -> Iterator[None]:
         broker = run.broker
@@ -157,7 +156,7 @@ def broker_restarts(*, pause_s: float = 8.0) -> Faults:
 
 
 def database_away(*, seconds: tuple[float, float], pause_s: float) -> Faults:
-    """Stop or kill PostgreSQL, and restart it after a random time between the two `seconds`."""
+    """Stop or kill PostgreSQL, and restart it after a random time within the range `seconds`."""
 
     def faults(run: Run) -> Iterator[None]:
         database = run.database
@@ -177,7 +176,7 @@ def database_away(*, seconds: tuple[float, float], pause_s: float) -> Faults:
 
 
 def connection_kills(run: Run) -> Iterator[None]:
-    """Make the server close every connection of the project's, again and again."""
+    """Make PostgreSQL close all connections of the services, again and again."""
     database = run.database
     while not run.over:
         yield from run.pause(0.2, 2.0)
@@ -205,7 +204,7 @@ def mail_server_away(run: Run) -> Iterator[None]:
 
 
 def mail_troubles(*kinds: str, rest_s: float = 6.0) -> Faults:
-    """Make the mail server misbehave in one of these ways, then work for up to `rest_s`, again and again."""
+    """Alternate between a mail server that misbehaves in one of these ways, and one that works for up to `rest_s`."""
 
     def faults(run: Run) -> Iterator[None]:
         mailbox = run.scene.stack.mailbox
@@ -221,7 +220,7 @@ def mail_troubles(*kinds: str, rest_s: float = 6.0) -> Faults:
 
 
 def registry_away(run: Run) -> Iterator[None]:
-    """Stop the registry once the predictor has a model, and restart the predictor three times without it."""
+    """Stop the registry once the predictor has a model, and restart the predictor three times before the registry."""
     registry, predictor = run.scene.stack.registry, run.scene.services["predictor"]
     while not run.over and not predictor.ready:
         yield
@@ -242,7 +241,7 @@ def registry_away(run: Run) -> Iterator[None]:
 
 
 def api_troubles(run: Run) -> Iterator[None]:
-    """Make the payments API misbehave in every way it is known for, in 30 % of the calls."""
+    """Make the payments API misbehave in 30 % of the calls, each time in one of its known ways."""
     api = run.scene.stack.api
     api.misbehave(*FAULTS, share=0.3, seed=run.dice.randrange(2**32))
     run.faults["API misbehaves"] += 1
@@ -252,7 +251,7 @@ def api_troubles(run: Run) -> Iterator[None]:
 
 
 def poison(run: Run) -> Iterator[None]:
-    """Write rubbish to topic_1 between the transactions; at the end, replay one dead letter with a corrected value."""
+    """Mix rubbish into the transactions on topic_1. At the end, replay one dead letter with a corrected value."""
     rubbish = Rubbish(run.scene.stack.properties, demo.TOPICS[0], run.dice)
     run.rubbish = rubbish.places
     due = time.monotonic()
@@ -285,7 +284,7 @@ def _replay(run: Run, letter: Place, value: bytes) -> str:
 
 
 def all_of(*parts: Faults) -> Faults:
-    """All of these faults at the same time, each at its own pace."""
+    """Inject all of these faults at the same time, independently of each other."""
 
     def faults(run: Run) -> Iterator[None]:
         going = [part(run) for part in parts]

@@ -1,6 +1,6 @@
-"""The ledger: follows every transaction by identity through the topics, the mailbox and the table.
+"""The ledger: tracks every transaction by identity through the topics, the mailbox and the table.
 
-No figure comes from the services: each is counted in the topic, mailbox or table itself.
+All figures are counted in the topics, the mailbox and the table themselves; none is reported by a service.
 """
 
 import time
@@ -46,17 +46,17 @@ class _Seen(msgspec.Struct, gc=False):
 
 @dataclass
 class Topics:
-    """What the topics have received since the start."""
+    """The records written to the topics since the start."""
 
     records_1: int = 0
     records_2: int = 0
-    repeated: list[Identity] = field(default_factory=list)  # on either topic, once for each repetition
+    repeated: list[Identity] = field(default_factory=list)  # on either topic; one entry for each repetition
     misplaced: list[Identity] = field(default_factory=list)  # predicted after a later transaction of the same card
     dead_letters: defaultdict[Place, list[Place]] = field(
         default_factory=lambda: defaultdict(list)
     )  # by the place of the original record
-    refused_rows: int = 0  # dead letters of the producer, for rows of the API that are not valid transactions
-    produced_ms: dict[Identity, int] = field(default_factory=dict)  # the timestamp of the record on topic_1
+    refused_rows: int = 0  # dead letters of the producer, for invalid rows from the API
+    produced_ms: dict[Identity, int] = field(default_factory=dict)  # timestamp of the record on topic_1
     visible_ms: dict[Identity, float] = field(
         default_factory=dict
     )  # when a read_committed consumer received it from topic_2
@@ -64,7 +64,7 @@ class Topics:
     dead: set[Identity] = field(default_factory=set)
     last_source: dict[int, int] = field(
         default_factory=dict
-    )  # by card, the offset on topic_1 of the transaction predicted last
+    )  # by card, the topic_1 offset of its last predicted transaction
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ class Ledger:
     out_of_order: int
     seconds: float
     latency_ms: Mapping[str, Mapping[str, float | None]]
-    suspects: Mapping[str, list[Identity]]  # by kind of problem, the identities concerned
-    mail_delays: list[tuple[int, float]]  # of each fraud: written to topic_1 (epoch ms), and until its mail (ms)
+    suspects: Mapping[str, list[Identity]]  # by kind of problem, the identities of the transactions affected
+    mail_delays: list[tuple[int, float]]  # per fraud: time on topic_1 (epoch ms), delay until its mail (ms)
     dead_letter_places: Mapping[Place, Sequence[Place]]  # by the place of the original record
 
     @property
     def balanced(self) -> bool:
-        """True if every transaction arrived everywhere once and in its card's order, and every fraud was mailed."""
+        """True if every transaction arrived everywhere once, in the order of its card, and every fraud was mailed."""
         return not self.suspects and self.mailed_frauds == self.predicted_frauds
 
     def report(self) -> dict[str, object]:
@@ -102,9 +102,9 @@ class Ledger:
 
 
 class TopicReader:
-    """Reads both topics and their dead letters continuously, in a thread of its own.
+    """Reads both topics and their dead letters continuously in a thread.
 
-    Reading everything at the end is not possible: the embedded broker drops old records.
+    It cannot wait and read everything at the end, because the embedded broker drops old records.
     """
 
     def __init__(self, properties: Mapping[str, str], *, topic_1: str) -> None:
@@ -115,15 +115,15 @@ class TopicReader:
         self._thread = Thread(target=self._read, name="ledger", daemon=True)
         self.topics = Topics()
         self._next: dict[tuple[str, int], int] = {}
-        self.positions: dict[tuple[str, int], int] = {}  # one past the last record read, markers not counted
+        self.positions: dict[tuple[str, int], int] = {}  # offset after the last record read, ignoring markers
 
     def start(self, starts: Iterable[TopicPartition]) -> None:
-        """Start to read at these offsets."""
+        """Start reading at these offsets."""
         self._next = {(start.topic, start.partition): start.offset for start in starts}
         self._thread.start()
 
     def stop(self) -> Topics:
-        """Read to the end, then stop. Returns everything that was read."""
+        """Read to the end of the topics, then stop. Returns everything read since the start."""
         self._stop.set()
         self._thread.join()
         return self.topics
@@ -133,7 +133,10 @@ class TopicReader:
             self._read_until_silence()
 
     def _read_until_silence(self) -> None:
-        """Read until no record has come for a while, then use a new client: one may hang after a broker outage."""
+        """Read until no record has arrived for a while. The caller then retries with a new client.
+
+        After a broker outage, a client may hang.
+        """
         reader = consumer(self._properties, group="ledger")
         reader.assign([TopicPartition(*place, offset) for place, offset in (self._next | self.positions).items()])
         last_record = time.monotonic()
@@ -188,7 +191,7 @@ class TopicReader:
 
 
 def _origin(letter: Message) -> Place | None:
-    """The place of a dead letter's original record. None for a replay marker, which is not a dead letter."""
+    """The place of a dead letter's original record, or None if the message is only a replay marker."""
     found = {name: content for name, content in headers(letter) if isinstance(content, bytes)}
     if "dlq-replayed" in found:
         return None
@@ -208,9 +211,9 @@ def draw_up(
     engine: sa.Engine,
     seconds: float,
 ) -> Ledger:
-    """Compare, by identity, what the source served with the topics, the mailbox and the table.
+    """Compare the transactions that the source served with the topics, the mailbox and the table.
 
-    `repeats` is how many transactions the source served again.
+    `repeats` is the number of transactions that the source served more than once, each repetition counted.
     """
     produced, predicted = topics.produced_ms.keys(), topics.visible_ms.keys()
     mailed_ms, emails = mailed(mailbox, predicted, since_ms=since_ms, sender=sender)
@@ -254,7 +257,7 @@ def draw_up(
 def mailed(
     mailbox: Path, identities: Iterable[Identity], *, since_ms: int, sender: str
 ) -> tuple[dict[Identity, float], int]:
-    """When each of these transactions was first mailed (epoch ms), and the number of mails."""
+    """When each of these transactions was first mailed (epoch ms), and the total number of mails."""
     by_message_id = {message_id(identity, sender=sender): identity for identity in identities}
     first: dict[Identity, float] = {}
     emails = 0
@@ -269,9 +272,9 @@ def mailed(
 
 
 def _stored(engine: sa.Engine, identities: Iterable[Identity], *, since_ms: int) -> dict[Identity, float]:
-    """When each of these transactions was first stored, in epoch ms, if it was stored since then.
+    """When each of these transactions was first stored (epoch ms), if it was predicted at or after `since_ms`.
 
-    A row that an earlier run inserted keeps its ingestion time, but has the prediction time of the latest upsert.
+    If an earlier run inserted the row, the time is from that run: an upsert only updates the prediction time.
     """
     wanted = set(identities)
     query = sa.text("""
@@ -284,11 +287,11 @@ def _stored(engine: sa.Engine, identities: Iterable[Identity], *, since_ms: int)
 
 
 def _latency(begin: Mapping[Identity, float], end: Mapping[Identity, float]) -> dict[str, float | None]:
-    """Median and 99th percentile of the milliseconds from `begin` to `end`, over the transactions in both."""
+    """Median and 99th percentile of the time from `begin` to `end` (ms), over the transactions in both."""
     both = begin.keys() & end.keys()
     spans = [
         span for identity in both if (span := end[identity] - begin[identity]) >= 0
-    ]  # negative if stored by an earlier run
+    ]  # negative if an earlier run stored the row
     if not spans:
         return {"p50": None, "p99": None}
     p50, p99 = np.percentile(spans, (50, 99))

@@ -1,4 +1,4 @@
-"""The progress of a demo: lets the stream flow, shows how far each service is, and waits until all is processed."""
+"""The progress of a demo: controls the stream, shows what each service has done, and waits until all is processed."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -29,10 +29,13 @@ _EMBEDDED_WINDOW = KEPT_RECORDS_A_PARTITION // 2
 
 
 class GroupProgress:
-    """How far a consumer group is, by its committed offsets."""
+    """The progress of a consumer group, by its committed offsets."""
 
     def __init__(self, properties: Mapping[str, str], name: str, topic: str, run_id: str) -> None:
-        """Create the group at the topic's present end. `name` is its service's. Raises Outage."""
+        """Create a group for the service `name`, starting at the current end of the topic.
+
+        Raises Outage if the broker is not available.
+        """
         self.name = name
         self.id = f"{name}-{run_id}"
         starts = topics.ends(properties, [topic])
@@ -50,9 +53,9 @@ class GroupProgress:
         self._client.close()
 
     def done_and_lag(self, positions: Mapping[tuple[str, int], int]) -> tuple[int, int]:
-        """Records committed since the start, and records before `positions` that are not committed yet.
+        """The number of records committed since the start, and of records before `positions` not committed yet.
 
-        While the broker does not answer, the last known figures.
+        While the broker does not respond, these are the last known figures.
         """
         wanted = [TopicPartition(topic, partition) for topic, partition in self._starts]
         try:
@@ -70,15 +73,15 @@ class GroupProgress:
 
 
 class _Row(NamedTuple):
-    """A service's line in the table."""
+    """A row of the table that shows the services."""
 
     total: int = 0
     lag: int = 0
-    rate: float = 0.0  # a second
+    rate: float = 0.0  # records per second
 
 
 class Progress:
-    """Lets the stream flow, shows how far each service is, and knows when all of it is processed."""
+    """Controls the stream, shows what each service has done, and waits until all transactions are processed."""
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ class Progress:
         *,
         hold: bool,
     ) -> None:
-        """With `hold`, the stream waits for the slowest service: the embedded broker keeps few records."""
+        """If `hold` is set, the stream waits for the slowest service, because the embedded broker keeps few records."""
         self._api, self._reader, self._groups, self._services = api, reader, groups, services
         self._mail, self._live, self._hold = mail, live, hold
         self._status: dict[str, Any] = {"served": 0, "in_flight": 0, "put_back": 0, "exhausted": False}
@@ -101,7 +104,7 @@ class Progress:
         self._last_alert = "none yet"
 
     def stream(self, interrupted: Event, steps: Iterator[None]) -> None:
-        """Let the stream flow until the scenario's steps are over and the source is exhausted or interrupted."""
+        """Let transactions stream until the scenario is over and the source is exhausted or interrupted."""
         over = object()
         while True:
             stepped = next(steps, over)
@@ -112,12 +115,12 @@ class Progress:
                 break
             interrupted.wait(_TICK_S)
         for each in self._services.values():
-            each.wait_ready()  # one that was just restarted may not handle SIGTERM yet
+            each.wait_ready()  # a service that was just restarted may not handle SIGTERM yet
         self._tick()
         self._api.limit(self._status["served"])
 
     def drain(self) -> None:
-        """Wait until everything that was served is processed everywhere, or nothing has changed for a minute."""
+        """Wait until every service has processed all transactions, or until nothing has changed for a minute."""
         before, changed = None, time.monotonic()
         while time.monotonic() - changed < _STUCK_S:
             self._tick()
@@ -126,7 +129,7 @@ class Progress:
             produced = len(seen.produced_ms) + seen.refused_rows
             predicted = len(seen.visible_ms.keys() | seen.dead) + seen.refused_rows
             lags = [row.lag for row in self._rows.values()]
-            unconfirmed = self._status["in_flight"] + self._status["put_back"]  # a producer will fetch them
+            unconfirmed = self._status["in_flight"] + self._status["put_back"]  # a producer will fetch these
             if not unconfirmed and served <= produced <= predicted and not any(lags):
                 return
             if (now := (unconfirmed, served, produced, predicted, lags)) != before:
@@ -137,10 +140,10 @@ class Progress:
         return min(group.done_and_lag({})[0] for group in self._groups)
 
     def _tick(self) -> None:
-        """Update the figures and the display. Raises StandInError if a service has ended."""
+        """Update the figures and the display. Raises StandInError if a service has exited."""
         for name, each in self._services.items():
             if not each.running:
-                raise StandInError(f"{name} ended: {each.last_line()}")
+                raise StandInError(f"{name} exited unexpectedly: {each.last_line()}")
         now = time.monotonic()
         if self._api.running:
             self._status = self._api.status()

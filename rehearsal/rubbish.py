@@ -1,4 +1,4 @@
-"""Rubbish for topic_1: values of many kinds that are not valid transactions."""
+"""Rubbish for topic_1: many kinds of values that are not valid transactions."""
 
 import logging
 import random
@@ -15,10 +15,10 @@ from shared.records import REFERENCE
 
 
 class Rubbish:
-    """Writes records that no service can read, each with a value of its own.
+    """Writes records that no service can decode, each with a different value.
 
-    `places` are the records that the broker has acknowledged, `cut_off` the values of those that only lack their last
-    character.
+    `places` are the places of the acknowledged records. `cut_off` has the values, by place, of those records that would
+    be valid if their last character were not missing.
     """
 
     def __init__(self, properties: Mapping[str, str], topic: str, dice: random.Random) -> None:
@@ -27,21 +27,21 @@ class Rubbish:
         self._topic = topic
         self._dice = dice
         self._numbers = count(1)
-        # Not shared.kafka.clients.producer: that one has no callback for records that were delivered.
+        # shared.kafka.clients.producer is not used, because it has no callback for delivered records.
         self._producer = Producer(
             {**properties, "enable.idempotence": True, "message.timeout.ms": 0, "linger.ms": 5},
             logger=logging.getLogger("librdkafka"),
         )
 
     def write(self) -> None:
-        """Write one more. The first is always one that was cut off."""
+        """Write one more record. The first one is always valid except for its missing last character."""
         number = next(self._numbers)
         kind, value_of = _CUT_OFF if number == 1 else self._dice.choice(_KINDS)
         self._producer.produce(self._topic, value_of(number), on_delivery=partial(self._delivered, kind))
         self._producer.poll(0)
 
     def flush(self) -> None:
-        """Wait until the broker has acknowledged all of it."""
+        """Wait until the broker has acknowledged all records."""
         self._producer.flush()
 
     def _delivered(self, kind: str, error: KafkaError | None, message: Message) -> None:
@@ -54,7 +54,7 @@ class Rubbish:
 
 
 def _flawed(number: int, **flaws: object) -> bytes:
-    """A valid transaction except for these fields."""
+    """A transaction that is valid except for these fields."""
     valid = msgspec.structs.asdict(REFERENCE) | {"trans_num": f"rubbish-{number}"}
     return msgspec.json.encode(valid | flaws)
 

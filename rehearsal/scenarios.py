@@ -1,4 +1,4 @@
-"""The scenarios of the fault campaign: which faults, for how long, and what must hold besides the ledger."""
+"""The scenarios of the fault campaign: their faults, their length, and their checks in addition to the ledger."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -34,9 +34,9 @@ _IMPATIENT = {"SMTP_TIMEOUT_SECONDS": "2"}
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """Faults, how long they last, and the promises to check besides the ledger.
+    """The faults of a scenario, how long to inject them, and the guarantees to check in addition to the ledger.
 
-    `environment` is added to that of the services. `broken` returns a line for each promise that did not hold.
+    `environment` is added to the services' environment. `broken` returns one line for each guarantee that did not hold.
     """
 
     faults: Faults
@@ -47,12 +47,12 @@ class Scenario:
 
 
 def _mails_as_fast(run: Run, ledger: Ledger) -> list[str]:
-    """Mails are sent as fast during a database outage as outside it."""
+    """Check that mails take no longer during a database outage than at other times."""
     outages = run.database_outages_ms
     during = [delay for at, delay in ledger.mail_delays if any(begin <= at <= end for begin, end in outages)]
     outside = [delay for at, delay in ledger.mail_delays if all(at < begin or at > end for begin, end in outages)]
     if not during or not outside:
-        return ["no mails to compare"]
+        return ["no mails were sent during a database outage, or none at other times: nothing to compare"]
     run.figures["mail, ms, database there"] = round(median(outside))
     run.figures["mail, ms, database away"] = round(median(during))
     added_ms = median(during) - median(outside)

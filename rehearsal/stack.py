@@ -1,4 +1,4 @@
-"""The local stack, and the services on it, each in a process of its own."""
+"""The local stack, and the services that run on it, each in its own process."""
 
 import os
 import re
@@ -28,7 +28,7 @@ _INHERITED = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FIL
 
 @dataclass(frozen=True, kw_only=True)
 class Addresses:
-    """The addresses of everything that the services need."""
+    """The addresses of all servers that the services use, and the delivery guarantee."""
 
     client_properties: Path
     api_url: str
@@ -38,7 +38,10 @@ class Addresses:
     delivery: str
 
     def environment(self) -> dict[str, str]:
-        """The services' environment: these settings, and none of the project's variables from this process's own."""
+        """The services' environment, made of these settings and a few system variables.
+
+        No setting of the project is inherited from the environment of this process.
+        """
         inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         return inherited | {
             "PYTHONUNBUFFERED": "1",
@@ -52,16 +55,16 @@ class Addresses:
             "SMTP_TLS": "none",
             "ALERT_FROM": SENDER,
             "ALERT_TO": RECIPIENT,
-            "ALERT_BURST": "1000000",  # a mail for each fraud, since the ledger checks them one by one
+            "ALERT_BURST": "1000000",  # one mail for each fraud, because the ledger checks them one by one
             "DELIVERY": self.delivery,
             "BACKOFF_MAX_SECONDS": "5",
-            "METRICS_PORT": "0",  # `service` gives each its own
+            "METRICS_PORT": "0",  # `service` gives each process its own port
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """The started parts. `database` and `broker` are None where the demo was given running ones."""
+    """The running parts of the stack. `database` and `broker` are None if the demo uses existing ones."""
 
     broker: ApacheKafka | EmbeddedBroker | None
     database: Postgres | None
@@ -73,9 +76,9 @@ class Stack:
 
 
 def choose_broker(wanted: str) -> tuple[str, str]:
-    """The broker for `local_stack` to use, and its description, for `auto`, `embedded`, `apache`, HOST:PORT or a file.
+    """The `broker` argument for `local_stack`, and a description of the broker.
 
-    Raises StandInError for anything else.
+    `wanted` is `auto`, `embedded`, `apache`, HOST:PORT or a client.properties file. Anything else raises StandInError.
     """
     if wanted == "apache":
         return "apache", ApacheKafka.description
@@ -100,10 +103,11 @@ def local_stack(
     api_options: tuple[str, ...] = (),
     database_url: str | None = None,
 ) -> Iterator[Stack]:
-    """Start everything that the services need in `directory`, including a champion, and stop it at the end.
+    """Start all servers that the services need, train a champion, and stop the servers at the end.
 
-    `broker` is `embedded`, `apache`, or the HOST:PORT or client.properties file of a running one. With `database_url`,
-    no database is started. Raises StandInError, and SettingsError for an invalid file.
+    Files are kept in `directory`. `broker` is `embedded`, `apache`, or the HOST:PORT or client.properties file of a
+    running broker. With `database_url`, no database is started. Raises StandInError if a server does not start or
+    training fails, and SettingsError if the client.properties file is invalid.
     """
     directory = directory.resolve()
     given = Path(broker).resolve() if Path(broker).is_file() else None
@@ -155,8 +159,11 @@ def local_stack(
 
 
 def _training(directory: Path, registry: Registry) -> Process:
-    """Trains on generated transactions while the registry starts, and makes the model the champion."""
-    # Threads of scikit-learn that wait for each other take minutes on cores that are busy with everything else.
+    """A process that trains a model on generated transactions and registers it as the champion.
+
+    It is started together with the registry, and waits until the registry responds.
+    """
+    # One thread, because scikit-learn's threads wait minutes for each other while other processes keep the cores busy.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment |= {"MLFLOW_TRACKING_URI": registry.uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7"}
     log = directory / "logs" / "train.log"
@@ -164,11 +171,11 @@ def _training(directory: Path, registry: Registry) -> Process:
 
 
 def service(name: str, directory: Path, environment: Mapping[str, str], *, replica: int = 1) -> Process:
-    """A service as a process that logs to `logs/<name>.log`.
+    """A process that runs this service and logs to `logs/<name>.log`. A replica above 1 adds its number to the name.
 
-    It counts as ready from the first time that its /ready reports so, whatever outage follows: a service that reads a
-    topic has then joined its group. The producer joins none and also starts while its API is away: it is ready as soon
-    as it listens on METRICS_PORT. A further replica has its number in its log's name and in REPLICA.
+    The number is also added to REPLICA. A service that reads a topic counts as ready once /ready has succeeded, which
+    means that it has joined its group; a later outage does not change this. The producer joins no group and starts even
+    if its API is down, so it counts as ready once it listens on METRICS_PORT.
     """
     directory = directory.resolve()
     full_name = name if replica == 1 else f"{name}-{replica}"
@@ -189,7 +196,7 @@ def service(name: str, directory: Path, environment: Mapping[str, str], *, repli
 
 
 def _was_ready(port: int) -> bool:
-    """Whether the service that answers there has been ready since its start."""
+    """Whether the service on this port has been ready at least once since it started."""
     try:
         return bool(requests.get(f"http://127.0.0.1:{port}/ready", timeout=_ANSWER_S).json()["was_ready"])
     except requests.RequestException:

@@ -1,6 +1,7 @@
-"""A real Apache Kafka (KRaft, one node) as a child process, run with the machine's Java.
+"""A real Apache Kafka (KRaft, one node) as a child process, run with the installed Java.
 
-Its jars come from KAFKA_HOME, or from Maven once, into a cache. `python -m sandbox.apache` fetches them ahead.
+The jars come from KAFKA_HOME, or are downloaded once with Maven into a cache. `python -m sandbox.apache` downloads them
+in advance.
 """
 
 import os
@@ -18,7 +19,7 @@ from confluent_kafka.admin import AdminClient
 from sandbox.processes import Process, StandInError, free_port, port_open
 
 VERSION = "4.3.1"
-_LOG4J = "2.25.4"  # that of Kafka's own jars, which leave out the piece that ties them to it
+_LOG4J = "2.25.4"  # the version that Kafka's jars use, which lack the adapter from SLF4J
 _CLUSTER_ID = "ZnJhdWQtYWxhcm0tZGVtbw"  # any 16 bytes in base64
 _OLDEST_JAVA = 17
 _LISTENER = "PLAINTEXT"
@@ -44,13 +45,13 @@ Configuration:
 
 
 class ApacheKafka(Process):
-    """One broker and controller on 127.0.0.1; its port and its records stay over stop, kill and start.
+    """One broker and controller on 127.0.0.1. Its port and its records survive stop, kill and restart.
 
-    `settings` are laid over its server.properties.
+    `settings` override its server.properties.
     """
 
     _release = "of KAFKA_HOME" if os.environ.get("KAFKA_HOME") else VERSION
-    description = f"Apache Kafka {_release}: exactly once, transactions for real"
+    description = f"Apache Kafka {_release}: exactly once, with real transactions"
 
     def __init__(self, directory: Path, *, port: int | None = None, settings: Mapping[str, str] | None = None) -> None:
         self._directory = directory
@@ -65,11 +66,11 @@ class ApacheKafka(Process):
 
     @property
     def bootstrap(self) -> str:
-        """HOST:PORT."""
+        """The broker's address, HOST:PORT."""
         return f"127.0.0.1:{self._port}"
 
     def spawn(self) -> None:
-        """Start the broker, on a formatted storage."""
+        """Start the broker, and format its storage the first time."""
         self._directory.mkdir(parents=True, exist_ok=True)
         (self._directory / "log4j2.yaml").write_text(_LOGGING)
         properties = "".join(f"{name}={value}\n" for name, value in self._properties.items())
@@ -89,7 +90,7 @@ class ApacheKafka(Process):
 
 
 def missing() -> str | None:
-    """What this machine lacks to run Apache Kafka, in a few words; None if nothing."""
+    """A phrase that says what is missing to run Apache Kafka on this machine, or None."""
     if (version := _java_version()) is None or version < _OLDEST_JAVA:
         return f"Java {_OLDEST_JAVA} or newer is missing"
     if _jars().is_dir():
@@ -100,7 +101,7 @@ def missing() -> str | None:
 
 
 def fetch() -> Path:
-    """The folder of Kafka's jars, fetched with Maven if it is not there yet. Raises StandInError."""
+    """The folder of Kafka's jars, downloaded with Maven if it does not exist yet. Raises StandInError if that fails."""
     if reason := missing():
         raise StandInError(f"Apache Kafka cannot run here: {reason}")
     jars = _jars()
@@ -123,7 +124,7 @@ def fetch() -> Path:
             raise StandInError(f"Maven could not fetch Apache Kafka {VERSION}: {first}")
         try:
             Path(workshop, "libs").rename(jars)
-        except OSError:  # somebody else fetched them meanwhile
+        except OSError:  # another process has downloaded them in the meantime
             if not jars.is_dir():
                 raise
     return jars
@@ -150,7 +151,7 @@ def _java(directory: Path) -> list[str]:
         "java",
         "-Xmx512m",
         "-Xshare:auto",
-        "-XX:TieredStopAtLevel=1",  # starts sooner, and leaves the cores to the services
+        "-XX:TieredStopAtLevel=1",  # starts faster, and leaves the cores to the services
         "-XX:+UseSerialGC",
         f"-Dlog4j2.configurationFile={directory / 'log4j2.yaml'}",
         "-cp",
@@ -190,7 +191,7 @@ def _server_properties(directory: Path, port: int, controller_port: int) -> dict
         "num.network.threads": "2",
         "num.io.threads": "2",
         "log.cleaner.enable": "false",
-        # a node alone has nobody to wait for: it may come back as soon as its old registration has lapsed
+        # A restarted broker must wait until its old registration expires. A short session makes restarts fast.
         "broker.heartbeat.interval.ms": "500",
         "broker.session.timeout.ms": "3000",
     }

@@ -2,14 +2,15 @@
 
 It speaks Kafka's protocol and keeps nothing on disk. Its measured limits, with librdkafka 2.16:
 
-- it keeps about 5 MB a partition, some 24,000 lz4 records, and drops older ones silently: the source must be held back;
-- topics come into being by use, with 4 partitions; administrative calls fail or time out;
+- it keeps about 5 MB (some 24,000 lz4 records) per partition and silently drops older records, so the source must be
+  throttled;
+- topics are created on first use, with 4 partitions; administrative calls fail or time out;
 - transactions are accepted but fake (aborted records are visible, offsets sent with a transaction are lost), so
-  `DELIVERY=at_least_once` is the setting for it;
+  services need `DELIVERY=at_least_once`;
 - the cooperative-sticky assignor leaves partitions unowned for many seconds; `range` works;
 - it does not wake a waiting fetch, so a consumer sees a record only at the end of its `fetch.wait.max.ms`;
-- a group that a member has joined or left waits for the others for as long as a session lasts, less a second, whether
-  there are others or not.
+- after a member joins or leaves, the group waits for its other members for the session timeout minus one second, even
+  if there are none.
 """
 
 import argparse
@@ -33,9 +34,9 @@ KEPT_RECORDS_A_PARTITION = 24_000
 
 
 class EmbeddedBroker(Process):
-    """The mock cluster as a child process. Each start is an empty broker on a new port."""
+    """The mock cluster as a child process. Each start creates an empty broker on a new port."""
 
-    description = "embedded broker: at least once, in memory only (for exactly-once, have Java 17 and Maven)"
+    description = "embedded broker: at least once, in memory only (exactly once needs Java 17 and Maven)"
 
     def __init__(self, directory: Path) -> None:
         self._address_file = directory / "address"
@@ -53,12 +54,12 @@ class EmbeddedBroker(Process):
 
     @property
     def bootstrap(self) -> str:
-        """HOST:PORT, once it is ready."""
+        """The broker's address, HOST:PORT. Available once the broker is ready."""
         return self._address_file.read_text()
 
 
 def main() -> int:
-    """Run a mock cluster until SIGTERM; its address goes into a file once it answers."""
+    """Run a mock cluster until SIGTERM. Writes its address to the file once it accepts connections."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address-file", type=Path, required=True)
     arguments = parser.parse_args()
@@ -78,9 +79,10 @@ def main() -> int:
 def _start() -> str:
     """Start a mock cluster of one broker for as long as this process lives. Returns its HOST:PORT.
 
-    By librdkafka's C interface: Python's clients start one as well, but whose groups wait 3 s for their first members.
+    Uses librdkafka's C interface: the Python clients can start a mock cluster, too, but its groups would wait 3 s for
+    their first members.
     """
-    c = ctypes.CDLL(cimpl.__file__)  # and through it the librdkafka that the clients here use
+    c = ctypes.CDLL(cimpl.__file__)  # also gives access to the librdkafka that the clients use
     pointer = ctypes.c_void_p
     c.rd_kafka_new.restype = c.rd_kafka_mock_cluster_new.restype = pointer
     c.rd_kafka_mock_cluster_bootstraps.restype = ctypes.c_char_p

@@ -1,7 +1,7 @@
-"""Generated card payments that resemble the real ones, in the payments API's columns. The same seed gives the same rows.
+"""Generates realistic card payments with the payments API's columns. The same seed gives the same rows.
 
-Modelled are: the share of each category before and after noon, the amounts (quantiles, legitimate and fraudulent), the
-hours of frauds, and that a stolen card is used about ten times within a day or two.
+The model covers each category's share before and after noon, the amounts (quantiles of legitimate and of fraudulent
+payments), the hours of frauds, and stolen cards, each of which is used about ten times within a day or two.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 MEAN_GAP_S = 28.0  # the Sparkov test set: 555,719 rows in half a year
 FRAUD_RATE = 0.0038
 TRAINING_ROWS = 60_000
-TRAINING_FRAUD_RATE = 0.05  # a threshold is right for the share that it was chosen on: this is the local stack's
+TRAINING_FRAUD_RATE = 0.05  # a threshold only fits the share that it was chosen on: the local stack's
 TRAINING_START = datetime(2024, 1, 1, tzinfo=UTC)
 _HITS_A_VICTIM = 9.7
 _DAY_S = 86_400
 
-# Weights of the hours: legitimate payments by half-day, frauds by late evening, night and the rest.
+# Weights of the 24 hours. Those of legitimate payments differ by half-day; those of frauds by night, day and evening.
 _LEGITIMATE_HOURS = np.repeat([176.0, 242.0], 12)
 FRAUD_HOURS = np.array([0.34 / 4] * 4 + [0.15 / 18] * 18 + [0.51 / 2] * 2)
-ROUND_THE_CLOCK = _LEGITIMATE_HOURS  # for a share of frauds that is the same in each hour
+ROUND_THE_CLOCK = _LEGITIMATE_HOURS  # as fraud hours: the share of frauds is the same in each hour
 _LEVELS = np.array([0.0, 0.01, 0.10, 0.25, 0.50, 0.75, 0.90, 0.99, 1.0])
 
 
@@ -106,7 +106,7 @@ def transactions(
 ) -> Iterator[list[Any]]:
     """An endless stream of rows in RAW_COLUMNS' order, sorted by time, on average `mean_gap_s` seconds apart.
 
-    `fraud_hours` (24,) are the weights of the hours, UTC, in which frauds happen.
+    `fraud_hours` (24,) are the weights of the hours (UTC) of frauds.
     """
     world = np.random.default_rng(seed)
     customers = [_customer(world) for _ in range(cards)]
@@ -136,9 +136,9 @@ def training_frame(
     fraud_rate: float = TRAINING_FRAUD_RATE,
     fraud_hours: np.ndarray = FRAUD_HOURS,
 ) -> "pd.DataFrame":
-    """`rows` labelled transactions in the training file's columns; by default, with more frauds than there are in life."""
+    """`rows` labelled transactions with the training file's columns; by default with more frauds than in reality."""
     made = transactions(seed=seed, start=start, fraud_rate=fraud_rate, fraud_hours=fraud_hours)
-    import pandas as pd  # seconds, which who only serves a stream is spared
+    import pandas as pd  # takes seconds, and is not needed to serve a stream
 
     frame = pd.DataFrame(islice(made, rows), columns=list(RAW_COLUMNS))
     frame["unix_time"] = frame.pop("current_time") // 1000
@@ -155,7 +155,7 @@ def _day(
     day: datetime,
     legitimate: int,
 ) -> Iterator[list[Any]]:
-    """One day's payments, sorted by time. `frauds` (n, 2) has the card and the day of each hit."""
+    """One day's payments, sorted by time. The first column of `frauds` (n, 2) has the card of each fraud."""
     count = legitimate + len(frauds)
     is_fraud = np.arange(count) >= legitimate
     hour = np.concatenate([_draw(world, _LEGITIMATE_HOURS, legitimate), _draw(world, fraud_hours, len(frauds))])
@@ -192,7 +192,7 @@ def _day(
 
 
 def _hits(world: np.random.Generator, cards: int, expected: float) -> np.ndarray:
-    """The hits, (n, 2), on the cards stolen on one day: the card, and 0 for that day or 1 for the next."""
+    """The frauds (n, 2) with the cards stolen on one day: the card's index, and 0 for that day or 1 for the next."""
     victims = world.integers(0, cards, world.poisson(expected / _HITS_A_VICTIM))
     hits = np.repeat(victims, world.poisson(_HITS_A_VICTIM, len(victims)))
     return np.column_stack([hits, world.integers(0, 2, len(hits))])
@@ -203,7 +203,7 @@ def _draw(world: np.random.Generator, weights: np.ndarray, count: int) -> np.nda
 
 
 def _customer(world: np.random.Generator) -> list[Any]:
-    """cc_num, first, last, gender, street, city, state, zip, lat, long, city_pop, job, dob."""
+    """A random customer: cc_num, first, last, gender, street, city, state, zip, lat, long, city_pop, job, dob."""
     gender = str(world.choice(["F", "M"]))
     state = list(_STATES)[_draw(world, np.array([weight for weight, _, _ in _STATES.values()], dtype=float), 1)[0]]
     _, latitude, longitude = _STATES[state]
@@ -232,7 +232,7 @@ def _between(level: float, quantiles: Sequence[float] | np.ndarray) -> float:
 
 
 def _merchant(world: np.random.Generator) -> str:
-    """A merchant's name. As in the Sparkov set, every name begins with `fraud_`, also of legitimate payments."""
+    """A merchant's name. As in the Sparkov set, every name begins with `fraud_`, even for legitimate payments."""
     a, b, c = world.choice(_LAST, 3, replace=False).tolist()
     return str(world.choice([f"fraud_{a}, {b} and {c}", f"fraud_{a}-{b}", f"fraud_{a} {c} Group", f"fraud_{b} LLC"]))
 

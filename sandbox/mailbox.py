@@ -1,4 +1,4 @@
-"""A mail server that stores what it receives, and misbehaves on request.
+"""A mail server that stores what it receives, and simulates faults on request.
 
 Each message is an .eml file whose name begins with the time of receipt and whose first line, `X-Envelope-To`, lists the
 recipients.
@@ -26,7 +26,7 @@ from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 from sandbox.processes import Process, free_port, port_open, python
 
 FAULTS = ("4xx", "5xx-one-recipient", "hang")
-_ORDER = "misbehave"  # the file in its directory that names the present fault
+_ORDER = "misbehave"  # the file in the mailbox's directory that names the current fault
 _HANG_POLL_S = 0.05
 _STAGES = ("MAIL", "RCPT", "DATA")
 _TEMPORARY = (
@@ -47,7 +47,7 @@ class ReceivedMail:
 
     @property
     def alarms(self) -> list[tuple[str, int]]:
-        """The transactions in it, by trans_num and unix_time: from the attached table or else the Message-ID."""
+        """The trans_num and unix_time of each alarm in the mail, from the attached table or else the Message-ID."""
         attached = next(self.message.iter_attachments(), None)
         if attached is not None:
             rows = csv.DictReader(io.StringIO(str(attached.get_content())))
@@ -60,7 +60,7 @@ class ReceivedMail:
 class Mailbox(Process):
     """The mail server on 127.0.0.1. Its port and its messages survive stop, kill and restart.
 
-    With a login it accepts mail only after AUTH. With a certificate (PEM, key included) it requires STARTTLS.
+    With a login, it accepts mail only after AUTH. With a certificate (PEM with the key), it requires STARTTLS.
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class Mailbox(Process):
         )
 
     def misbehave(self, kind: str | None) -> None:
-        """Misbehave in this way until the next call or restart. None: work normally.
+        """Simulate this fault until the next call or restart. None means that the server works normally.
 
         - `4xx` refuses every mail temporarily, at varying stages with varying codes; 421 closes the connection;
-        - `5xx-one-recipient` refuses permanently the recipients whose local part begins with "gone", and no other;
-        - `hang` accepts connections and commands and never answers. When the fault changes, hanging sessions are closed
-          and nothing of them is stored, since their clients may have given up.
+        - `5xx-one-recipient` permanently refuses only the recipients whose local part begins with "gone";
+        - `hang` accepts connections and commands but never responds. When the fault changes, hanging sessions are
+          closed and their mails are not stored, since their clients may have given up.
 
         Raises ValueError for any other fault.
         """
@@ -109,7 +109,7 @@ def messages(directory: Path) -> Iterator[ReceivedMail]:
 
 
 def repeated_mails(mails: Sequence[ReceivedMail]) -> set[int]:
-    """The indices of the mails some of whose alarms are repeated in a later mail. `mails` is oldest first."""
+    """The indices of mails with an alarm that a later mail repeats. `mails` must be sorted, oldest first."""
     first: dict[tuple[str, int], int] = {}
     found = set()
     for place, mail in enumerate(mails):
@@ -120,13 +120,13 @@ def repeated_mails(mails: Sequence[ReceivedMail]) -> set[int]:
 
 
 def read_mail(path: Path) -> ReceivedMail:
-    """One message, with the time of receipt from its file's name."""
+    """Read one message. Its time of receipt comes from the file's name."""
     parser = BytesParser(_class=EmailMessage, policy=policy.default)
     return ReceivedMail(int(path.name.partition("-")[0]), parser.parsebytes(path.read_bytes()), path)
 
 
 class _Session(SMTP):
-    """A client's session. The present fault is read whenever data arrives, and holds until that is answered."""
+    """A client's session. Reads the current fault whenever data arrives, and applies it to the response."""
 
     def __init__(self, keeper: "_Keeper", **options: Any) -> None:
         super().__init__(keeper, **options)
@@ -143,13 +143,13 @@ class _Session(SMTP):
         super().data_received(data)
 
     async def push(self, status: AnyStr) -> None:
-        """Send an answer. Every answer passes here."""
+        """Send a response. All responses of a session go through this method."""
         if self.fault == "hang":
             while _fault(self._order) == "hang":
                 await asyncio.sleep(_HANG_POLL_S)
             if self.transport:
                 self.transport.close()
-            raise asyncio.CancelledError  # aiosmtpd ends a session like this when its client disconnects
+            raise asyncio.CancelledError  # as aiosmtpd does to end a session whose client has disconnected
         await super().push(status)
         if self.transport and isinstance(status, str) and status.startswith("421"):
             self.transport.close()
@@ -160,12 +160,12 @@ class _Session(SMTP):
 
 
 class _Keeper:
-    """Stores each message, or answers as the present fault demands."""
+    """Stores each message, or responds as the current fault requires."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._numbers = count(len(list(directory.glob("*.eml"))) + 1)
-        self._refusals = zip(cycle(_STAGES), cycle(_TEMPORARY), strict=False)  # 3 and 4: every combination occurs
+        self._refusals = zip(cycle(_STAGES), cycle(_TEMPORARY), strict=False)  # 3 and 4: all combinations occur
 
     async def handle_MAIL(
         self, server: _Session, _session: Session, envelope: Envelope, address: str, options: list[str]
@@ -200,13 +200,13 @@ class _Keeper:
         recipients = f"X-Envelope-To: {', '.join(envelope.rcpt_tos)}\r\n"
         partial.write_bytes(recipients.encode() + (content.encode() if isinstance(content, str) else content))
         partial.rename(partial.with_suffix(".eml"))
-        # Nothing is awaited from here to the answer. SIGTERM ends sessions between two steps of the event loop, so a
-        # mail is both stored and answered, or neither.
+        # Nothing is awaited from here to the response. SIGTERM ends sessions only between two steps of the event loop,
+        # so a mail is either stored and acknowledged, or neither.
         return "250 OK"
 
 
 def _refusal(server: _Session, stage: str) -> str | None:
-    """The temporary refusal for this stage, if one is due here; at DATA at the latest."""
+    """The temporary refusal to send at this stage, or None. It is sent at DATA at the latest."""
     due, reply = server.refusal
     return reply if server.fault == "4xx" and stage in (due, "DATA") else None
 
@@ -232,7 +232,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     def authenticate(*details: object) -> AuthResult:
         login = details[-1]
         expected = LoginPassword(arguments.username.encode(), arguments.password.encode())
-        return AuthResult(success=login == expected, handled=False)  # let aiosmtpd answer
+        return AuthResult(success=login == expected, handled=False)  # let aiosmtpd send the response
 
     def session() -> SMTP:
         return _Session(
@@ -260,7 +260,7 @@ def main() -> int:
     parser.add_argument("--certificate", type=Path)
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    (arguments.directory / _ORDER).unlink(missing_ok=True)  # of an earlier run
+    (arguments.directory / _ORDER).unlink(missing_ok=True)  # left by an earlier run
     asyncio.run(_serve(arguments))
     return 0
 

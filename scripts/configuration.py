@@ -26,12 +26,12 @@ _BY_LIBRARIES = "Read by libraries, from the environment only"
 _BY_COMPOSE = "Read by `docker compose`, from the shell or `.env`"
 _AROUND = {
     _BY_LIBRARIES: (
-        Variable("OMP_NUM_THREADS", "whole number", "`1`", "Predictor: number of threads of scikit-learn and numpy"),
+        Variable("OMP_NUM_THREADS", "whole number", "`1`", "Predictor: number of threads for scikit-learn and numpy"),
         Variable(
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
             "whole number",
             "`0`; `fraudctl train`, `promote`, `rollback`: `2`",
-            "Retries of a call to the registry",
+            "Number of retries of a failed call to the registry",
         ),
         Variable(
             "MLFLOW_HTTP_REQUEST_TIMEOUT",
@@ -51,14 +51,19 @@ _AROUND = {
             "AWS_ACCESS_KEY_ID",
             "text",
             "",
-            "S3 access key: `fraudctl export`, `fraudctl train`, models in S3",
+            "S3 access key, for `fraudctl export`, `fraudctl train` and models in S3",
         ),
         Variable("AWS_SECRET_ACCESS_KEY", "secret", "", "S3 secret key"),
         Variable("AWS_SESSION_TOKEN", "secret", "", "S3 session token, for temporary credentials"),
         Variable("AWS_DEFAULT_REGION", "text", "", "S3 region"),
-        Variable("AWS_ENDPOINT_URL", "URL", "", "Endpoint of another S3 provider"),
-        Variable("MLFLOW_S3_ENDPOINT_URL", "URL", "", "The same for MLflow"),
-        Variable("REQUESTS_CA_BUNDLE", "path", "", "CA certificates for `https://`: the API, the webhook and MLflow"),
+        Variable("AWS_ENDPOINT_URL", "URL", "", "Endpoint of an S3 provider other than AWS"),
+        Variable("MLFLOW_S3_ENDPOINT_URL", "URL", "", "S3 endpoint for MLflow"),
+        Variable(
+            "REQUESTS_CA_BUNDLE",
+            "path",
+            "",
+            "CA certificates for `https://` connections to the API, the webhook and MLflow",
+        ),
         Variable("SSL_CERT_FILE", "path", "the system's", "CA certificates for the alerter's mail server"),
     ),
     _BY_COMPOSE: (
@@ -68,14 +73,14 @@ _AROUND = {
             "`./client.properties.example`; with docker-compose.cloud.yml `./client.properties`",
             "File on the host that compose mounts into the containers",
         ),
-        Variable("EXTRA_PACKAGES", "text", "", "Packages to add for your own models, such as `lightgbm==4.6.0`"),
-        Variable("EXTRA_DEBIAN_PACKAGES", "text", "", "Debian packages that those need, such as `libgomp1`"),
+        Variable("EXTRA_PACKAGES", "text", "", "Python packages to add for your own models, such as `lightgbm==4.6.0`"),
+        Variable(
+            "EXTRA_DEBIAN_PACKAGES", "text", "", "Debian packages that those Python packages need, such as `libgomp1`"
+        ),
     ),
     "Read by the local stack, the tests and the benchmarks": (
-        Variable(
-            "KAFKA_HOME", "path", "", "Folder of an installed Apache Kafka; if not set, its jars are downloaded once"
-        ),
-        Variable("XDG_CACHE_HOME", "path", "`~/.cache`", "Folder in which those jars are cached"),
+        Variable("KAFKA_HOME", "path", "", "Folder of an installed Apache Kafka; if not set, Kafka is downloaded once"),
+        Variable("XDG_CACHE_HOME", "path", "`~/.cache`", "Folder in which the downloaded Kafka is cached"),
         Variable("FRAUD_ALARM_SAMPLE", "path", "", "CSV file with real labelled rows, for the tests that need them"),
         Variable("CI", "text", "", "If set, tests that need Apache Kafka fail instead of being skipped"),
     ),
@@ -87,26 +92,26 @@ _INTRODUCTION = """\
 Generated from the settings classes by `make configuration`. A test fails if this page is out of date.
 
 A service reads its settings from the environment and from a file `secrets.env` in its working directory; the
-environment wins. With Docker, compose passes `secrets.example.env` and then `secrets.env` as the environment. An empty
-value counts as not set. If a required setting is missing or a value is invalid, the service prints one line that names
-the setting and exits with code 2.
+environment takes precedence. With Docker, compose reads `secrets.example.env` and then `secrets.env`, and passes the
+values to the containers as environment variables. An empty value counts as not set. If a required setting is missing
+or a value is invalid, the service prints one line that names the setting, and exits with code 2.
 
 **Secrets in files.** Each setting can also be read from a file: append `_FILE` to its name, and set it to the path of a
 UTF-8 text file with the value. A newline at the end of the file is ignored.
-`DATABASE_URL_FILE=/run/secrets/database_url` keeps the login out of the environment, where everybody who may inspect
-the container can read it. Set only one of the two: an empty `DATABASE_URL=` cancels the value in
-`secrets.example.env`. A file is read once, at the start.
+For example, `DATABASE_URL_FILE=/run/secrets/database_url` keeps the login out of the environment, which everybody who
+may inspect the container can read. Set only one of the two variables: an empty `DATABASE_URL=` in `secrets.env` cancels
+the value in `secrets.example.env`. The file is read once, when the service starts.
 
-**Unknown names.** A variable in `secrets.env` that no service and no library reads is ignored. A warning at the start
-names it, and the setting that was probably meant, but never its value. Most variables in the environment are not the
-project's, so there the warning is limited to names of more than ten letters that differ from a setting's name by about
-one letter. Compose passes the file as the environment; `fraudctl doctor`, run in the file's folder, finds all unknown
-names.
+**Unknown names.** A variable in `secrets.env` that no service and no library reads is ignored. A service that reads the
+file logs a warning when it starts, with the variable's name and the setting that was probably meant, but never the
+value. Most environment variables belong to other programs, so for these the warning is limited to names of more than
+ten letters that differ from a setting's name by about one letter. This limit also applies with Docker, where the
+content of `secrets.env` arrives in the environment. To find all unknown names, run `fraudctl doctor` in the folder of
+`secrets.env`.
 
-`fraudctl` reads the same settings. Each command reads those of the service that it is about: `train`, `promote` and
-`rollback` the predictor's settings of the registry, which their options override; `labels`, `export` and `migrate` only
-those of the database; `alert-test` those of the alerter; and every command that uses Kafka those that all services
-read.
+`fraudctl` reads the same settings. `train`, `promote` and `rollback` read the predictor's registry settings, which
+their options override. `labels`, `export` and `migrate` read only the database settings, and `alert-test` reads the
+alerter's settings. Every command that uses Kafka reads the settings that all services read.
 
 Secrets never appear in logs, errors or the `repr` of the settings. Logins in URLs (`https://user:password@host/`) are
 removed from logs and errors as well.
@@ -140,14 +145,14 @@ def names() -> str:
 
 def _with_cloud(others: tuple[Variable, ...]) -> str:
     text = (ROOT / "docker-compose.cloud.yml").read_text()
-    taken = dict.fromkeys(re.findall(r"(?<!\$)\$\{(\w+)", text))  # in its order
+    taken = dict.fromkeys(re.findall(r"(?<!\$)\$\{(\w+)", text))  # in the order of the file
     listed = _listed([f"`{name}`" for name in taken if name not in {each.name for each in others}])
-    lead = "With `docker-compose.cloud.yml`, these are read from there as well, and override `secrets.env`"
+    lead = "With `docker-compose.cloud.yml`, compose reads these in the same way, and they override `secrets.env`"
     return "\n".join(textwrap.wrap(f"{lead}: {listed}.", 120, break_on_hyphens=False)) + "\n"
 
 
 def _by_readers() -> Mapping[tuple[str, ...], list[Variable]]:
-    """Variables by their readers, most readers first. One that differs between services is listed for each."""
+    """Variables by the services that read them, most services first. One that differs between services is repeated."""
     readers: dict[Variable, list[str]] = {}
     for service, settings in READERS.items():
         for variable in _variables(settings):

@@ -1,4 +1,4 @@
-"""The bill of materials of each image, in CycloneDX, from the packages that its lock installs: `make sbom`."""
+"""Writes a CycloneDX bill of materials for each image, from its locked requirements. `make sbom` runs this."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ _UNSPECIFIC = "License :: OSI Approved"
 
 
 def install(image: str, venv: Path) -> Path:
-    """Install the image's locked requirements into a new venv, hashes checked. Returns its site-packages."""
+    """Install the image's locked requirements into a new venv, checking hashes. Returns its site-packages."""
     uv = Path(sysconfig.get_path("scripts")) / "uv"
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, venv], check=True)
     subprocess.run([uv, "pip", "sync", "--quiet", "--python", venv, "--require-hashes", lock_of(image)], check=True)
@@ -28,7 +28,7 @@ def install(image: str, venv: Path) -> Path:
 
 
 def bill(venv: Path) -> dict[str, Any]:
-    """The packages that are installed there, as CycloneDX."""
+    """The packages that are installed in the venv, as a CycloneDX document."""
     tool: list[str | Path] = [
         sys.executable,
         "-m",
@@ -46,14 +46,14 @@ def bill(venv: Path) -> dict[str, Any]:
 
 
 def licences(component: dict[str, Any]) -> list[str]:
-    """The names of a component's licences: SPDX identifiers where there are any."""
+    """The names of a component's licences, as SPDX identifiers where it has them."""
     declared = (entry.get("expression") or entry["license"] for entry in component.get("licenses", []))
     named = (each if isinstance(each, str) else each.get("id") or each["name"] for each in declared)
     return [name for name in named if name != _UNSPECIFIC]
 
 
 def main() -> int:
-    """Write build/sbom/<image>.cdx.json for each image and list all licences. Exit code 1 if one is unknown."""
+    """Write build/sbom/<image>.cdx.json for each image, and print all licences. Returns 1 if any is unknown."""
     directory = ROOT / "build" / "sbom"
     directory.mkdir(parents=True, exist_ok=True)
     listed: dict[str, tuple[list[str], list[str]]] = {}

@@ -1,6 +1,6 @@
-"""Words to avoid, in prose and in names: `python -m scripts.wording` prints `path:line: word: use X` for each.
+"""Finds words to avoid, in prose and in names. `python -m scripts.wording` prints `path:line: word: use X` for each.
 
-In Python, comments, strings and names are checked; in other text files, everything. A phrase may span lines.
+In Python files, it checks comments, strings and names; in other text files, everything. A phrase may span lines.
 """
 
 import ast
@@ -17,7 +17,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 FILES = ("*.py", "*.md", "*.txt", "*.html", "*.yml", "*.yaml", "*.toml", "*.env", "*.sql", "*.example", "*file")
 
-# What to write instead, by word or phrase.
+# Words and phrases to avoid (regular expressions), and what to write instead.
 AVOID = {
     r"tell|tells|telling|told": "log, report, say or pass",
     r"mend|mends|mended|mending": "fix, repair or correct",
@@ -35,20 +35,20 @@ AVOID = {
     r"to its makers|its makers": "its vendor",
     r"where they? stands?": "its state",
 }
-# Docstrings that say nothing to a reader who has not seen the code.
+# Docstrings that mean nothing to a reader who has not seen the code.
 RIDDLES = ("It has.", "They are.", "It does.", "It was.", "There are none.", "There is none.")
 
-# (file, part of the line, why it stays)
+# (file, part of the line, why the word may stay)
 EXCEPTIONS = (
     ("scripts/wording.py", "", "lists the words"),
     ("tests/scripts/test_wording.py", "", "tests the list"),
     ("*requirements*.txt", "", "names of packages"),
     ("*.py", ".tell()", "the method of files"),
     ("CHANGELOG.md", "| `comes_again` |", "an earlier name"),
-    ("CHANGELOG.md", "(was `mended", "an earlier name"),
+    ("CHANGELOG.md", "| `mended and replayed` |", "an earlier name"),
 )
 
-_GAP = r"[\s#/*>_-]+"  # between the words of a phrase: also a line break, with the mark of a comment or a quote
+_GAP = r"[\s#/*>_-]+"  # what may separate the words of a phrase, including a line break and a comment or quote mark
 _PATTERNS = {
     re.compile(rf"(?<![a-z])(?:{words.replace(' ', _GAP)})(?![a-z])", re.IGNORECASE): advice
     for words, advice in AVOID.items()
@@ -56,7 +56,7 @@ _PATTERNS = {
 
 
 class Finding(NamedTuple):
-    """A word to avoid, on a line that counts from 1."""
+    """A word to avoid, the line that has it, counted from 1, and what to use instead."""
 
     line: int
     word: str
@@ -64,7 +64,7 @@ class Finding(NamedTuple):
 
 
 def in_text(text: str, first_line: int = 1) -> Iterator[Finding]:
-    """Everything to avoid in a piece of text that begins on this line."""
+    """Find everything to avoid in a text that begins on line `first_line` of its file."""
     for pattern, advice in _PATTERNS.items():
         for match in pattern.finditer(text):
             line = first_line + text.count("\n", 0, match.start())
@@ -72,12 +72,12 @@ def in_text(text: str, first_line: int = 1) -> Iterator[Finding]:
 
 
 def in_python(source: str) -> Iterator[Finding]:
-    """Everything to avoid in the comments, strings, names and docstrings of a module."""
+    """Find everything to avoid in the comments, strings, names and docstrings of a module."""
     comments: list[tokenize.TokenInfo] = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments.append(token)
-        elif token.type not in (tokenize.NL, tokenize.NEWLINE):  # a comment may go on in the next line
+        elif token.type not in (tokenize.NL, tokenize.NEWLINE):  # a comment may continue on the next line
             yield from _in_comment(comments)
             comments = []
             if token.type in (tokenize.STRING, tokenize.NAME):
@@ -96,7 +96,7 @@ def _in_comment(lines: list[tokenize.TokenInfo]) -> Iterator[Finding]:
 
 
 def in_file(path: str, text: str) -> Iterator[Finding]:
-    """Everything to avoid in a file, by its path from the root, except for EXCEPTIONS."""
+    """Find everything to avoid in a file, except for EXCEPTIONS. `path` is relative to the root."""
     lines = text.splitlines()
     for found in in_python(text) if path.endswith(".py") else in_text(text):
         if not any(fnmatch(path, glob) and part in lines[found.line - 1] for glob, part, _ in EXCEPTIONS):
@@ -104,7 +104,7 @@ def in_file(path: str, text: str) -> Iterator[Finding]:
 
 
 def main() -> int:
-    """Check every file that git knows or would add. Returns the exit code."""
+    """Check every file that git tracks or would add. Returns 1 if anything is to be avoided."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     wrong = 0

@@ -1,6 +1,7 @@
-"""The one list of services. Everything that lists them derives from it, or is checked against it by a test.
+"""The list of all services. Every other list of services is derived from this one, or a test compares the two.
 
-It imports settings classes and nothing heavy. No service imports it: an image holds its own service alone.
+This module imports only settings classes, so it loads fast. No service may import it, because the image of a service
+contains no other service.
 """
 
 from collections.abc import Iterator
@@ -17,27 +18,27 @@ Need = Literal["payments API", "registry", "database", "mail server"]
 
 
 class Group(NamedTuple):
-    """A consumer group, by the settings that name it and its topic."""
+    """The names of the settings that configure a consumer group."""
 
-    setting: str
-    topic: Topic
-    only_with: str | None = None  # the setting without which nobody joins it
+    setting: str  # holds the name of the group
+    topic: Topic  # holds the name of the topic that the group reads
+    only_with: str | None = None  # the group has no members unless this setting is set
 
 
 class Service(NamedTuple):
     """What the rest of the project needs to know about a service."""
 
-    name: str  # of its package, its container and its Prometheus job
+    name: str  # also the name of its package, container and Prometheus job
     settings: type[ServiceSettings]
     groups: tuple[Group, ...] = ()
     writes: Topic | None = None
-    needs: tuple[Need, ...] = ()  # besides Kafka
-    extras: tuple[str, ...] = ()  # of pyproject.toml, that its image installs; none: the dependencies of all services
-    core: bool = True  # part of the flow: the demo starts it, and every deployment has it
+    needs: tuple[Need, ...] = ()  # the external systems that it uses besides Kafka
+    extras: tuple[str, ...] = ()  # pyproject.toml extras that its image installs besides the base dependencies
+    core: bool = True  # whether the demo and every deployment include it
 
     @property
     def module(self) -> str:
-        """What `python -m` runs."""
+        """The module to run with `python -m`."""
         return f"services.{self.name}"
 
 
@@ -80,7 +81,7 @@ CORE = tuple(service.name for service in SERVICES if service.core)
 
 
 def readers() -> Iterator[tuple[Service, Group]]:
-    """Every consumer group with its service, in the order of the flow."""
+    """Each consumer group and its service, in the order in which records pass through the services."""
     for service in SERVICES:
         for group in service.groups:
             yield service, group

@@ -1,4 +1,4 @@
-"""Dead letters: bad messages kept with their original bytes and their origin, on `<topic>.dlq`."""
+"""Dead letters: bad messages, kept on `<topic>.dlq` with their original bytes and where they came from."""
 
 import time
 from collections import deque
@@ -21,10 +21,10 @@ R = TypeVar("R")
 
 
 class Limit:
-    """Distinguishes bad rows from a bad model, table or mail server, which refuses row after row.
+    """Distinguishes bad rows from a broken model, table or mail server, which refuses row after row.
 
-    It is not the rows if `consecutive` rows are refused one after the other, or more than a share of `ratio` of the
-    last thousand. A refused row is one that could be read and was then not accepted.
+    The limit is exceeded if `consecutive` rows in a row are refused, or a larger share than `ratio` of the last
+    thousand rows. A refused row is one that could be read, but was not accepted.
     """
 
     def __init__(self, *, ratio: float, consecutive: int) -> None:
@@ -34,13 +34,13 @@ class Limit:
 
     @classmethod
     def from_settings(cls, settings: StreamSettings) -> Self:
-        """The limit that DEAD_LETTER_LIMIT_RATIO and DEAD_LETTER_LIMIT_CONSECUTIVE set."""
+        """Make a limit from DEAD_LETTER_LIMIT_RATIO and DEAD_LETTER_LIMIT_CONSECUTIVE."""
         return cls(ratio=settings.dead_letter_limit_ratio, consecutive=settings.dead_letter_limit_consecutive)
 
     def check(self, results: Sequence[object]) -> None:
-        """Count the results of a batch, in order: those that are Poison were refused.
+        """Count the results of a batch, in order; a result that is Poison is a refused row.
 
-        Raises Outage if it is not the rows. The batch is then not counted, since it will be redelivered.
+        Raises Outage if the limit is exceeded. The batch is then not counted, since it will be redelivered.
         """
         refused = [isinstance(result, Poison) for result in results]
         if not any(refused):
@@ -55,7 +55,7 @@ class Limit:
 
 
 def refusal(topic: str, reason: str, *, by: str) -> Headers:
-    """The headers of a dead letter: its topic, the group that refused it, the reason and the time."""
+    """Headers for a dead letter: the record's topic, the group that refused the record, the reason and the time."""
     return [
         ("dlq-reason", reason[:_MAX_REASON].encode()),
         ("dlq-topic", topic.encode()),
@@ -65,13 +65,13 @@ def refusal(topic: str, reason: str, *, by: str) -> Headers:
 
 
 def reason_of(letter: Record) -> str:
-    """The reason for which a record became a dead letter."""
+    """Why a record became a dead letter, as its headers say."""
     found = dict(letter.headers)["dlq-reason"]
     return found.decode() if isinstance(found, bytes) else str(found)
 
 
 def dead_letter(message: Message, reason: str, *, group: str) -> Record:
-    """The record that keeps `message`: value, key, headers and coordinates, and which group refused it and why."""
+    """Make a dead letter of `message`: its value, key, headers and coordinates, the refusing group, and the reason."""
     topic, partition, offset = coordinates(message)
     original = [header for header in headers(message) if not header[0].startswith("dlq-")]
     return Record(
@@ -89,10 +89,10 @@ def dead_letter(message: Message, reason: str, *, group: str) -> Record:
 
 
 def isolate(rows: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) -> list[R | Poison]:
-    """Work on all rows at once; if that raises Poison, halve until each bad row is alone.
+    """Call `work` on all rows at once; if it raises Poison, halve the rows until each bad row is alone.
 
-    Returns a result or the Poison for each row, in order. n rows with one bad row among them cost about 2 log2(n)
-    calls. Any other exception is passed on.
+    Returns one entry per row, in order: the result or the Poison. n rows with one bad row among them cost about
+    2 log2(n) calls. Any other exception is passed on.
     """
     try:
         return list(work(rows))

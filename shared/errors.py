@@ -5,11 +5,11 @@ Poison: dead-letter this record. Outage: wait and retry the batch. SettingsError
 
 
 class Poison(Exception):
-    """This record can never be processed: it becomes a dead letter, and its neighbours go on."""
+    """This record can never be processed: it becomes a dead letter, and the records around it are processed."""
 
 
 class Outage(Exception):
-    """Something the service needs is away: nothing is lost or dead-lettered, and the work is retried later.
+    """Something that the service needs is unavailable. Nothing is lost or dead-lettered; the work is retried later.
 
     `retry_after_s` is the wait that the payments API asked for; 0 if it did not.
     """
@@ -20,4 +20,4 @@ class Outage(Exception):
 
 
 class SettingsError(Exception):
-    """A setting is missing or wrong: one line that names it, exit code 2."""
+    """A setting is missing or wrong. The program prints one line that names the setting, and exits with code 2."""

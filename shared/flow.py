@@ -1,4 +1,4 @@
-"""Logging a flow of records: at most one line a second, however fast they arrive."""
+"""Logging a flow of records: at most one line per second, however fast they arrive."""
 
 import time
 from collections import Counter
@@ -10,9 +10,9 @@ log = structlog.get_logger()
 
 
 class Flow:
-    """Sums counts and logs them as one `event`, with `levels` and the rate and running total of the first count.
+    """Adds up counts and logs them as one `event`.
 
-    `names` are repeated on each line.
+    Each line also has the rate and the running total of the first count, the values from `levels()`, and `names`.
     """
 
     def __init__(self, event: str, *, levels: Callable[[], Mapping[str, int]] = dict, **names: str) -> None:
@@ -25,19 +25,19 @@ class Flow:
         self._total = 0
 
     def add(self, *, ages_ms: Iterable[float] = (), **counts: int) -> None:
-        """Add, for example, `records=1000, dead_letters=2`, and the ages of some of the records when they were done."""
+        """Add counts, such as `records=1000, dead_letters=2`, and the ages of some of the records when done."""
         self._counts.update(counts)
         self._ages_ms += ages_ms
         self._total += next(iter(counts.values()))
         self.report_if_due()
 
     def report_if_due(self) -> None:
-        """Log what has not been logged yet, if a second has passed since the last line."""
+        """Log the counts that are not logged yet, if a second has passed since the last line."""
         if time.monotonic() - self._since >= 1.0:
             self.report()
 
     def report(self) -> None:
-        """Log what has not been logged yet, if there is anything."""
+        """Log the counts that are not logged yet, if there are any."""
         now = time.monotonic()
         if any(self._counts.values()):
             per_s = round(next(iter(self._counts.values())) / max(now - self._since, 0.001))
@@ -50,5 +50,5 @@ class Flow:
 
 
 def _p99(values: list[float]) -> float:
-    """The smallest value that 99 % of them do not exceed (nearest rank)."""
+    """The 99th percentile: the smallest of the values that at least 99 % of them do not exceed (nearest rank)."""
     return sorted(values)[-(-99 * len(values) // 100) - 1]

@@ -1,4 +1,4 @@
-"""`/live`, `/ready` and `/metrics`: whether the service is alive, and what it waits for."""
+"""The endpoints /live, /ready and /metrics: whether the service is alive, what it waits for, and its metrics."""
 
 import time
 from collections.abc import Iterator
@@ -20,25 +20,25 @@ log = structlog.get_logger()
 _CLIENT_TIMEOUT_S = 10.0
 _WATCH_S = 1.0
 
-# One for the process, like its metrics. Several threads write here, each under names of its own.
+# Shared by the whole process, like the metrics. Several threads write here, each under its own names.
 _turns: dict[str, float] = {}  # monotonic: when a loop last turned or a call began
 _waiting_for: dict[str, str] = {}
 _was_ready = Event()
 
 
 def turned(loop: str) -> None:
-    """Note that the loop turns; it is expected to turn again soon."""
+    """Report that the loop has turned. If it does not turn again soon, it counts as stalled."""
     _turns[loop] = time.monotonic()
 
 
 def ended(loop: str) -> None:
-    """Note that the loop has ended, and is not expected to turn again."""
+    """Report that the loop has ended and will not turn again."""
     _turns.pop(loop, None)
 
 
 @contextmanager
 def call(name: str) -> Iterator[None]:
-    """Mark a call that is expected to return soon."""
+    """Watch the call in the `with` block. If it does not return soon, it counts as stalled."""
     turned(name)
     try:
         yield
@@ -47,7 +47,7 @@ def call(name: str) -> Iterator[None]:
 
 
 def slow(longer_than_s: float = 0.0) -> dict[str, float]:
-    """Loops that have not turned and calls that have not returned for longer than that, by name, in seconds."""
+    """Seconds, by name, since loops last turned and running calls began, where that is longer than `longer_than_s`."""
     now = time.monotonic()
     return {name: now - at for name, at in list(_turns.items()) if now - at > longer_than_s}
 
@@ -61,14 +61,14 @@ def waits_for(what: str, reason: str) -> None:
 
 
 def has(what: str) -> None:
-    """Clear what `waits_for(what)` reported. The service is not ready before the first call that leaves nothing."""
+    """Clear what `waits_for(what)` reported. The service is ready once nothing is left to wait for."""
     _waiting_for.pop(what, None)
     if not _waiting_for:
         _was_ready.set()
 
 
 def serve(service: str, settings: ServiceSettings) -> None:
-    """Answer on METRICS_PORT until the process ends. Raises SettingsError if the port is taken."""
+    """Serve the endpoints on METRICS_PORT until the process ends. Raises SettingsError if the port is taken."""
     stall_s = settings.stall_seconds
     metrics.LOOP_AGE.set_function(lambda: max(slow().values(), default=0.0))
     Thread(target=_watch, args=[stall_s], daemon=True, name="watch").start()
@@ -107,7 +107,7 @@ def serve(service: str, settings: ServiceSettings) -> None:
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, request: object, client_address: object) -> None:
-            """Do not log clients that disconnect before the answer."""
+            """Do not log clients that disconnect before the response."""
 
     try:
         server = Server((settings.metrics_host, settings.metrics_port), Answers)
@@ -118,7 +118,7 @@ def serve(service: str, settings: ServiceSettings) -> None:
 
 
 def _watch(stall_s: float) -> None:
-    """Log what stalls, and when it continues."""
+    """Log when a loop or call stalls, and when it continues."""
     said: set[str] = set()
     while True:
         stalled = slow(stall_s)

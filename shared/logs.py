@@ -1,4 +1,4 @@
-"""Logs for operators: one line a batch or event, `key=value` or JSON, never a full card number or a login."""
+"""Logs for operators: one line per event, as `key=value` or JSON, without full card numbers and logins."""
 
 import logging
 import re
@@ -16,9 +16,9 @@ _REMINDER_S = 60.0
 
 
 def configure(service: str, settings: ServiceSettings) -> None:
-    """Send structlog's and the standard library's lines (librdkafka's among them) through one pipe to stdout."""
+    """Write the lines of structlog and of the standard library (including librdkafka's) to stdout in one format."""
     shared_steps: list[Processor] = [
-        lambda _logger, _method, event: {"service": service, **event},  # from whichever thread
+        lambda _logger, _method, event: {"service": service, **event},  # added in every thread
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.stdlib.PositionalArgumentsFormatter(),
@@ -56,7 +56,7 @@ def configure(service: str, settings: ServiceSettings) -> None:
 
 
 class Sparingly(logging.Filter):
-    """Lets each kind of line pass once a minute: in an outage librdkafka repeats itself many times a second."""
+    """Passes each kind of line once per minute: in an outage, librdkafka repeats its lines many times per second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Sparingly(logging.Filter):
 
 
 def mask_cards(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Hide every run of 11 to 19 digits that passes the Luhn test and every login in a URL, whoever logged it."""
+    """Mask card numbers (11 to 19 digits that pass the Luhn test) and logins in URLs, whoever logged the line."""
     return {key: _masked(value) for key, value in event.items()}
 
 

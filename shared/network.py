@@ -1,4 +1,4 @@
-"""Why a connection failed, in plain words. Client libraries wrap the error of the system and quote URLs with logins."""
+"""Why a connection failed, in plain words. Client libraries hide the system's error, and quote URLs with logins."""
 
 import http.client
 import re
@@ -7,10 +7,10 @@ import ssl
 
 
 def why_unreachable(error: BaseException, *, default: str | None = None) -> str:
-    """The reason, for example `connection refused`: that of the first system error among `error` and its causes.
+    """The reason from the first system error among `error` and its causes, for example `connection refused`.
 
-    Without one, `default`, or the words in the name of the error's type. Never a library's message, which may hold a
-    secret.
+    If there is no system error, returns `default`, or else the words in the name of the error's type. Never returns a
+    library's message, which may contain a secret.
     """
     at: BaseException | None = error
     while at is not None:

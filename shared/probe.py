@@ -1,6 +1,6 @@
 """A container's health check: `python -m shared.probe` checks that the service in this container is live.
 
-`python -m shared.probe ready` checks that it is ready, and prints what it waits for.
+`python -m shared.probe ready` checks that the service is ready, and prints what it waits for.
 """
 
 import sys
@@ -13,12 +13,12 @@ _TIMEOUT_S = 5.0
 
 
 def main() -> int:
-    """Print the answer. Exit code 0 if it is good, or if METRICS_PORT is 0, so that there is nothing to check."""
+    """Print the service's response. Returns 0 if the check passes, or if METRICS_PORT is 0 and so there is no check."""
     what = sys.argv[1] if len(sys.argv) > 1 else "live"
     try:
         settings = load(ServiceSettings)
     except SettingsError as error:
-        print(error)  # noqa: T201 - what a probe prints, `docker inspect` shows
+        print(error)  # noqa: T201 - `docker inspect` shows what a probe prints
         return 2
     if settings.metrics_port == 0:
         return 0
@@ -29,7 +29,7 @@ def main() -> int:
         answer = connection.getresponse()
         print(answer.read().decode().strip())  # noqa: T201
     except (OSError, HTTPException) as error:
-        print(f"no answer: {error}")  # noqa: T201
+        print(f"no response: {error}")  # noqa: T201
         return 1
     return 0 if answer.status == 200 else 1
 

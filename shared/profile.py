@@ -1,7 +1,8 @@
 """The distribution of a model's features in training. It is logged with the model, and live data is compared with it.
 
-Distributions depend on the hour: people do not buy at night what they buy at noon. So a profile has shares for each
-quarter of the day. It covers legitimate payments only: frauds are far more frequent in training data than in life.
+Distributions depend on the hour: people do not buy at night what they buy at noon. So a profile has separate shares
+for each quarter of the day. It covers only legitimate payments, because frauds are far more frequent in training data
+than in live data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,32 +18,35 @@ _PRIOR_ROWS = 100
 
 
 class Numbers(msgspec.Struct, frozen=True):
-    """A numeric feature, in BINS bins of about a tenth of the rows each, divided by `edges` (BINS - 1 values)."""
+    """A numeric feature's distribution over BINS bins, divided by `edges`, with about a tenth of the rows in each bin.
+
+    There are fewer bins if a value is so frequent that edges coincide.
+    """
 
     low: float
     high: float
     edges: list[float]
-    shares: list[list[float]]  # (quarters of the day, BINS)
+    shares: list[list[float]]  # (quarters of the day, len(edges) + 1)
 
 
 class Names(msgspec.Struct, frozen=True):
-    """A categorical feature."""
+    """A categorical feature's distribution over its known values."""
 
     known: list[str]
     shares: list[list[float]]  # (quarters of the day, len(known))
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """The distribution of each feature in training."""
+    """The distribution of each feature in training, by name."""
 
     numbers: dict[str, Numbers]
     names: dict[str, Names]
 
 
 def make_profile(columns: Mapping[str, Sequence[Any]], times: Sequence[str]) -> Profile:
-    """The profile of legitimate payments, from raw `columns` (n values each) and their trans_date_trans_time (n).
+    """Make a profile of legitimate payments, from their raw `columns` and their trans_date_trans_time (n values each).
 
-    Dates of birth count by their year. Text columns with many different values, such as names, are left out.
+    For a date of birth, the year is used. Text columns with many different values, such as names, are left out.
     """
     quarters = quarters_of(times)
     numbers, names = {}, {}
@@ -60,17 +64,17 @@ def make_profile(columns: Mapping[str, Sequence[Any]], times: Sequence[str]) -> 
 
 
 def quarters_of(times: Sequence[str]) -> np.ndarray:
-    """The quarter of the day (n,) of each `YYYY-MM-DD HH:MM:SS`."""
+    """The quarter of the day, from 0 to 3, for each time written as `YYYY-MM-DD HH:MM:SS` (n,)."""
     return np.array([int(time[11:13]) * QUARTERS // 24 for time in times])
 
 
 def numbers_of(feature: str, values: Sequence[Any]) -> np.ndarray:
-    """A feature's values (n,) as numbers; of a date of birth, the year."""
+    """A feature's values as numbers (n,); for dates of birth, their years."""
     return np.array([int(value[:4]) for value in values] if feature == "dob" else values, dtype=float)
 
 
 def _shares(bins: np.ndarray, quarters: np.ndarray, count: int) -> list[list[float]]:
-    """Shares of the bins in each quarter of the day, smoothed with _PRIOR_ROWS rows of the whole day."""
+    """The share of each bin in each quarter of the day, smoothed by _PRIOR_ROWS rows of the whole day."""
     whole = np.bincount(bins, minlength=count)
     found = [np.bincount(bins[quarters == quarter], minlength=count) for quarter in range(QUARTERS)]
     mixed = [each + _PRIOR_ROWS * whole / whole.sum() for each in found]  # a few rows say little about their quarter

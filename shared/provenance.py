@@ -1,4 +1,4 @@
-"""Where a prediction comes from: a record header of topic_2, so that the value keeps its N+2 features."""
+"""Where a prediction comes from. This is a header of the topic_2 record, since the value has only the N+2 features."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ HEADER = "provenance"
 
 
 class Provenance(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """The model, its probability, the time of the prediction, and the record of topic_1 it was made from."""
+    """The model, the probability of fraud, the time of the prediction, and the topic_1 record that was scored."""
 
     model_name: str | None = None
     model_version: str | None = None
@@ -27,12 +27,12 @@ _NONE = Provenance()
 
 
 def to_headers(provenance: Provenance) -> Headers:
-    """The headers of a topic_2 record. Unknown fields are left out."""
+    """The headers for a topic_2 record. Fields that are None are left out."""
     return [(HEADER, _encode(provenance))]
 
 
 def from_headers(headers: Headers) -> Provenance:
-    """Read the provenance. If it is missing or unreadable every field is None: the prediction counts without it."""
+    """Read the provenance. If it is missing or unreadable, every field is None; the prediction is still valid."""
     for name, raw in headers:
         if name == HEADER and isinstance(raw, bytes):
             try:

@@ -1,8 +1,8 @@
-"""The records on the topics: N+1 features on topic_1, N+2 on topic_2, and how their bytes are read and written.
+"""The records of topic_1 (N+1 features) and topic_2 (N+2 features), and how their bytes are read and written.
 
 Canonical values are flat JSON objects. The payments API and older topic_1 messages use pandas "split" form
-(`{"columns": ..., "index": ..., "data": ...}`), often as a JSON string inside JSON; `read_split` turns both into
-transactions.
+(`{"columns": ..., "index": ..., "data": ...}`), often as a JSON string inside JSON. `read_split` and `read_topic_1`
+turn that form into transactions.
 """
 
 import re
@@ -22,21 +22,22 @@ Int32 = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Int64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 Text = Annotated[str, Meta(max_length=1000)]
-Key = Annotated[str, Meta(max_length=200)]  # it goes into a database index
+Key = Annotated[str, Meta(max_length=200)]  # short enough for a database index
 
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
-_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000").search  # not an escaped backslash before u0000
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000").search  # an escaped NUL, not an escaped backslash followed by u0000
 MAX_CARD_DIGITS = 19
 _END_OF_CARDS = 10**MAX_CARD_DIGITS
-# No transaction is younger than the year 5138, and none in milliseconds older than 1973: what lies above is in ms.
+# Larger epochs are in milliseconds: as seconds, they would be later than the year 5138. Smaller ones are in seconds: as
+# milliseconds, they would be earlier than March 1973.
 _LARGEST_SECONDS = 10**11
 
 
 class Transaction(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """One card payment as on topic_1: N features and the label that the source gives."""
+    """One card payment, as written to topic_1: N features and the source's label."""
 
     trans_date_trans_time: Annotated[str, Meta(max_length=19)]  # YYYY-MM-DD HH:MM:SS, UTC
-    cc_num: Annotated[int, Meta(ge=1)]  # up to 19 digits, beyond float64 and int64
+    cc_num: Annotated[int, Meta(ge=1)]  # up to 19 digits, too many for float64 and int64
     merchant: Text
     category: Text
     amt: float
@@ -60,22 +61,22 @@ class Transaction(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
     @property
     def identity(self) -> tuple[str, int]:
-        """What identifies the transaction: a `trans_num` alone can return hours later."""
+        """What identifies the transaction. A `trans_num` alone is not enough: the source may reuse it hours later."""
         return self.trans_num, self.unix_time
 
     @property
     def key(self) -> bytes:
-        """The record key: all transactions of a card share a partition, so that they stay in order."""
+        """The record key: the card number, so that all transactions of a card share a partition and stay in order."""
         return str(self.cc_num).encode()
 
 
 class Prediction(Transaction, gc=False):
-    """One card payment as on topic_2: the transaction, unchanged, and the prediction."""
+    """One card payment, as written to topic_2: the unchanged transaction and the prediction."""
 
     prediction: Literal[0, 1]
 
 
-# An invented transaction that every model must be able to score and every alarm to show.
+# A made-up transaction. Every model must be able to score it, and every alarm template must be able to show it.
 REFERENCE = Transaction(
     trans_date_trans_time="2024-05-17 13:45:12",
     cc_num=4000000000000002,
@@ -115,37 +116,37 @@ _decode_prediction = msgspec.json.Decoder(Prediction).decode
 
 
 class NotJson(Poison):
-    """Not JSON at all: usually an error page."""
+    """The value is not JSON at all; usually it is an error page."""
 
 
 class BadRow(NamedTuple):
-    """A row that could not be read: the reason, and the row alone as a value in split form."""
+    """A row that could not be read: the reason, and a value in split form with only this row."""
 
     reason: str
     value: bytes
 
 
 class Rows(msgspec.Struct, frozen=True, gc=False):
-    """The content of a value: its transactions, and its rows that could not be read."""
+    """What was read from a value: its transactions, and the rows that could not be read."""
 
     transactions: Sequence[Transaction]
     bad: Sequence[BadRow] = ()
     canonical: bytes | None = None  # the value itself, if it is one transaction in canonical form
-    in_milliseconds: int = 0  # transactions whose unix_time was not in seconds
+    in_milliseconds: int = 0  # number of transactions whose unix_time was in milliseconds
 
 
 def encode_transaction(transaction: Transaction) -> bytes:
-    """A topic_1 value."""
+    """Encode a transaction as a topic_1 value."""
     return _encode(transaction)
 
 
 def encode_prediction(value: bytes, label: int) -> bytes:
-    """A topic_2 value: the canonical `value` of a transaction, byte for byte, and `prediction`."""
+    """Make a topic_2 value: the canonical `value` of a transaction, byte for byte, with `prediction` appended."""
     return value.rstrip()[:-1] + (b',"prediction":1}' if label else b',"prediction":0}')
 
 
 def decode_prediction(value: bytes | None) -> Prediction:
-    """Read a topic_2 value. Raises Poison."""
+    """Read a topic_2 value. Raises Poison if it is not a valid prediction."""
     if not value:
         raise Poison("empty value")
     try:
@@ -175,17 +176,17 @@ def read_topic_1(value: bytes | None) -> Rows:
 
 
 def read_split(body: bytes) -> Rows:
-    """Read an answer of the payments API: split form, JSON-encoded once or twice. Raises Poison."""
+    """Read a payments API response in split form, JSON-encoded once or twice. Raises Poison if it has another form."""
     return _rows(_parse(body))
 
 
 def to_seconds(epoch: int) -> int:
-    """Epoch seconds from epoch seconds or milliseconds."""
+    """Convert an epoch to seconds if it is in milliseconds."""
     return epoch // 1000 if epoch > _LARGEST_SECONDS else epoch
 
 
 def format_time(unix_time: int) -> str:
-    """Epoch seconds as `YYYY-MM-DD HH:MM:SS` UTC. Raises ValueError or OverflowError for no such date."""
+    """Format epoch seconds as `YYYY-MM-DD HH:MM:SS` in UTC. Raises ValueError or OverflowError if out of range."""
     return time.strftime(TIME_FORMAT, time.gmtime(unix_time))
 
 
@@ -198,7 +199,10 @@ def _parse(body: bytes) -> Any:
 
 
 def _checked(transaction: _T) -> _T:
-    """Check what msgspec's types cannot. PostgreSQL would accept words such as `yesterday` as times."""
+    """Return the transaction if it passes the checks that msgspec's types cannot make. Otherwise, raises Poison.
+
+    Times are checked because PostgreSQL would also accept words such as `yesterday`.
+    """
     moment = transaction.trans_date_trans_time
     if transaction.cc_num >= _END_OF_CARDS:
         raise Poison(f"Expected `int` of at most {MAX_CARD_DIGITS} digits - at `$.cc_num`")
@@ -206,16 +210,16 @@ def _checked(transaction: _T) -> _T:
         datetime.fromisoformat(moment)
     except ValueError:
         moment = ""
-    if moment[4::3] != "-- ::":  # the separators: ISO 8601 allows other forms too
+    if moment[4::3] != "-- ::":  # check the separators: ISO 8601 allows other forms too
         raise Poison("Expected YYYY-MM-DD HH:MM:SS - at `$.trans_date_trans_time`")
     if not _is_date(transaction.dob):
         raise Poison("Expected YYYY-MM-DD - at `$.dob`")
     return transaction
 
 
-@lru_cache(100_000)  # dates of birth repeat
+@lru_cache(100_000)  # many transactions share a date of birth
 def _is_date(text: str) -> bool:
-    """Whether this is an existing date in the form YYYY-MM-DD."""
+    """Whether the text is an existing date, written as YYYY-MM-DD."""
     try:
         return date.fromisoformat(text) is not None and text[4::3] == "--"
     except ValueError:
@@ -223,9 +227,9 @@ def _is_date(text: str) -> bool:
 
 
 def _without_nul(text: bytes) -> bytes:
-    """The JSON, if no text in it contains NUL, which PostgreSQL cannot store. Raises Poison."""
+    """Return the JSON unchanged. Raises Poison if a string in it contains NUL, which PostgreSQL cannot store."""
     if b"\\" in text and _NUL(text):
-        raise Poison("NUL in a text")
+        raise Poison("a string contains NUL")
     return text
 
 
@@ -249,7 +253,7 @@ def _rows(payload: Any) -> Rows:
 
 
 def _in_milliseconds(columns: list[Any], data: list[Any]) -> int:
-    """How many rows give `unix_time` in milliseconds instead of seconds; `current_time` is always in milliseconds."""
+    """The number of rows with `unix_time` in milliseconds instead of seconds. Rows with `current_time` do not count."""
     if "current_time" in columns:
         return 0
     at = columns.index("unix_time")

@@ -1,7 +1,7 @@
-"""Waiting out an outage: capped exponential backoff, half of it jitter, and a log that says how long it lasted.
+"""Waiting out an outage: capped exponential backoff, half of it jitter, and a log of how long the outage lasted.
 
-Formula: "Equal Jitter" in https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/. It keeps many
-clients of one dead dependency from retrying at the same moment.
+Formula: "Equal Jitter" in https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/. It keeps the
+many clients of a failed dependency from all retrying at the same moment.
 """
 
 import random
@@ -23,16 +23,16 @@ T = TypeVar("T")
 
 
 def delay_s(attempt: int, *, initial_s: float, max_s: float) -> float:
-    """Seconds to wait before try `attempt` + 1, `attempt` counted from 0."""
+    """Seconds to wait after try number `attempt`, counted from 0, has failed."""
     ceiling = min(max_s, initial_s * 2.0 ** min(attempt, 30))
-    return random.uniform(ceiling / 2, ceiling)  # noqa: S311 - spreads load, guards nothing
+    return random.uniform(ceiling / 2, ceiling)  # noqa: S311 - spreads load, not for security
 
 
 class OutageLog:
-    """Logs an outage when it starts, every minute while it lasts, and when it ends; its metrics are always current.
+    """Logs an outage when it starts, every minute while it lasts, and when it ends, and updates the outage metrics.
 
-    `waits_for` is its name on /ready, if the service cannot work meanwhile. `waiting()` counts what piles up; the
-    largest count is logged at the end. `names` are repeated on each line.
+    If the service cannot work during the outage, `waits_for` is what it waits for, as shown on /ready. `waiting()`
+    returns the size of the backlog; the largest size is logged at the end. `names` are repeated on each line.
     """
 
     def __init__(self, waits_for: str | None = None, *, waiting: Callable[[], int] | None = None, **names: str) -> None:
@@ -50,7 +50,7 @@ class OutageLog:
         return self._began is not None
 
     def failed(self, reason: str, **more: object) -> None:
-        """Note a failed try: an outage starts, or lasts. `more` is added to the line, if one is logged."""
+        """Record a failed try: an outage starts or continues. `more` is added to the line, if one is logged."""
         now = time.monotonic()
         if self._began is None:
             self._began = self._counted = now
@@ -65,7 +65,7 @@ class OutageLog:
         self.remind(**more)
 
     def remind(self, **more: object) -> None:
-        """Log an outage under way again, if a minute has passed."""
+        """Log an outage under way again, if a minute has passed since the last line."""
         if self._began is None:
             return
         now = time.monotonic()
@@ -75,7 +75,7 @@ class OutageLog:
             log.warning("outage", reason=self._reason, seconds=round(now - self._began, 1), **self._names, **more)
 
     def over(self) -> None:
-        """Note a try that succeeded: an outage under way ends."""
+        """Record a successful try: an outage under way ends."""
         if self._began is None:
             return
         now = time.monotonic()
@@ -103,9 +103,9 @@ def retry_outages(
     wait: Callable[[float], object] | None = None,
     outage_log: OutageLog,
 ) -> T:
-    """Return what `step` returns, retrying it while it raises Outage. Raises that Outage once shutdown is set.
+    """Call `step` until it does not raise Outage, and return its result. Once shutdown is set, the Outage is raised.
 
-    `wait(seconds)` passes the time between tries. Default: wait for the shutdown event.
+    `wait(seconds)` is called between tries. Default: wait for the shutdown event.
     """
     attempt = 0
     while True:

@@ -22,10 +22,10 @@ log = structlog.get_logger()
 
 
 def run(name: str, settings: type[S], serve: Callable[[S, Event], None]) -> NoReturn:
-    """Run `serve(settings, shutdown)` until it returns, which it does soon after `shutdown` is set.
+    """Run `serve(settings, shutdown)` until it returns. It must return soon after `shutdown` is set.
 
-    Exit codes: 0 after SIGTERM or SIGINT, 2 for a missing or wrong setting (one line on stderr names it), 1 for an
-    unforeseen error.
+    Exit codes: 0 after SIGTERM or SIGINT, 2 for a missing or wrong setting (one line on stderr names it), 1 for any
+    other error.
     """
     shutdown = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -51,14 +51,14 @@ def run(name: str, settings: type[S], serve: Callable[[S, Event], None]) -> NoRe
 
 
 def _tune() -> None:
-    """Tune the interpreter for threads that wait for each other's short steps, and for batches that come and go."""
+    """Tune the interpreter for threads that often wait for each other, and for short-lived batches."""
     sys.setswitchinterval(0.0002)  # a thread that returns from the broker or the database continues at once
-    gc.freeze()  # what is loaded by now stays
-    gc.set_threshold(50_000)  # nothing that a batch is made of refers to itself
+    gc.freeze()  # what is loaded by now is never freed, so the collector need not look at it
+    gc.set_threshold(50_000)  # batches contain no reference cycles, so collecting rarely is enough
 
 
 def _log_crash(error: BaseException | None) -> None:
-    """Log where it was raised and why, without the values that its message may quote."""
+    """Log the error's traceback, type and message. The message's digits are masked, since it may quote values."""
     if error:
         where = "".join(traceback.format_tb(error.__traceback__))
         reason = f"{type(error).__name__}: {without_digits(str(error))}"
@@ -66,7 +66,7 @@ def _log_crash(error: BaseException | None) -> None:
 
 
 def _exit(code: int) -> NoReturn:
-    """Exit without finalising the interpreter: threads inside C libraries may crash it and change the exit code."""
+    """Exit without finalising the interpreter, during which threads in C libraries may crash and change the code."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

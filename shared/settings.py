@@ -1,4 +1,4 @@
-"""Settings from the environment, `secrets.env` and `client.properties`. A wrong one is reported in one line."""
+"""Settings from the environment, `secrets.env` and `client.properties`. All wrong ones are reported in one line."""
 
 import difflib
 import os
@@ -28,7 +28,7 @@ Backoff = Annotated[float, Field(gt=0)]  # with 0, a consumer would retry withou
 
 
 def matching(pattern: str, problem: str) -> AfterValidator:
-    """Accept text that matches as a whole; of any other, report the `problem`."""
+    """A validator that accepts text only if all of it matches `pattern`. For any other text, it reports `problem`."""
     matches = re.compile(pattern).fullmatch
 
     def check(text: str) -> str:
@@ -40,23 +40,23 @@ def matching(pattern: str, problem: str) -> AfterValidator:
 
 
 Replica = Annotated[
-    str, matching(r"[A-Za-z0-9._-]{1,200}", "may only have letters, digits, dots, _ and -, at most 200")
+    str, matching(r"[A-Za-z0-9._-]{1,200}", "must have 1 to 200 characters: letters, digits, dots, _ and -")
 ]
 Milliseconds = Annotated[int, Field(ge=0)]
 DeliveryGuarantee = Literal["exactly_once", "at_least_once"]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
 LogFormat = Literal["console", "json"]
 
-# A line of another form may begin with a secret: it is not quoted.
+# Messages quote only names of this form: any other line may begin with a secret.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{1,39}").fullmatch
 _PROPERTY = re.compile(r"[a-z0-9._-]+").fullmatch
 
-# Files from Confluent Cloud's console carry these for other clients; librdkafka refuses to start with them.
+# Files from Confluent Cloud's console contain these for other clients; librdkafka refuses to start with them.
 _FOREIGN_PROPERTIES = ("schema.registry.", "basic.auth.")
 
 
 class Settings(BaseSettings):
-    """Each field is read from the environment variable of its name in capitals, or from the file that NAME_FILE names.
+    """Each field is read from the environment variable with its name in capitals, or from the file in NAME_FILE.
 
     `repr` does not show fields that may hold a secret.
     """
@@ -70,9 +70,12 @@ class Settings(BaseSettings):
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
         dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - a folder of secrets, which nothing sets
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's secrets folder, which is not used
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment, `secrets.env`, and the files that either of them names. Raises SettingsError."""
+        """The environment, `secrets.env`, and the files that NAME_FILE variables in either of them name.
+
+        Raises SettingsError if such a file cannot be used.
+        """
         given: dict[str, str | None] = {}
         for source in (dotenv_settings, env_settings):
             if isinstance(source, EnvSettingsSource):
@@ -82,65 +85,70 @@ class Settings(BaseSettings):
 
 
 class ServiceSettings(Settings):
-    """Read by every service."""
+    """The settings that every service reads."""
 
-    client_properties: Path = Field(Path("client.properties"), description="The Kafka client's settings file")
+    client_properties: Path = Field(Path("client.properties"), description="Path of the Kafka client's settings file")
     sasl_username: str | None = Field(None, repr=False, description="Overrides sasl.username in client.properties")
     sasl_password: SecretStr | None = Field(None, description="Overrides sasl.password in client.properties")
-    topic_1: str = Field("topic_1", min_length=1, description="Topic of the transactions")
-    topic_2: str = Field("topic_2", min_length=1, description="Topic of the transactions with their predictions")
-    log_level: LogLevel = Field("INFO", description="The lowest level that is logged")
+    topic_1: str = Field("topic_1", min_length=1, description="Topic for the transactions")
+    topic_2: str = Field("topic_2", min_length=1, description="Topic for the transactions with their predictions")
+    log_level: LogLevel = Field("INFO", description="Lowest level that is logged")
     log_format: LogFormat = Field("console", description="Format of the log lines")
-    metrics_port: int = Field(9100, ge=0, le=65535, description="Port of /metrics, /live and /ready; 0: none")
+    metrics_port: int = Field(9100, ge=0, le=65535, description="Port for /metrics, /live and /ready; 0 disables them")
     metrics_host: str = Field(
-        "127.0.0.1", min_length=1, description="Address on which /metrics, /live and /ready listen"
+        "127.0.0.1", min_length=1, description="Address on which /metrics, /live and /ready are served"
     )
     stall_seconds: float = Field(
         120.0,
         gt=0,
-        description="A loop, or a call to the model, the database or the mail server, that takes longer is stalled",
+        description="Time after which a loop, or a call to the model, database or mail server, counts as stalled",
     )
 
     @property
     def challenger_topic(self) -> str:
-        """The topic of a challenger's predictions."""
+        """The topic for a challenger's predictions."""
         return f"{self.topic_2}.challenger"
 
 
 class StreamSettings(ServiceSettings):
-    """Read by every consumer: the size of its batches, and its backoff during outages."""
+    """The settings that every consumer reads, for its name, batches, dead letters and backoff."""
 
     replica: Replica = Field(
         default_factory=socket.gethostname,
         description="Name of this replica: the same after a restart, and unique among the replicas of a service",
     )
-    max_batch_size: int = Field(1000, ge=1, le=100_000, description="Most records in a batch")
-    max_batch_wait_ms: Milliseconds = Field(2, description="Longest wait, in ms, for a batch to fill")
+    max_batch_size: int = Field(1000, ge=1, le=100_000, description="Maximum number of records in a batch")
+    max_batch_wait_ms: Milliseconds = Field(2, description="Maximum time, in ms, to wait for a batch to fill")
     dead_letter_limit_ratio: float = Field(
-        0.5, gt=0, le=1, description="Share of refused rows above which the service waits instead of dead-lettering"
+        0.5,
+        gt=0,
+        le=1,
+        description="If a larger share of recent rows is refused, the service waits instead of dead-lettering",
     )
     dead_letter_limit_consecutive: int = Field(
         20,
         ge=1,
         le=1000,
-        description="Number of consecutive refused rows from which the service waits instead of dead-lettering",
+        description="If this many consecutive rows are refused, the service waits instead of dead-lettering",
     )
-    backoff_initial_seconds: Backoff = Field(0.2, description="First wait after a failure; doubled each time")
-    backoff_max_seconds: Backoff = Field(10.0, description="Longest wait between two retries")
+    backoff_initial_seconds: Backoff = Field(
+        0.2, description="Wait after the first failure; doubled after each further failure"
+    )
+    backoff_max_seconds: Backoff = Field(10.0, description="Maximum wait between two tries")
 
 
 class RegistrySettings(Settings):
-    """Read by everything that uses the model registry."""
+    """The settings for the model registry, read by everything that uses it."""
 
-    mlflow_tracking_uri: str = Field(min_length=1, repr=False, description="The MLflow registry")
+    mlflow_tracking_uri: str = Field(min_length=1, repr=False, description="URI of the MLflow registry")
     mlflow_tracking_username: str | None = Field(None, description="User name, if the registry needs a login")
     mlflow_tracking_password: SecretStr | None = Field(None, description="Password for MLFLOW_TRACKING_USERNAME")
-    model_name: str = Field("fraud", min_length=1, description="Registered model")
-    model_alias: str = Field("champion", min_length=1, description="Alias of the version that is served")
+    model_name: str = Field("fraud", min_length=1, description="Name of the registered model")
+    model_alias: str = Field("champion", min_length=1, description="Alias of the model version to use")
 
     def set_up_mlflow(self) -> None:
-        """Put the login into the environment, where MLflow reads it, and turn its telemetry off: before its import."""
-        # The telemetry thread changes os.environ while requests reads it.
+        """Put the login into the environment for MLflow, and disable its telemetry. Call before importing MLflow."""
+        # The telemetry thread changes os.environ while the requests library reads it.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         if self.mlflow_tracking_username and self.mlflow_tracking_password:
             os.environ["MLFLOW_TRACKING_USERNAME"] = self.mlflow_tracking_username
@@ -151,9 +159,9 @@ S = TypeVar("S", bound=BaseSettings)
 
 
 def load(settings: type[S], **given: Any) -> S:
-    """Read the settings; `given` ones are taken as they are.
+    """Read the settings. Values in `given` override those from other sources.
 
-    Raises SettingsError: one line that names each missing or wrong variable, without its value.
+    Raises SettingsError with one line that names each missing or wrong variable, but not its value.
     """
     try:
         return settings(**given)
@@ -168,10 +176,10 @@ def load(settings: type[S], **given: Any) -> S:
 
 
 def unknown_variables() -> dict[str, str | None]:
-    """Names that `secrets.env` sets and nothing reads, each with the most similar known name, or None.
+    """Names in `secrets.env` that nothing reads, each with the most similar known name, or None.
 
-    Most of the environment belongs to other programs: of that, only long names that nearly match a setting are
-    returned. Raises SettingsError.
+    Most environment variables belong to other programs, so only those with long names that nearly match a setting are
+    returned as well. Raises SettingsError if `secrets.env` cannot be read.
     """
     try:
         lines = dotenv_values(SECRETS_FILE, encoding="utf-8")
@@ -189,7 +197,7 @@ def unknown_variables() -> dict[str, str | None]:
 
 
 def kafka_properties(settings: ServiceSettings) -> dict[str, str]:
-    """`client.properties`, with the credentials from the environment. Raises SettingsError."""
+    """Read `client.properties`, and add credentials from the environment. Raises SettingsError if that fails."""
     path = settings.client_properties
     try:
         properties = parse_properties(path.read_text(encoding="utf-8"))
@@ -212,7 +220,7 @@ def kafka_properties(settings: ServiceSettings) -> dict[str, str]:
 
 
 def parse_properties(text: str) -> dict[str, str]:
-    """Read librdkafka's `key=value` lines; `#` starts a comment line. Raises ValueError naming the line's number."""
+    """Read librdkafka's `key=value` lines; `#` starts a comment. Raises ValueError with the number of a bad line."""
     properties = {}
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.strip()
@@ -227,7 +235,7 @@ def parse_properties(text: str) -> dict[str, str]:
 
 
 def _from_files(fields: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[str, str]:
-    """By field, the content of the file that NAME_FILE names, without its last newline. Raises SettingsError."""
+    """The content of the file that NAME_FILE names, by field and without the final newline. Raises SettingsError."""
     found = {}
     for field in fields:
         name, path = field.upper(), given.get(f"{field}_file")
@@ -275,7 +283,7 @@ _PROBLEMS = {
 
 
 def _problem(error: ErrorDetails) -> str:
-    """What is wrong with a value, in our words, without the value."""
+    """Describe what is wrong with a setting, without quoting its value."""
     known = _PROBLEMS.get(error["type"])
     context = error.get("ctx", {})
     if error["type"] == "literal_error":

@@ -1,1 +1,1 @@
-"""The model pipeline: features, training, and which version has an alias."""
+"""The model pipeline: features, training, and the aliases of model versions."""

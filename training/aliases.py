@@ -1,4 +1,4 @@
-"""Aliases of model versions in the registry: which version has one, moving it, and moving it back."""
+"""Aliases of model versions in the registry: find the version with an alias, move the alias, or move it back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ class Alias(NamedTuple):
 
 
 class NoSuchVersion(Exception):
-    """There is no such version to move the alias to."""
+    """The version to move the alias to does not exist."""
 
 
 def bearer(of: Alias) -> str | None:
@@ -40,7 +40,7 @@ def bearer(of: Alias) -> str | None:
 
 
 def exists(of: Alias, version: str) -> bool:
-    """Whether the registered model has this version. Raises Outage."""
+    """Whether the registered model has this version. Raises Outage if the registry does not answer."""
     with _registry(of) as client:
         try:
             return client.get_model_version(of.name, version) is not None
@@ -51,7 +51,7 @@ def exists(of: Alias, version: str) -> bool:
 
 
 def move(of: Alias, version: str) -> None:
-    """Give the alias to a version, and remember the version that had it. Raises Outage."""
+    """Move the alias to a version, and remember the version that had it before. Raises Outage."""
     before = bearer(of)
     with _registry(of) as client:
         client.set_registered_model_alias(of.name, of.alias, version)
@@ -60,13 +60,15 @@ def move(of: Alias, version: str) -> None:
 
 
 def move_back(of: Alias) -> str:
-    """Give the alias back to the version that had it before. Each further call goes back one more.
+    """Move the alias back to the version that had it before, and return that version.
 
-    Returns that version. Raises NoSuchVersion if there is none, and Outage.
+    Each further call goes back one version more. Raises NoSuchVersion if there is no earlier version, and Outage if
+    the registry does not answer.
     """
     now = bearer(of)
     with _registry(of) as client:
-        earlier = [version for version in _earlier(client, of) if version != now]  # it may have been moved by hand
+        # The alias may have been moved by hand, to one of these.
+        earlier = [version for version in _earlier(client, of) if version != now]
         while earlier:
             version = earlier.pop(0)
             if exists(of, version):
@@ -77,7 +79,7 @@ def move_back(of: Alias) -> str:
 
 
 def away(tracking_uri: str, error: MlflowException) -> Outage:
-    """The Outage for a registry that does not answer."""
+    """The Outage to raise for an error of the registry."""
     return Outage(without_credentials(f"MLflow at {tracking_uri}: {str(error).splitlines()[0]}"))
 
 

@@ -1,7 +1,7 @@
 """The features that the model learns from, computed from the raw columns. This module is part of the model's artifact.
 
-Identifiers, `unix_time` and the date are left out: in the training file `unix_time` is seven years off, and the date
-says from which part of the file a row is, not whether it is a fraud.
+Identifiers, `unix_time` and the date are left out. In the training file, `unix_time` is seven years off, and the date
+shows which part of the file a row comes from, not whether it is fraud.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ _EARTH_RADIUS_KM = 6371.0
 
 
 def make_features(raw: pd.DataFrame) -> np.ndarray:
-    """The columns RAW, (n, 9), as numbers (n, 6) in the order of FEATURES. An unknown category becomes NaN.
+    """Compute FEATURES, in this order (n, 6), from the columns RAW (n, 9). An unknown category becomes NaN.
 
     Raises ValueError for an invalid time or date of birth.
     """

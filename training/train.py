@@ -38,25 +38,25 @@ TARGET_PRECISION = 0.9
 _TIME = "trans_date_trans_time"
 _FORMS = {_TIME: r"\d{4}-[01]\d-[0-3]\d [0-2]\d:[0-5]\d:[0-5]\d", "dob": r"\d{4}-[01]\d-[0-3]\d"}
 _HELD_OUT = 0.3
-_LEAST_ROWS = 20  # frauds, and legitimate rows, on each side of a split by time
+_LEAST_ROWS = 20  # minimum number of frauds, and of legitimate rows, on each side of a split by time
 _TOP = 100
 _PACKAGES = ("cloudpickle", "numpy", "pandas", "scikit-learn")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A fitted pipeline over the raw columns, its threshold, and its results on held-out rows."""
+    """A fitted pipeline that takes the raw columns, its threshold, and its results on held-out rows."""
 
     pipeline: Pipeline
     threshold: float
-    labels: np.ndarray  # (n,) of 0 and 1, of the held-out rows
-    probabilities: np.ndarray  # (n,) of fraud, by a model that has not seen the rows
-    held_out: str
+    labels: np.ndarray  # (n,) 0 or 1, for the held-out rows
+    probabilities: np.ndarray  # (n,) of fraud, from a model that was not trained on these rows
+    held_out: str  # describes the held-out rows
     profile: Profile
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Metrics on the held-out rows, at the threshold where they depend on one."""
+        """Metrics on the held-out rows. Those that depend on a threshold use this one."""
         alarms = self.probabilities >= self.threshold
         (true_negatives, false_positives), (false_negatives, true_positives) = confusion_matrix(self.labels, alarms)
         top = self.labels[np.argsort(-self.probabilities, kind="stable")[:_TOP]]
@@ -87,9 +87,9 @@ def build_pipeline(*, seed: int) -> Pipeline:
 
 
 def choose_threshold(labels: np.ndarray, probabilities: np.ndarray, *, target_precision: float) -> float:
-    """The lowest threshold that reaches the precision, given n labels of 0 and 1 and n probabilities.
+    """The lowest threshold that reaches the target precision, from labels of 0 or 1 (n,) and probabilities (n,).
 
-    If none does, the one with the highest precision: few alarms rather than many false ones.
+    If no threshold reaches it, returns the one with the highest precision: few alarms are better than many false ones.
     """
     precision, _, thresholds = precision_recall_curve(labels, probabilities)
     reaching = np.flatnonzero(precision[:-1] >= target_precision)
@@ -97,10 +97,11 @@ def choose_threshold(labels: np.ndarray, probabilities: np.ndarray, *, target_pr
 
 
 def fit(frame: pd.DataFrame, *, seed: int, target_precision: float = TARGET_PRECISION) -> Trained:
-    """Train on labelled transactions in the training file's columns. Rows without a label are ignored.
+    """Train on labelled transactions with the training file's columns. Rows without a label are ignored.
 
-    The metrics are those of a model that has not seen the held-out cards nor, where the labels allow it, their time.
-    The returned model is trained on all rows. Raises ValueError if either part has no frauds, or only frauds.
+    The metrics are those of a model that has not seen the held-out cards or, where the labels allow it, the held-out
+    period. The returned model is trained on all rows. Raises ValueError if the rows to train on, or those to hold out,
+    have no frauds or only frauds.
     """
     frame = frame.dropna(subset=["is_fraud"])
     labels = frame["is_fraud"].to_numpy(dtype=int)
@@ -123,11 +124,12 @@ def fit(frame: pd.DataFrame, *, seed: int, target_precision: float = TARGET_PREC
 
 
 def split(frame: pd.DataFrame, labels: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """The masks (n,) of the rows to train on and the rows to hold out, and a description of the latter.
+    """The masks (n,) of the rows to train on and of the rows to hold out, and a description of the held-out rows.
 
-    Each card is on one side only. The last part of the time is held out as well, if both sides then keep enough frauds
-    and legitimate rows. Otherwise the split is by card alone, as for a file whose frauds and legitimate rows are from
-    different years. Raises ValueError if even then a side has no frauds, or only frauds.
+    Each card is on one side only. The split is by time as well if that leaves enough frauds and legitimate rows on both
+    sides: only the last part of the period is then held out. Otherwise the split is by card alone, for example if a
+    file's frauds and legitimate rows are from different years. Raises ValueError if even then a side has no frauds, or
+    only frauds.
     """
     cards = GroupShuffleSplit(n_splits=1, test_size=_HELD_OUT, random_state=seed)
     unseen = np.zeros(len(frame), dtype=bool)
@@ -143,7 +145,7 @@ def split(frame: pd.DataFrame, labels: np.ndarray, *, seed: int) -> tuple[np.nda
 
 
 def register(trained: Trained, of: Alias) -> str:
-    """Log the pipeline and its threshold to MLflow, give the new version the alias, and return its number.
+    """Log the pipeline and its threshold to MLflow, give the new version the alias, and return the version's number.
 
     Raises Outage if the registry fails.
     """
@@ -154,7 +156,7 @@ def register(trained: Trained, of: Alias) -> str:
         mlflow.set_experiment(of.name)
         with mlflow.start_run(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            example = pd.DataFrame([msgspec.structs.asdict(REFERENCE)])[features.RAW]  # no customer's data
+            example = pd.DataFrame([msgspec.structs.asdict(REFERENCE)])[features.RAW]  # contains no customer's data
             learner = trained.pipeline.named_steps["trees"].get_params()
             mlflow.log_params({**learner, "threshold": trained.threshold, "held_out": trained.held_out})
             mlflow.set_tags({f"version.{package}": version(package) for package in _PACKAGES})
@@ -184,7 +186,7 @@ def register(trained: Trained, of: Alias) -> str:
 
 
 def curves(trained: Trained) -> dict[str, Figure]:
-    """Plots of the results on the held-out rows, by name."""
+    """Plots of the results on the held-out rows, by the name of the plot."""
     labels, probabilities = trained.labels, trained.probabilities
     found = {}
     for name, draw in {
@@ -205,9 +207,9 @@ def _fitted(raw: pd.DataFrame, labels: np.ndarray, seed: int) -> Pipeline:
 
 
 def read(sources: Sequence[str]) -> pd.DataFrame:
-    """The rows of training files (paths or URLs, with or without the unnamed first column), in this order.
+    """Read the rows of training files, in this order. Each is a path or a URL; the unnamed first column is optional.
 
-    Raises OSError for a file that cannot be opened, ValueError for one that is not in the training format.
+    Raises OSError if a file cannot be opened, and ValueError if it is not in the training format.
     """
     frames = []
     for source in sources:
@@ -217,7 +219,7 @@ def read(sources: Sequence[str]) -> pd.DataFrame:
             raise ValueError(f"{source}: {error}") from None
         except OSError as error:
             raise error if error.filename and error.strerror else OSError(f"{source}: {error}") from None
-        except Exception as error:  # pandas and the transports have errors of their own
+        except Exception as error:  # pandas and the transports raise their own errors
             raise ValueError(f"{source}: {error or type(error).__name__}") from None
         if absent := [name for name in FEATURES if name not in frame]:
             raise ValueError(f"{source}: columns missing: {', '.join(absent)}")
@@ -232,6 +234,6 @@ def read(sources: Sequence[str]) -> pd.DataFrame:
 
 
 def together(frame: pd.DataFrame, confirmed: pd.DataFrame) -> pd.DataFrame:
-    """Training rows and confirmed rows together. For a transaction in both, the confirmed label wins."""
+    """The training rows and the confirmed rows in one frame. For a transaction in both, the confirmed label wins."""
     rows = pd.concat([frame, confirmed.dropna(subset=["is_fraud"])], ignore_index=True)
     return rows.drop_duplicates(["trans_num", "unix_time"], keep="last", ignore_index=True)

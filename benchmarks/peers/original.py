@@ -1,6 +1,6 @@
-"""The design this project replaces, written fairly: a message, a DataFrame, a model call, and an answer at a time.
+"""The design that this project replaced, without its avoidable delays: one DataFrame and one model call per message.
 
-It does not wait for the answer's acknowledgement, and the client commits by itself.
+Predictions are written without waiting for acknowledgements, and the client commits offsets automatically.
 """
 
 import argparse
@@ -12,15 +12,15 @@ from confluent_kafka import Consumer, Producer
 
 
 def main() -> None:
-    """Work until killed."""
+    """Process records until killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", choices=["predict"])
     parser.add_argument("--bootstrap", required=True)
     parser.add_argument("--group", required=True)
     parser.add_argument("--source", required=True)
     parser.add_argument("--target", required=True)
-    parser.add_argument("--model", help="a folder with a logged model")
-    parser.add_argument("--columns", help="the model's, with commas between")
+    parser.add_argument("--model", help="Folder with a logged model.")
+    parser.add_argument("--columns", help="Columns that the model expects, separated by commas.")
     arguments = parser.parse_args()
     consumer = Consumer(
         {"bootstrap.servers": arguments.bootstrap, "group.id": arguments.group, "auto.offset.reset": "earliest"}
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def predict(consumer: Consumer, arguments: argparse.Namespace) -> None:
-    """Predict every message of one topic onto the other."""
+    """Read rows from the source topic and write them to the target topic with a prediction."""
     model = mlflow.sklearn.load_model(arguments.model)
     columns = arguments.columns.split(",")
     producer = Producer({"bootstrap.servers": arguments.bootstrap})

@@ -1,4 +1,4 @@
-"""The clients alone: every record is written as it was read. No loop in Python can be faster."""
+"""Only the Kafka clients: copy every record unchanged. No loop in Python can be faster."""
 
 import argparse
 from threading import Event
@@ -9,7 +9,7 @@ from shared.stream.delivery import enqueue
 
 
 def main() -> None:
-    """Work until killed."""
+    """Process records until killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("bootstrap", "group", "source", "target"):
         parser.add_argument(f"--{name}", required=True)

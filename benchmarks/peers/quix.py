@@ -1,4 +1,4 @@
-"""A Quix Streams application: `loop` adds a field to every record, `predict` asks the model for it."""
+"""A Quix Streams application that adds a field to every record: a constant (`loop`) or a prediction (`predict`)."""
 
 import argparse
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from quixstreams import Application
 
 
 def main() -> None:
-    """Work until killed."""
+    """Process records until killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", choices=["loop", "predict"])
     parser.add_argument("--bootstrap", required=True)
     parser.add_argument("--group", required=True)
     parser.add_argument("--source", required=True)
     parser.add_argument("--target", required=True)
-    parser.add_argument("--model", help="a folder with a logged model")
-    parser.add_argument("--columns", help="the model's, with commas between")
+    parser.add_argument("--model", help="Folder with a logged model.")
+    parser.add_argument("--columns", help="Columns that the model expects, separated by commas.")
     arguments = parser.parse_args()
     application = Application(
         broker_address=arguments.bootstrap,
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def add_field(row: dict[str, object]) -> dict[str, object]:
-    """Add a field to the record."""
+    """Add a constant field to the record."""
     row["prediction"] = 0
     return row
 

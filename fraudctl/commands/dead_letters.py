@@ -12,13 +12,12 @@ commands = Commands(help="List, show and replay records that a service rejected.
 
 OfTopic = Annotated[str | None, typer.Option("--topic", metavar="TOPIC", help="Only dead letters of this topic.")]
 OfReason = Annotated[
-    str, typer.Option("--reason", metavar="TEXT", show_default=False, help="Only those whose reason contains TEXT.")
+    str,
+    typer.Option("--reason", metavar="TEXT", show_default=False, help="Only dead letters whose reason contains TEXT."),
 ]
 Since = Annotated[
     str | None,
-    typer.Option(
-        metavar="TIME", help="Only those since a time (UTC, 2026-01-31T21:30) or within an age (90m, 2h, 3d)."
-    ),
+    typer.Option(metavar="TIME", help="Only dead letters since this UTC time (2026-01-31T21:30) or age (90m, 2h, 3d)."),
 ]
 Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="At most N, oldest first.")]
 
@@ -74,20 +73,20 @@ def replay(
     reason: OfReason = "",
     since: Since = None,
     limit: Limit = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Allow more than 1,000 letters.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Allow replaying more than 1,000 letters.")] = False,
     value: Annotated[
         Path | None, typer.Option(metavar="FILE", help="File with the corrected value, for exactly one ID.")
     ] = None,
 ) -> None:
-    """Put dead letters back on their topic, each exactly once.
+    """Put dead letters back on their topics, each exactly once.
 
-    Dead letters that were replayed before are skipped.
+    Dead letters that were already replayed are skipped.
     """
     from fraudctl import letters
     from shared.settings import ServiceSettings, kafka_properties, load
 
     if letter_ids and (topic or reason or since or limit):
-        raise CallError("IDs and filters exclude each other")
+        raise CallError("give either IDs or filters, not both")
     if value and len(letter_ids or []) != 1:
         raise CallError("--value needs exactly one ID")
     corrected = value.read_bytes() if value else None
@@ -95,5 +94,5 @@ def replay(
     properties = kafka_properties(settings)
     selection = letters.select(settings, ids=letter_ids or [], topic=topic, reason=reason, since=since)
     done = letters.replay(properties, selection, limit=limit, confirmed=yes, corrected=corrected)
-    skipped = f"; {done.skipped:,} were replayed before" if done.skipped else ""
+    skipped = f"; skipped: {done.skipped:,} already replayed" if done.skipped else ""
     say(f"replayed: {letters.counted(done.replayed)}{skipped}")

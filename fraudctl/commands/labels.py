@@ -1,4 +1,4 @@
-"""The commands `labels confirm`, `import`, `list` and `stats`, and `export`, which makes training data of labels."""
+"""The commands `labels confirm`, `import`, `list` and `stats`, and `export`, which turns labels into training data."""
 
 import time
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ Overwrite = Annotated[bool, typer.Option("--overrule", help="Overwrite a conflic
 @commands.add("confirm", "labels confirm 3cb54a489fb351f73a7db98f6c7bb1ad \\\n      --fraud yes --by ana")
 def confirm(
     trans_num: Annotated[str, typer.Argument(metavar="TRANS_NUM", help="Transaction number, as in the alarm.")],
-    fraud: Annotated[str, typer.Option(metavar="yes|no", help="Whether it was a fraud.")],
+    fraud: Annotated[str, typer.Option(metavar="yes|no", help="Whether the transaction was fraud.")],
     by: Annotated[str, typer.Option(metavar="NAME", help="Reviewer's name.")],
     unix_time: Annotated[
         int | None,
         typer.Option(
-            metavar="SECONDS", min=0, max=10**12, help="Its unix_time, if several transactions have this number."
+            metavar="SECONDS", min=0, max=10**12, help="The transaction's unix_time, if several have this number."
         ),
     ] = None,
     overrule: Overwrite = False,
@@ -48,7 +48,9 @@ def confirm(
 def import_file(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="CSV with the columns trans_num, is_fraud, and optionally unix_time, by."),
+        typer.Argument(
+            metavar="FILE", help="CSV with the columns trans_num, is_fraud, and optionally unix_time and by."
+        ),
     ],
     by: Annotated[str | None, typer.Option(metavar="NAME", help="Reviewer's name, for rows without one.")] = None,
     overrule: Overwrite = False,
@@ -94,7 +96,7 @@ def _confirm(given: "Sequence[Label]", *, overrule: bool) -> None:
     from fraudctl import labels
 
     done = labels.confirm(labels.engine(), given, overrule=overrule)
-    before = f"; {done.confirmed_before:,} had that label before" if done.confirmed_before else ""
+    before = f"; {done.confirmed_before:,} already had that label" if done.confirmed_before else ""
     console.print(f"confirmed: {done.changed:,}{before}", highlight=False)
 
 
@@ -103,11 +105,11 @@ def export_confirmed(
     out: Annotated[str, typer.Option(metavar="FILE", help="Output: a file, or s3://BUCKET/KEY.")] = "validated.csv",
     since: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Only since a time (UTC, 2026-01-31T21:30) or within an age (90m, 2h, 3d)."),
+        typer.Option(metavar="TIME", help="Only rows since this UTC time (2026-01-31T21:30) or age (90m, 2h, 3d)."),
     ] = None,
-    until: Annotated[str | None, typer.Option(metavar="TIME", help="Only before a time or an age.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="TIME", help="Only rows before this UTC time or age.")] = None,
     append: Annotated[
-        bool, typer.Option("--append", help="Keep the rows that are in the file already, without duplicates.")
+        bool, typer.Option("--append", help="Keep the rows already in the file, without duplicates.")
     ] = False,
 ) -> None:
     """Export confirmed transactions as a training file."""

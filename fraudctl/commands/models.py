@@ -79,7 +79,7 @@ def promote(
     alias: ModelAlias = None,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Move the alias to a version that passes a test prediction.
+    """Move the alias to a version if it passes a test prediction.
 
     Shows how the version compares with the one that had the alias before.
     """
@@ -108,7 +108,7 @@ def rollback(name: ModelName = None, alias: ModelAlias = None, tracking_uri: Tra
 
 
 def _alias(name: str | None, alias: str | None, tracking_uri: str | None) -> "Alias":
-    """The alias that the options name, or else the settings. Limits MLflow's retries and output."""
+    """The alias from the options or, for missing options, the settings. Also limits MLflow's retries and output."""
     from shared.settings import RegistrySettings, load
 
     options = {"mlflow_tracking_uri": tracking_uri, "model_name": name, "model_alias": alias}

@@ -1,4 +1,4 @@
-"""Commands for a system that runs: status, doctor, tail, migrate and alert-test."""
+"""Commands for a running system: status, doctor, tail, migrate and alert-test."""
 
 import json
 import sys
@@ -22,12 +22,12 @@ def show_status(
 ) -> None:
     """Show consumer groups, topics, models and rows, problems first.
 
-    Asks Kafka, MLflow and the database; no service has to answer. Exits with 1 if something is unhealthy.
+    Queries Kafka, MLflow and the database, not the services. Exits with 1 if something is unhealthy.
     """
     from fraudctl import status
 
     if watch and as_json:
-        raise CallError("--watch and --json exclude each other")
+        raise CallError("use either --watch or --json, not both")
     settings = status.load_settings()
     now = status.look(settings)
     if watch:
@@ -47,10 +47,11 @@ def show_status(
 
 @commands.add("doctor", "doctor")
 def run_doctor() -> None:
-    """Check everything the services need, and how to fix what fails.
+    """Check everything the services need and show fixes.
 
-    Tries the settings, Kafka, MLflow, the database, the mail server, the payments API and the clock once. Exits with 1
-    if a check fails.
+    Checks the settings, Kafka, MLflow, the database, the mail server, the payments API and the clock.
+
+    Exits with 1 if a check fails.
     """
     from fraudctl import doctor
 
@@ -64,7 +65,7 @@ def run_doctor() -> None:
 def show_tail(
     topic: Annotated[str, typer.Argument(metavar="TOPIC", help="Topic to read, for example topic_1.dlq.")],
     follow: Annotated[bool, typer.Option("--follow", help="Show new records as they arrive, until Ctrl+C.")] = False,
-    count: Annotated[int, typer.Option(metavar="N", min=1, help="Number of records to show, the newest.")] = 10,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Number of newest records to show.")] = 10,
 ) -> None:
     """Show a topic's records, without card numbers and birth dates."""
     from fraudctl import tail
@@ -81,7 +82,7 @@ def show_tail(
 def run_migrations() -> None:
     """Migrate the database schema to its newest version.
 
-    Needs the login of the tables' owner in DATABASE_URL.
+    DATABASE_URL needs the login of the tables' owner.
     """
     from fraudctl.labels import engine
     from services.db_sink.table import migrate

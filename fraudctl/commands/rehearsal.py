@@ -28,7 +28,7 @@ def demo(
         int | None, typer.Option(metavar="N", min=1, help="Number of transactions. Default: until Ctrl+C.")
     ] = None,
     rate: Annotated[
-        float, typer.Option(metavar="N", min=0, help="Transactions per second; 0 is as fast as possible.")
+        float, typer.Option(metavar="N", min=0, help="Transactions per second; 0 means as fast as possible.")
     ] = 100.0,
     source: Annotated[
         Path | None, typer.Option(metavar="FILE", help="CSV in the training format. Default: generated transactions.")
@@ -104,7 +104,7 @@ def chaos(
     if unknown := [name for name in names if name not in runner.SCENARIOS]:
         known = ", ".join(runner.SCENARIOS)
         raise CallError(f"--scenario: there is no scenario {', '.join(unknown)}. Choose from: {known}")
-    chosen = random.randrange(10**6) if seed is None else seed  # noqa: S311 - makes faults, guards nothing
+    chosen = random.randrange(10**6) if seed is None else seed  # noqa: S311 - not used for security
     results = []
     with _directory(work_dir) as directory, refusing(StandInError):
         for result in runner.campaign(names, seed=chosen, minutes=minutes, work_dir=directory, console=console):
@@ -118,7 +118,7 @@ def chaos(
 
 @contextmanager
 def _directory(wanted: Path | None) -> Iterator[Path]:
-    """The folder, made if it does not exist; without one, a temporary one."""
+    """The wanted folder, created if it does not exist. For None, a temporary folder that is deleted at the end."""
     if wanted:
         wanted.mkdir(parents=True, exist_ok=True)
         yield wanted.resolve()

@@ -17,7 +17,10 @@ commands = Commands(help="Create and check the topics and dead-letter topics.")
 def create(
     partitions: Annotated[int, typer.Option(metavar="N", min=1, help="Partitions for each new topic.")] = 6,
     replication: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Copies of each new topic. Default: 3, or one per broker.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Copies of each new topic. Default: 3, or fewer if there are fewer brokers."
+        ),
     ] = None,
 ) -> None:
     """Create missing topics; existing ones are not changed."""
@@ -36,7 +39,9 @@ def create(
 
 @commands.add("check", "topics check")
 def check(
-    partitions: Annotated[int, typer.Option(metavar="N", min=1, help="Partitions each topic needs at least.")] = 6,
+    partitions: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Minimum number of partitions of each topic.")
+    ] = 6,
 ) -> None:
     """Show wrong topic settings and the commands that fix them.
 
@@ -58,6 +63,6 @@ def check(
 
 
 def _topics(settings: "ServiceSettings") -> Iterator[tuple[list[str], bool]]:
-    """Names of topics, and whether these have dead-letter topics."""
+    """Lists of topic names, each with whether the topics in it have dead-letter topics."""
     yield [settings.topic_1, settings.topic_2], True
     yield [settings.challenger_topic], False

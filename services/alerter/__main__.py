@@ -13,7 +13,10 @@ from shared.stream.loop import open_stream
 
 
 def serve(settings: AlerterSettings, shutdown: Event) -> None:
-    """Send alarms until shutdown, each channel in a thread and a consumer group of its own. Raises SettingsError."""
+    """Send alarms until shutdown. Each channel has its own thread and its own consumer group.
+
+    Raises SettingsError if a setting is missing or invalid.
+    """
     properties = kafka_properties(settings)
     channels = configured(settings)
     streams = [
@@ -33,7 +36,7 @@ def serve(settings: AlerterSettings, shutdown: Event) -> None:
             for stream, each in zip(streams, channels, strict=True)
         ]
         wait(running, return_when=FIRST_COMPLETED)
-        shutdown.set()  # if one channel fails, all stop, and the container is restarted
+        shutdown.set()  # if one channel fails, stop all of them, so that the container is restarted
     for channel, stream in zip(channels, running, strict=True):
         channel.close()
         stream.result()

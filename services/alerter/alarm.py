@@ -1,4 +1,4 @@
-"""Alarms: the frauds on topic_2, and the fields of them that are sent. No full card number, no birth date."""
+"""Finds alarms (predicted frauds) on topic_2, and formats them without full card numbers and birth dates."""
 
 import hashlib
 from collections.abc import Sequence
@@ -31,16 +31,16 @@ class Alarm(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the first `read` messages of a batch hold, each with the number of its message, counted from 1."""
+    """Alarms and dead letters from the first `read` messages of a batch, each with its message number (from 1)."""
 
     read: int
     alarms: list[tuple[int, Alarm]]
-    dead: list[tuple[int, Record]]  # dead letters
-    repeats: int  # alarms that were sent before, or are in the batch twice
+    dead: list[tuple[int, Record]]  # dead letters for unreadable messages
+    repeats: int  # number of alarms skipped, because they were sent before or are in the batch twice
 
 
 def find(messages: Sequence[Message], sent: Remembered, *, group: str, most: int) -> Found:
-    """The first `most` alarms of a batch that were not sent yet, and dead letters for messages that cannot be read."""
+    """Up to `most` alarms of a batch that are not in `sent`, and dead letters for messages that cannot be read."""
     alarms: list[tuple[int, Alarm]] = []
     dead: list[tuple[int, Record]] = []
     identities: set[tuple[str, int]] = set()
@@ -65,7 +65,7 @@ def find(messages: Sequence[Message], sent: Remembered, *, group: str, most: int
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """The texts of an alarm in a mail."""
+    """An alarm as text for a mail template."""
 
     amount: str
     merchant: str
@@ -80,7 +80,7 @@ class Shown:
 
 
 def show(alarm: Alarm) -> Shown:
-    """The texts of an alarm, each on one line and at most 200 characters long."""
+    """The alarm as text for a mail. Each field is on one line and at most 200 characters long."""
     prediction, provenance = alarm
     has_probability = provenance.probability is not None
     return Shown(
@@ -98,7 +98,7 @@ def show(alarm: Alarm) -> Shown:
 
 
 def fields(alarm: Alarm) -> dict[str, str | float | int | None]:
-    """The fields of an alarm in a post and in a CSV file."""
+    """The fields of an alarm for a webhook post or a CSV file."""
     prediction, provenance = alarm
     return {
         "trans_num": prediction.trans_num,
@@ -117,27 +117,27 @@ def fields(alarm: Alarm) -> dict[str, str | float | int | None]:
 
 
 def merchant_of(alarm: Alarm) -> str:
-    """The merchant's name, without the `fraud_` with which every merchant of the source begins."""
+    """The merchant's name without the prefix `fraud_`, which every merchant in the source data has."""
     return one_line(alarm.prediction.merchant.removeprefix("fraud_"))
 
 
 def dollars(amount: float) -> str:
-    """An amount as text: `$1,147.91`."""
+    """The amount as text, for example `$1,147.91`."""
     return f"${amount:,.2f}"
 
 
 def one_line(text: str) -> str:
-    """The text on one line, at most 200 characters: it cannot forge a mail header, a table row or a log line."""
+    """The text on one line, cut to 200 characters, so that it cannot forge a mail header, table row or log line."""
     return " ".join("".join(each if each.isprintable() else " " for each in text).split())[:200]
 
 
 def batch_id(alarms: Sequence[Alarm]) -> str:
-    """An identifier (32 hexadecimal digits) that is the same for the same transactions in any order."""
+    """An ID for a set of alarms (32 hexadecimal digits). It does not depend on the order of the alarms."""
     return hashlib.sha256(repr(sorted(alarm.identity for alarm in alarms)).encode()).hexdigest()[:32]
 
 
 def sample(now: datetime) -> Alarm:
-    """A made-up alarm, to test a channel or a template."""
+    """A made-up alarm for testing a channel or a template."""
     values = msgspec.structs.asdict(REFERENCE) | {
         "trans_date_trans_time": f"{now.astimezone(UTC):{TIME_FORMAT}}",
         "unix_time": int(now.timestamp()),

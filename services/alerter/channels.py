@@ -1,4 +1,4 @@
-"""The channels that send alarms. Each has its own consumer group and pace, so that none holds up another."""
+"""The channels that send alarms. Each has its own consumer group and pace, so that a slow one delays no other."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from shared.stream.flight import Outcome
 
 log = structlog.get_logger()
 
-_REMEMBERED = 20_000  # alarms; accepted ones are committed at once, so only few are redelivered
+_REMEMBERED = 20_000  # alarms; plenty, because offsets are committed soon after sending, so few alarms are redelivered
 _LARGEST_POST = 500  # alarms
 _CATCH_UP_S = 1.0
 
@@ -37,19 +37,22 @@ class Channel(Protocol):
     group: str
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Send alarms of a batch; those beyond the outcome's `done` are sent later. Raises Outage."""
+        """Send alarms from a batch. Messages beyond the outcome's `done` are redelivered later.
+
+        Raises Outage if the alarms cannot be sent now.
+        """
 
     def test(self) -> None:
-        """Send a sample alarm. Raises Outage or Poison."""
+        """Send a sample alarm. Raises Poison if its content is refused, and Outage if it cannot be sent."""
 
     def close(self) -> None:
         """Disconnect."""
 
 
 class ByMail:
-    """Mails the first alarms singly and at once, and digests in a flood.
+    """Sends one mail per alarm, immediately, but sends digests when there are many alarms.
 
-    The offsets of a mail are committed after the server accepted it and before the next mail.
+    After the server accepts a mail, the offsets of its alarms are committed before the next mail is sent.
     """
 
     name = "mail"
@@ -69,9 +72,9 @@ class ByMail:
         self._refused_digests = 0
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Send at most one mail: about the first alarm, or a digest of alarms that were gathered for long enough.
+        """Send at most one mail: either about the first alarm, or a digest if its gathering time is over.
 
-        Later messages are redelivered, so a crash repeats one mail at most.
+        The messages after those in the mail are redelivered. A crash therefore repeats at most one mail.
         """
         single = not self._catching_up and self._pace.allows_single()
         found = find(messages, self._mailed, group=self.group, most=1 if single else self._largest_digest)
@@ -80,7 +83,7 @@ class ByMail:
             return _finished(found)
         first, _ = found.alarms[0]
         if before := [letter for number, letter in found.dead if number < first]:
-            return Outcome(first - 1, dead=before)  # by themselves: if they cannot be written, no mail is repeated
+            return Outcome(first - 1, dead=before)  # written before any mail, so that a failure repeats no mail
         if single:
             refused = _send(messages, found, self._single, self._limit, by=self)
             self._pace.single_sent()
@@ -100,7 +103,7 @@ class ByMail:
         return _finished(found, refused)
 
     def test(self) -> None:
-        """Mail a sample alarm. Raises Outage or Poison."""
+        """Mail a sample alarm. Raises Poison if its content is refused, and Outage if it cannot be sent."""
         now = datetime.now(UTC)
         self._mailer.send(self._composer.single(sample(now), now=now))
 
@@ -109,10 +112,10 @@ class ByMail:
         self._mailer.close()
 
     def _caught_up(self, messages: Sequence[Message]) -> Outcome:
-        """Continue at the normal pace: when this process started, no more alarms waited than a burst.
+        """Continue at the normal pace, because no more alarms than a burst were waiting when this process started.
 
-        If more had waited, they would be mailed in a digest, not singly: the predecessor may have mailed them in one
-        and been killed before the commit.
+        A larger backlog is mailed as a digest, because the previous process may have mailed it as a digest and been
+        killed before the commit. Mailing those alarms one by one would repeat many of them.
         """
         self._catching_up = False
         self._pace.digest_sent()
@@ -133,7 +136,7 @@ class ByMail:
             self._mailer.send(self._composer.digest(alarms, now=datetime.now(UTC)))
         except Poison as poison:
             self._refused_digests += 1
-            if self._refused_digests > 2 * log2(self._largest_digest):  # more than one bad alarm can cause
+            if self._refused_digests > 2 * log2(self._largest_digest):  # isolating one bad alarm causes fewer refusals
                 raise Outage(f"digests are refused: {poison}") from None
             raise
         for alarm in alarms:
@@ -144,7 +147,7 @@ class ByMail:
 
 
 class ByWebhook:
-    """Posts the alarms of a batch at once, up to 500 in a post, to a system that needs no digests."""
+    """Posts alarms without delay, up to 500 per post, to a system that does not need digests."""
 
     name = "webhook"
 
@@ -156,7 +159,7 @@ class ByWebhook:
         self._flow = Flow("alarms_posted")
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Post the first 500 alarms of the batch; later messages are redelivered. Raises Outage."""
+        """Post up to 500 alarms of the batch; later messages are redelivered. Raises Outage if the post fails."""
         self._flow.report_if_due()
         found = find(messages, self._posted, group=self.group, most=_LARGEST_POST)
         metrics.ALARMS_WAITING.labels(self.name).set(len(found.alarms))
@@ -165,7 +168,7 @@ class ByWebhook:
         return _finished(found, _send(messages, found, self._post, self._limit, by=self))
 
     def test(self) -> None:
-        """Post a sample alarm. Raises Outage or Poison."""
+        """Post a sample alarm. Raises Poison if its content is refused, and Outage if it cannot be sent."""
         self._webhook.post([sample(datetime.now(UTC))], kind="fraud.test")
 
     def close(self) -> None:
@@ -182,18 +185,20 @@ class ByWebhook:
 
 
 def configured(settings: AlerterSettings) -> list[Channel]:
-    """The configured channels, at least one. Raises SettingsError if there is none or a setting is missing."""
+    """The configured channels (at least one). Raises SettingsError if none is, or a setting is missing or invalid."""
     found = [_mail(settings)] if settings.smtp_host else []
     found += [_webhook(settings)] if settings.webhook_url else []
     if settings.smtp_host and settings.webhook_url and settings.alerter_group == settings.webhook_group:
         raise SettingsError("WEBHOOK_GROUP: must differ from ALERTER_GROUP, so that each channel receives every alarm")
     if not found:
-        raise SettingsError("SMTP_HOST: missing, and so is WEBHOOK_URL: set at least one of them to send alarms")
+        raise SettingsError(
+            "SMTP_HOST: not set, and WEBHOOK_URL is not set either. Set at least one of them to send alarms"
+        )
     return found
 
 
 def mailer(settings: AlerterSettings) -> Mailer:
-    """A client of the mail server."""
+    """A client for the configured mail server."""
     return Mailer(
         host=settings.smtp_host or "",
         port=settings.smtp_port,
@@ -206,9 +211,9 @@ def mailer(settings: AlerterSettings) -> Mailer:
 
 def _mail(settings: AlerterSettings) -> Channel:
     if not settings.alert_from:
-        raise SettingsError("ALERT_FROM: missing, but SMTP_HOST is set")
+        raise SettingsError("ALERT_FROM: required, because SMTP_HOST is set")
     if not settings.alert_to:
-        raise SettingsError("ALERT_TO: missing, but SMTP_HOST is set")
+        raise SettingsError("ALERT_TO: required, because SMTP_HOST is set")
     return ByMail(
         mailer(settings),
         Composer(sender=settings.alert_from, recipients=settings.alert_to, templates=settings.alert_templates),
@@ -221,7 +226,7 @@ def _mail(settings: AlerterSettings) -> Channel:
 
 def _webhook(settings: AlerterSettings) -> Channel:
     if not settings.webhook_secret:
-        raise SettingsError("WEBHOOK_SECRET: missing, but WEBHOOK_URL is set")
+        raise SettingsError("WEBHOOK_SECRET: required, because WEBHOOK_URL is set")
     try:
         webhook = Webhook(
             url=settings.webhook_url or "",
@@ -241,7 +246,10 @@ def _send(
     *,
     by: Channel,
 ) -> list[Record]:
-    """Send the alarms; returns a dead letter for each that is refused for good. Raises Outage."""
+    """Send the alarms and return a dead letter for each one that is permanently refused.
+
+    Raises Outage if the alarms cannot be sent now.
+    """
 
     def counted(alarms: Sequence[Alarm]) -> Sequence[None]:
         try:
@@ -250,7 +258,7 @@ def _send(
             metrics.ALARMS.labels(by.name, "failed").inc(len(alarms))
             raise
         except Poison:
-            metrics.ALARMS.labels(by.name, "failed").inc(len(alarms) == 1)  # more are retried in halves
+            metrics.ALARMS.labels(by.name, "failed").inc(len(alarms) == 1)  # a larger group is split and retried
             raise
         metrics.ALARMS.labels(by.name, "sent").inc(len(alarms))
         return done
@@ -265,9 +273,9 @@ def _send(
 
 
 def _to_keep(messages: Sequence[Message], found: Found) -> list[Message]:
-    """The messages to redeliver while alarms are gathered: from the first alarm on, without legitimate transactions.
+    """The messages to redeliver while a digest is gathered: alarms and unreadable messages, from the first alarm on.
 
-    The last message of each partition is among them, as `Outcome.keep` requires.
+    The last message of each partition is included as well, because `Outcome.keep` requires it.
     """
     wanted = {number for number, _ in (*found.alarms, *found.dead)}
     wanted |= set({message.partition(): number for number, message in enumerate(messages, start=1)}.values())

@@ -1,4 +1,4 @@
-"""Alarms as e-mails: composing them, and sending them through a mail server."""
+"""Composes e-mails about alarms and sends them through a mail server."""
 
 import csv
 import hashlib
@@ -26,12 +26,13 @@ from shared.privacy import without_digits
 log = structlog.get_logger()
 
 
-# Long headers stay on one line, as RFC 5322 allows up to 998 characters: folded ones gain a space in some readers.
+# Long headers are not folded, because some mail readers show an extra space at a fold. RFC 5322 allows 998 characters.
 _WIDE = policy.SMTP.clone(max_line_length=990)
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TEMPLATES = ("alert.txt", "alert.html", "digest.txt", "digest.html")
 _CARDS_THREADED = 10_000
-# What starts a formula: at the start of a text, or after a cell separator of countries with a decimal comma.
+# Matches what starts a formula: certain characters at the start of a text or after a cell separator. Spreadsheets in
+# countries with a decimal comma do not use the comma to separate cells.
 _FORMULA = re.compile("(^|[;\t|])([^\\S\t]*[=+@\uff1d\uff0b\uff0d\uff20-])")
 
 
@@ -45,7 +46,7 @@ class Card:
 
 
 class Composer:
-    """Composes mails from the built-in templates, or from those of the same names in the folder `templates`."""
+    """Composes mails from templates. A file in `templates` replaces the built-in template of the same name."""
 
     def __init__(self, *, sender: str, recipients: Sequence[str], templates: Path | None = None) -> None:
         """Raises SettingsError if the folder or one of its templates cannot be used."""
@@ -54,7 +55,7 @@ class Composer:
         built_in = jinja2.PackageLoader("services.alerter")
         self._built_in = _environment(built_in)
         self._environment = self._built_in
-        self._threads: dict[int, str] = {}  # by card, the Message-ID of its first alarm; oldest first
+        self._threads: dict[int, str] = {}  # card number to the Message-ID of its first alarm; oldest first
         if templates:
             if not templates.is_dir():
                 raise SettingsError(f"ALERT_TEMPLATES: {templates} is not a folder")
@@ -62,9 +63,11 @@ class Composer:
             for name in _TEMPLATES:
                 try:
                     self._environment.get_template(name).render(_context([sample(datetime.now(UTC))]))
-                except Exception as error:  # a template may call methods and divide by zero
+                except Exception as error:  # a template runs code, so it may raise anything
                     reason = f"{type(error).__name__}: {error}"
-                    raise SettingsError(f"ALERT_TEMPLATES: {templates / name} fails on a sample: {reason}") from None
+                    raise SettingsError(
+                        f"ALERT_TEMPLATES: {templates / name} does not render a sample alarm: {reason}"
+                    ) from None
 
     def single(self, alarm: Alarm, *, now: datetime) -> EmailMessage:
         """The mail about one alarm. Mails about the same card form a thread."""
@@ -81,7 +84,7 @@ class Composer:
         return message
 
     def digest(self, alarms: Sequence[Alarm], *, now: datetime) -> EmailMessage:
-        """The mail about several alarms: a table grouped by card, and a CSV file."""
+        """The mail about several alarms, with a table grouped by card and an attached CSV file."""
         cards = len({alarm.prediction.cc_num for alarm in alarms})
         amount = dollars(sum(alarm.prediction.amt for alarm in alarms))
         subject = f"Fraud digest: {len(alarms):,} alarms on {cards:,} card{'s' * (cards > 1)}, {amount}"
@@ -132,7 +135,7 @@ def _environment(loader: jinja2.BaseLoader) -> jinja2.Environment:
 
 
 def _context(alarms: Sequence[Alarm]) -> dict[str, object]:
-    """The variables of a template: `alarm` (the first), `cards`, `count` and `amount` (total, as text)."""
+    """The template variables: `alarm` (the first one), `cards`, `count` and `amount` (the total, as text)."""
     return {
         "alarm": show(alarms[0]),
         "cards": by_card(alarms),
@@ -142,7 +145,7 @@ def _context(alarms: Sequence[Alarm]) -> dict[str, object]:
 
 
 def by_card(alarms: Sequence[Alarm]) -> list[Card]:
-    """The alarms grouped by card, largest total amount first."""
+    """The alarms grouped by card. The card with the largest total amount comes first."""
     groups: dict[int, list[Alarm]] = {}
     for alarm in sorted(alarms, key=lambda alarm: alarm.identity[::-1]):
         groups.setdefault(alarm.prediction.cc_num, []).append(alarm)
@@ -153,7 +156,7 @@ def by_card(alarms: Sequence[Alarm]) -> list[Card]:
 
 
 def table(alarms: Sequence[Alarm]) -> str:
-    """The alarms as CSV with a header line. No text in it can start a formula."""
+    """The alarms as CSV with a header line. Text that a spreadsheet would run as a formula is made harmless."""
     out = io.StringIO()
     writer = csv.writer(out)
     rows = [fields(alarm) for alarm in alarms]
@@ -163,7 +166,7 @@ def table(alarms: Sequence[Alarm]) -> str:
 
 
 def _inert(text: str) -> str:
-    """The text with an apostrophe before each formula, so that a spreadsheet shows it as text.
+    """The text with an apostrophe before each formula, so that a spreadsheet shows the formula as text.
 
     https://owasp.org/www-community/attacks/CSV_Injection
     """
@@ -171,7 +174,7 @@ def _inert(text: str) -> str:
 
 
 def message_id(identity: tuple[str, int], *, sender: str) -> str:
-    """The Message-ID (RFC 5322, 3.6.4) of an alarm: always the same for a transaction, so repeats are recognisable."""
+    """The Message-ID (RFC 5322, 3.6.4) for a transaction. It never changes, so a repeated mail can be recognised."""
     trans_num, unix_time = identity
     left = trans_num if _PLAIN_ID.fullmatch(trans_num) else hashlib.sha256(trans_num.encode()).hexdigest()
     return f"<{left}.{unix_time}@{sender.rpartition('@')[2]}>"
@@ -179,20 +182,20 @@ def message_id(identity: tuple[str, int], *, sender: str) -> str:
 
 @dataclass(kw_only=True)
 class Mailer:
-    """A client of the mail server, with one connection that is opened when needed and kept."""
+    """A client for a mail server. It connects when it sends its first message, and keeps the connection open."""
 
     host: str
     port: int
     tls: SmtpTls
-    timeout_s: float  # for each answer
+    timeout_s: float  # for each response of the server
     username: str | None = None
     password: str | None = None
     _connection: smtplib.SMTP | None = None
 
     def send(self, message: EmailMessage) -> None:
-        """Send the message; returns once the server has accepted it.
+        """Send the message, and return once the server has accepted it.
 
-        Raises Poison if the server refuses this message's content for good, Outage for any other failure.
+        Raises Poison if the server permanently refuses this message's content, and Outage after any other failure.
         """
         reused = self._connection is not None
         try:
@@ -201,15 +204,16 @@ class Mailer:
             self.close()
             if not reused or isinstance(error.__context__, TimeoutError):
                 raise self._unreachable(error) from None
-            self.send(message)  # servers disconnect idle clients
-        except (smtplib.SMTPDataError, smtplib.SMTPSenderRefused) as error:  # MAIL FROM also announces the size
+            self.send(message)  # retry with a new connection, because servers disconnect idle clients
+        except (smtplib.SMTPDataError, smtplib.SMTPSenderRefused) as error:
+            # MAIL FROM states the size, so a message that is too large may already be refused there.
             self.close()
             reason = self._answer(error.smtp_code, error.smtp_error)
             raise (Poison(reason) if _about_this_message(error) else Outage(reason)) from None
         except smtplib.SMTPRecipientsRefused as error:
             self.close()
             code, text = next(iter(error.recipients.values()))
-            raise Outage(f"{self._answer(code, text)} (every recipient refused; check ALERT_TO)") from None
+            raise Outage(f"{self._answer(code, text)} (every recipient was refused; check ALERT_TO)") from None
         except smtplib.SMTPAuthenticationError as error:
             self.close()
             reason = self._answer(error.smtp_code, error.smtp_error)
@@ -245,7 +249,11 @@ class Mailer:
             log.warning("recipient_refused", recipient=recipient, reason=f"{code} {_text(text)}")
 
     def connect(self) -> smtplib.SMTP:
-        """A new connection, logged in. Raises SMTPException, OSError, UnicodeError."""
+        """A new connection, logged in if there is a username.
+
+        Raises OSError if the connection fails, SMTPException if the server refuses encryption or the login, and
+        UnicodeError if the host name is malformed.
+        """
         context = ssl.create_default_context()
         if self.tls == "implicit":
             connection: smtplib.SMTP = smtplib.SMTP_SSL(self.host, self.port, timeout=self.timeout_s, context=context)
@@ -263,11 +271,11 @@ class Mailer:
 
 
 def _about_this_message(error: smtplib.SMTPDataError | smtplib.SMTPSenderRefused) -> bool:
-    """Whether a refusal is permanent and about this message, so that the next one may be accepted.
+    """Whether the server permanently refused this message in particular, and may accept the next one.
 
-    Enhanced status codes (RFC 3463) decide where there is one: 5.6.x is about the content, 5.2.3 and 5.3.4 are about
-    the size; all others are about the account, the sender or a policy. Without one, 552 is about the size (RFC 1870),
-    and any permanent refusal of the message's data is about the message.
+    If the response has an enhanced status code (RFC 3463), that code decides: 5.6.x is about the content, and 5.2.3 and
+    5.3.4 are about the size; all others are about the account, the sender or a policy. Without an enhanced code, 552 is
+    about the size (RFC 1870), and a permanent refusal after the message's data is about the message.
     """
     enhanced = re.match(rb"5\.\d+\.\d+", error.smtp_error if isinstance(error.smtp_error, bytes) else b"")
     if enhanced:

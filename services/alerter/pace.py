@@ -1,4 +1,4 @@
-"""When to send mails: the first alarms singly and at once; in a flood, one digest a window."""
+"""Decides whether an alarm is mailed immediately or gathered into a digest."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,9 @@ from math import inf
 
 
 class Pace:
-    """A token bucket of `burst` tokens, refilled by one every `window_s` seconds. A single mail takes a token.
+    """A token bucket that holds up to `burst` tokens and gains one every `window_s` seconds.
+
+    A mail about a single alarm uses up one token.
 
     https://en.wikipedia.org/wiki/Token_bucket
     """
@@ -20,23 +22,26 @@ class Pace:
         self._due: float | None = None  # when the digest being gathered is to be sent
 
     def allows_single(self) -> bool:
-        """Whether an alarm may be mailed singly: a token is left, and no digest is being gathered."""
+        """Whether an alarm may be mailed on its own: a token is left, and no digest is being gathered."""
         now = self._clock()
         self._tokens = min(self.burst, self._tokens + (now - self._counted_at) / self._window_s)
         self._counted_at = now
         return self._due is None and self._tokens >= 1
 
     def single_sent(self) -> None:
-        """Note that a single mail was accepted."""
+        """Use up a token, because a mail about a single alarm was accepted."""
         self._tokens -= 1
 
     def gather_s(self, *, at_most_s: float = inf) -> float:
-        """Seconds until the digest is due; the first call starts its window, of `at_most_s` seconds or fewer."""
+        """Seconds until the digest is due. The first call starts the window.
+
+        The window lasts `window_s` or `at_most_s` seconds, whichever is less.
+        """
         now = self._clock()
         if self._due is None:
             self._due = now + min(self._window_s, at_most_s)
         return max(0.0, self._due - now)
 
     def digest_sent(self) -> None:
-        """Note that the digest was accepted, or that none is needed."""
+        """Stop gathering, because the digest was accepted or is not needed."""
         self._due = None

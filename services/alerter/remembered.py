@@ -1,4 +1,4 @@
-"""The alarms sent last, to recognise one that is redelivered after a failed commit or a rebalance."""
+"""Remembers recently sent alarms, so that none is sent again after a failed commit or a rebalance."""
 
 
 class Remembered:
@@ -12,7 +12,7 @@ class Remembered:
         return identity in self._identities
 
     def add(self, identity: tuple[str, int]) -> None:
-        """Remember an identity, and forget the oldest if there are more than `size`."""
+        """Remember an identity, and forget the oldest one if there are now more than `size`."""
         self._identities[identity] = None
         if len(self._identities) > self._size:
             del self._identities[next(iter(self._identities))]

@@ -18,35 +18,42 @@ class AlerterSettings(StreamSettings):
     """The settings of the alerter."""
 
     max_batch_size: int = Field(
-        2000, ge=1, le=20_000, description="Most records in a batch; a digest holds at most half as many alarms"
+        2000,
+        ge=1,
+        le=20_000,
+        description="Maximum number of records in a batch; a digest contains at most half as many alarms",
     )
     alerter_group: str = Field("alerter", min_length=1, description="Consumer group on topic_2 for mails")
     smtp_host: str | None = Field(
-        None, min_length=1, description="Host of the mail server; without it, no mails are sent"
+        None, min_length=1, description="Host of the mail server; if it is not set, no mails are sent"
     )
     smtp_port: int = Field(587, ge=1, le=65535, description="Port of the mail server")
     smtp_tls: SmtpTls = Field("starttls", description="Encryption of the connection to the mail server")
-    smtp_timeout_seconds: float = Field(20.0, gt=0, description="Longest wait for each answer of the mail server")
-    smtp_username: PrintableAscii | None = Field(None, description="User name, if the mail server needs a login")
+    smtp_timeout_seconds: float = Field(20.0, gt=0, description="Timeout for each response of the mail server")
+    smtp_username: PrintableAscii | None = Field(
+        None, description="User name for the mail server, if it requires a login"
+    )
     smtp_password: SecretStr | None = Field(None, description="Password for SMTP_USERNAME")
     alert_from: Address | None = Field(None, description="Sender address of the mails")
     alert_to: Annotated[tuple[Address, ...], NoDecode] = Field(
         (), description="Recipients of the mails, separated by commas"
     )
     alert_burst: int = Field(
-        10, ge=0, description="Alarms that are mailed singly and at once before further ones are gathered in a digest"
+        10,
+        ge=0,
+        description="Number of alarms mailed immediately, one per mail, before more are gathered into a digest",
     )
     alert_digest_seconds: float = Field(
         60.0,
         gt=0,
-        description="How long alarms are gathered for a digest; the burst allowance refills by one in this time",
+        description="Time for gathering alarms into a digest; in this time, the burst allowance also refills by one",
     )
     alert_templates: Path | None = Field(
-        None, description="Folder with mail templates that replace the built-in ones of the same name"
+        None, description="Folder with mail templates; each replaces the built-in template of the same name"
     )
     webhook_url: HttpUrl | None = Field(None, repr=False, description="URL to which alarms are posted as JSON")
-    webhook_secret: SecretStr | None = Field(None, min_length=16, description="Key that signs the posts")
-    webhook_timeout_seconds: float = Field(10.0, gt=0, description="Longest wait for the answer to a post")
+    webhook_secret: SecretStr | None = Field(None, min_length=16, description="Secret key for signing the posts")
+    webhook_timeout_seconds: float = Field(10.0, gt=0, description="Timeout for the response to a post")
     webhook_group: str = Field(
         "alerter-webhook", min_length=1, description="Consumer group on topic_2 for posts to the webhook"
     )

@@ -18,25 +18,25 @@ from shared.privacy import without_digits
 
 _PREFIX = "whsec_"
 _HOST = re.compile(r"https?://(?:[^/?#]*@)?([^/?#:]*)")
-_CONTENT_REFUSED = (400, 413, 422)  # HTTP status
+_CONTENT_REFUSED = (400, 413, 422)  # HTTP status codes
 
 
 class Webhook:
-    """A client of one webhook."""
+    """A client for one webhook."""
 
     def __init__(self, *, url: str, secret: str, timeout_s: float) -> None:
-        """`secret` is `whsec_` followed by base64, or any other text. Raises ValueError if the base64 is invalid."""
+        """`secret` is `whsec_` and a base64 key, or any other text. Raises ValueError if the base64 is invalid."""
         self._url = url
         found = _HOST.match(url)
-        self._host = found[1] if found else ""  # the path may hold a secret
+        self._host = found[1] if found else ""  # for messages; the rest of the URL may contain secrets
         self._key = key_of(secret)
         self._timeout_s = timeout_s
         self._session = requests.Session()
 
     def post(self, alarms: Sequence[Alarm], *, kind: str = "fraud.alarms") -> None:
-        """Post the alarms as an event of type `kind`; returns once the webhook has accepted them.
+        """Post the alarms as an event of type `kind`, and return once the webhook has accepted them.
 
-        Raises Poison if it refuses their content for good (status 400, 413 or 422), Outage for any other failure.
+        Raises Poison if the webhook refuses their content (status 400, 413 or 422), and Outage after any other failure.
         """
         now = datetime.now(UTC)
         body = payload(alarms, kind=kind, now=now)
@@ -65,7 +65,7 @@ class Webhook:
 
 
 def key_of(secret: str) -> bytes:
-    """The key in a webhook secret. Raises ValueError."""
+    """The signing key that a webhook secret contains. Raises ValueError if the key is not valid base64."""
     if not secret.startswith(_PREFIX):
         return secret.encode()
     try:
@@ -82,7 +82,7 @@ def payload(alarms: Sequence[Alarm], *, kind: str, now: datetime) -> bytes:
 
 
 def signed(body: bytes, *, identity: str, now: datetime, key: bytes) -> Mapping[str, str]:
-    """The headers of a post; the signature (HMAC-SHA256) covers identity, time and body."""
+    """The headers of a post, with an HMAC-SHA256 signature of its identity, time and body."""
     seconds = str(int(now.timestamp()))
     signature = hmac.new(key, f"{identity}.{seconds}.".encode() + body, hashlib.sha256).digest()
     return {

@@ -1,4 +1,4 @@
-"""The db_sink: stores every transaction of topic_2 with its prediction in PostgreSQL, once."""
+"""The db_sink: stores each transaction from topic_2 and its prediction in PostgreSQL, exactly once."""
 
 from collections.abc import Sequence
 from threading import Event
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 class Table(sink.Sink[Row]):
-    """The table of transactions. Storing is idempotent: it is an upsert on the identity."""
+    """Stores rows in the table of transactions. Storing is idempotent, because it is an upsert by identity."""
 
     place = "the database's schema"
 
@@ -48,7 +48,7 @@ class Table(sink.Sink[Row]):
 
 
 def serve(settings: SinkSettings, shutdown: Event) -> None:
-    """Migrate the schema, then store until shutdown. Raises SettingsError."""
+    """Migrate the schema, then store transactions until shutdown. Raises SettingsError if a setting is invalid."""
     try:
         engine = connect(settings.database_url.get_secret_value())
     except ValueError as error:

@@ -6,9 +6,9 @@ from shared.settings import Settings, StreamSettings
 
 
 class DatabaseSettings(Settings):
-    """Read by everything that uses the database."""
+    """The settings of everything that uses the database."""
 
-    database_url: SecretStr = Field(description="postgresql://user:password@host:5432/name")
+    database_url: SecretStr = Field(description="Database URL, as in postgresql://user:password@host:5432/name")
 
 
 class SinkSettings(StreamSettings, DatabaseSettings):

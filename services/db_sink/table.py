@@ -1,4 +1,4 @@
-"""The table of transactions: connecting, migrating the schema and storing batches."""
+"""The table of transactions: connects to the database, migrates the schema and stores batches."""
 
 import io
 import re
@@ -31,34 +31,35 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class Row(NamedTuple):
-    """A record of topic_2, as it is stored."""
+    """A record from topic_2, as stored in the table."""
 
     prediction: Prediction
     provenance: Provenance
 
 
 def connect(url: str) -> sa.Engine:
-    """An engine on psycopg2, whichever PostgreSQL driver the URL names; it does not connect yet.
+    """A database engine that is not connected yet. It uses psycopg2, even if the URL names a different driver.
 
-    Raises ValueError if the URL is not one of a PostgreSQL database.
+    Raises ValueError if the URL is not the URL of a PostgreSQL database.
     """
     try:
         parsed = sa.make_url(url)
     except (SQLAlchemyError, ValueError):  # their messages quote the password
         raise ValueError("not a database URL") from None
-    if "@" in (parsed.host or ""):  # part of the password: the error of the connection would quote it as a host
+    # The host then contains part of a password with an @, which a connection error would quote.
+    if "@" in (parsed.host or ""):
         raise ValueError("not a database URL; write an @ in the password as %40")
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError("not a PostgreSQL URL")
     return sa.create_engine(
         parsed.set(drivername="postgresql+psycopg2"),
         pool_size=1,
-        pool_pre_ping=True,  # notices a restarted database before a batch, not in the middle of it
+        pool_pre_ping=True,  # detects a restarted database before a batch, not in the middle of one
         max_overflow=0,
         connect_args={
             "connect_timeout": 10,
             "application_name": "fraud-alarm db_sink",
-            # notice within half a minute that a server vanished without closing the connection
+            # detect within half a minute that the server vanished without closing the connection
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 4,
@@ -68,7 +69,7 @@ def connect(url: str) -> sa.Engine:
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Upgrade the schema to its newest version. Safe to run in several processes at once. Raises Outage."""
+    """Upgrade the schema to its newest version. Several processes may do so at once. Raises Outage if it fails."""
     config = _config()
     try:
         with engine.begin() as connection:
@@ -80,7 +81,10 @@ def migrate(engine: sa.Engine) -> None:
 
 
 def versions(engine: sa.Engine) -> tuple[str | None, str | None]:
-    """The schema's version in the database (None: no schema yet) and the newest version. Raises Outage."""
+    """The database's schema version (None if it has no schema yet) and the newest schema version.
+
+    Raises Outage if the database cannot be queried.
+    """
     try:
         with engine.connect() as connection:
             present = MigrationContext.configure(connection).get_current_revision()
@@ -90,10 +94,11 @@ def versions(engine: sa.Engine) -> tuple[str | None, str | None]:
 
 
 def upsert(engine: sa.Engine, text: bytes) -> None:
-    """Store rows, as made by `copy_text`, in one transaction: COPY to a temporary table, then upsert by identity.
+    """Store rows in one transaction: COPY `text` to a temporary table, then upsert by identity.
 
-    A stored row gets the newer prediction; a confirmed label is not changed. Raises Poison if PostgreSQL rejects a
-    row, Outage for any other failure: a lost connection, a lock, a full disk, a missing table.
+    `text` is the result of `copy_text`. A row that is already stored gets the newer prediction, but keeps a confirmed
+    label. Raises Poison if PostgreSQL rejects a row, and Outage after any other failure, such as a lost connection, a
+    lock, a full disk or a missing table.
     """
     try:
         with engine.begin() as connection:
@@ -116,9 +121,9 @@ def _config() -> Config:
 _DENIED = "42501"  # SQLSTATE
 _NOT_FOUND = ("42P01", "3F000")  # SQLSTATE: undefined table, invalid schema name
 _COLUMNS = ", ".join(f'"{name}"' for name in (*FEATURES_2, *PROVENANCE))
-# SQLSTATE: data exceptions, violated constraints and check options of views, and errors raised by triggers.
+# SQLSTATE prefixes: data exceptions, constraint violations, check option violations, and errors raised by triggers.
 _REJECTED = ("22", "23", "44", "P0001")
-# Waiting for a lock fails after some seconds, so that it is logged as an outage.
+# Without the timeout, a wait for a lock would not be logged as an outage.
 _STAGING = f"""
 SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s';
 CREATE TEMPORARY TABLE IF NOT EXISTS staging (LIKE {TABLE} INCLUDING DEFAULTS) ON COMMIT DELETE ROWS
@@ -137,7 +142,7 @@ ON CONFLICT (trans_num, unix_time) DO UPDATE SET {_UPDATED},
 
 
 def copy_text(rows: Iterable[Row]) -> bytes:
-    """The last row of each identity, as CSV for COPY: numbers, strings and null as in JSON, separated by commas.
+    """The last row of each identity, as CSV for COPY. Numbers, strings and null are written as in JSON.
 
     https://www.postgresql.org/docs/current/sql-copy.html
     """
@@ -153,7 +158,7 @@ def stored(row: Row) -> tuple[object, ...]:
     return (*astuple(row.prediction), name, version, probability, _timestamp(predicted_at_ms), partition, offset)
 
 
-_as_json = msgspec.json.Encoder().encode_lines  # one JSON array a line
+_as_json = msgspec.json.Encoder().encode_lines  # one JSON array per line
 _UNLIKE_CSV = re.compile(rb'\\[^\\"]').search  # JSON escapes that COPY does not understand
 
 
@@ -169,7 +174,7 @@ def _csv_field(value: object) -> str:
 
 @lru_cache(1000)
 def _timestamp(epoch_ms: int | None) -> str | None:
-    """A time as text, cached: all rows of a predictor's batch have the same."""
+    """The time as text. It is cached, because all rows of a predictor's batch have the same time."""
     return None if epoch_ms is None else datetime.fromtimestamp(epoch_ms / 1000, UTC).isoformat()
 
 
@@ -178,10 +183,10 @@ def _sqlstate(error: Exception) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why the database failed: its message, without the values that it may quote."""
+    """Why the database failed: its error message, without the values that the message may quote."""
     original = getattr(error, "orig", None) or error
     message = getattr(getattr(original, "diag", None), "message_primary", None)
-    if message is None:  # about the connection: it quotes the address, and no values
+    if message is None:  # a connection error, which quotes the address but no values
         return str(original).strip().partition("\n")[0]
     hint = " (or USAGE on schema public is missing)" if _sqlstate(error) in _NOT_FOUND else ""
     return without_digits(f"{type(original).__name__}: {message}") + hint

@@ -1,8 +1,8 @@
-"""Tree ensembles compiled with ONNX Runtime: the same labels in a fraction of the time.
+"""Compiles tree ensembles with ONNX Runtime, which gives the same labels in a fraction of the time.
 
-Needs the optional extra `compiled`. Compiled trees compare float32 values, as scikit-learn's do, but also add up in
-float32. A row whose probability is close to the threshold is therefore scored by the original model, so that labels
-never differ.
+Needs the optional extra `compiled`. Like scikit-learn, compiled trees compare float32 values. Unlike scikit-learn, they
+also add up the results of the trees in float32. A row whose probability is close to the threshold is therefore scored
+by the original model, so that labels never differ.
 """
 
 import os
@@ -20,22 +20,25 @@ from sklearn.ensemble import ExtraTreesClassifier, GradientBoostingClassifier, R
 from sklearn.pipeline import Pipeline
 from sklearn.tree import DecisionTreeClassifier
 
-TOLERANCE = 1e-6  # of a probability
-_CLOSE = 10 * TOLERANCE  # to the threshold
-_MAX_NODES = 200_000  # converting takes 400 MB, the predictor with such a model 470, and its container has 1 GB
-_CONVERSION_TIMEOUT_S = 60.0  # 30,000 nodes take 5 s, 200,000 take 7
+TOLERANCE = 1e-6  # largest accepted difference between two probabilities
+_CLOSE = 10 * TOLERANCE  # the original model scores rows that are closer to the threshold than this
+_MAX_NODES = 200_000  # converting them takes 400 MB, in addition to the predictor's 470 MB; its container has 1 GB
+_CONVERSION_TIMEOUT_S = 60.0  # converting 30,000 nodes takes 5 s, and 200,000 nodes 7 s
 _COMPILABLE = (DecisionTreeClassifier, ExtraTreesClassifier, GradientBoostingClassifier, RandomForestClassifier)
 
 
 class NotCompiled(Exception):
-    """This estimator cannot be compiled and is served as it is; the message is the reason."""
+    """The estimator cannot be compiled, so it is served uncompiled. The message is the reason."""
 
 
 class Compiled:
-    """A two-class tree ensemble, or a pipeline that ends with one, with compiled trees."""
+    """A two-class tree ensemble with compiled trees, or a pipeline whose last step is such an ensemble."""
 
     def __init__(self, estimator: Any, *, threshold: float, shutdown: Event | None = None) -> None:
-        """`threshold` is the probability at which the label changes. Raises NotCompiled, also soon after shutdown."""
+        """`threshold` is the probability at which the label changes.
+
+        Raises NotCompiled if the estimator cannot be compiled, or if `shutdown` is set meanwhile.
+        """
         self._trees = estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator
         self._run = _compile(self._trees, shutdown)
         has_steps = isinstance(estimator, Pipeline) and len(estimator.steps) > 1
@@ -44,7 +47,7 @@ class Compiled:
         self.classes_ = self._trees.classes_
 
     def predict_proba(self, rows: Any) -> np.ndarray:
-        """Probabilities (n, 2), within TOLERANCE of those of the original model."""
+        """Probabilities (n, 2), which differ from those of the original model by at most TOLERANCE."""
         features = np.asarray(self._prepare(rows))
         with np.errstate(over="ignore"):
             narrow = np.ascontiguousarray(features, dtype=np.float32)
@@ -63,24 +66,24 @@ def _compile(trees: Any, shutdown: Event | None) -> Callable[[np.ndarray], np.nd
     if (nodes := _nodes(trees)) > _MAX_NODES:
         raise NotCompiled(f"too large: {nodes} nodes, at most {_MAX_NODES} can be compiled")
     try:
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "true")  # read on import; its telemetry would report each model
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "true")  # read on import; telemetry would report each model
         import onnxruntime
     except ImportError as error:
         raise NotCompiled(f"{error.name} is not installed; it is part of the extra `compiled`") from None
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1  # run replicas to use more cores
-    with (
-        tempfile.TemporaryFile() as graph
-    ):  # from a file, since a session keeps bytes in memory; unnamed, so that none is left behind
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # to use more cores, run more replicas
+    # The session loads a file, because it would keep bytes in memory. An unnamed file cannot be left behind.
+    with tempfile.TemporaryFile() as graph:
         _convert(trees, graph, shutdown)
         session = onnxruntime.InferenceSession(f"/dev/fd/{graph.fileno()}", options, providers=["CPUExecutionProvider"])
     return lambda rows: session.run(["probabilities"], {"X": rows})[0]
 
 
 def _convert(trees: Any, graph: IO[bytes], shutdown: Event | None) -> None:
-    """Write the trees as an ONNX graph to the file `graph`. Raises NotCompiled.
+    """Write the trees to the file `graph` in ONNX format.
 
-    Runs in another process: conversion would block scoring for seconds, and its memory would not be returned.
+    Conversion runs in a separate process, because it would block scoring for seconds and would not release its memory.
+    Raises NotCompiled if conversion fails or takes too long, or if `shutdown` is set meanwhile.
     """
     command = [sys.executable, "-m", __name__]
     deadline = time.monotonic() + _CONVERSION_TIMEOUT_S
@@ -101,7 +104,7 @@ def _convert(trees: Any, graph: IO[bytes], shutdown: Event | None) -> None:
 
 
 def _onnx(trees: Any) -> bytes:
-    """The trees as an ONNX graph."""
+    """The trees in ONNX format."""
     from skl2onnx import to_onnx
 
     graph: bytes = to_onnx(
@@ -111,7 +114,7 @@ def _onnx(trees: Any) -> bytes:
 
 
 def _nodes(trees: Any) -> int:
-    """The number of nodes of all trees."""
+    """The total number of nodes in all trees."""
     if isinstance(trees, DecisionTreeClassifier):
         return int(trees.tree_.node_count)
     return sum(int(tree.tree_.node_count) for tree in np.ravel(trees.estimators_))

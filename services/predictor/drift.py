@@ -1,8 +1,9 @@
-"""Drift: a sliding window of live rows is compared with the profile of the model's training data.
+"""Detects drift: compares a sliding window of live rows with the profile of the model's training data.
 
-The measure is the population stability index (Siddiqi, Credit Risk Scorecards, Wiley 2006, chapter 9): over the bins of
-a feature, the sum of (live - expected) * ln(live / expected). The profile has shares for each quarter of the day; the
-expected shares are their average, weighted by how many rows of the window lie in each quarter.
+The main measure is the population stability index (Siddiqi, Credit Risk Scorecards, Wiley 2006, chapter 9). It is the
+sum of (live - expected) * ln(live / expected) over the bins of a feature, where `live` and `expected` are the shares of
+rows in a bin. The profile has one set of shares for each quarter of the day. The expected shares are the average of the
+four sets, weighted by the number of rows in the window from each quarter of the day.
 """
 
 from collections import deque
@@ -22,26 +23,26 @@ from shared.records import REFERENCE
 log = structlog.get_logger()
 
 _CHUNK = 250  # rows that enter and leave the window together
-_FEATURES = QUARTERS + 2  # where the counts of features begin, after those of the quarters and of two flags
-_SMOOTHING = 0.5  # rows added to every bin: the logarithm of an empty one would be infinite
+_FEATURES = QUARTERS + 2  # index of the first feature's counts; the counts of the quarters and of two flags come before
+_SMOOTHING = 0.5  # rows added to every bin, because the logarithm of an empty bin would be infinite
 
-_LIMITS = {"outside_range": 0.05, "unknown": 0.005, "fraud_rate": 0.1, "milliseconds": 0.005}  # shares of the rows
-_BACK_BELOW = 0.8  # of its limit: a value that oscillates around the limit is logged once
+_LIMITS = {"outside_range": 0.05, "unknown": 0.005, "fraud_rate": 0.1, "milliseconds": 0.005}  # as shares of the rows
+_BACK_BELOW = 0.8  # share of the limit; drift ends below it, so a value that oscillates around its limit is logged once
 
 
 class Finding(NamedTuple):
-    """One measure of one feature over the window."""
+    """The value of one measure for one feature, over the whole window."""
 
     feature: str
-    measure: str  # psi, outside_range or unknown; of rows as a whole: fraud_rate or milliseconds
+    measure: str  # psi, outside_range or unknown for a feature; fraud_rate or milliseconds for all rows together
     value: float
 
 
 class _Feature(NamedTuple):
     name: str
-    stray: str  # the measure of values that are in no bin
+    stray: str  # the measure that counts values outside all bins: outside_range or unknown
     shares: np.ndarray  # (quarters of the day, bins)
-    bins_of: Callable[[Sequence[Any]], np.ndarray]  # the bin (n,) of each value; values in no bin get bin `bins`
+    bins_of: Callable[[Sequence[Any]], np.ndarray]  # the bin (n,) of each value, or `bins` if it is in none
 
     @property
     def bins(self) -> int:
@@ -49,7 +50,7 @@ class _Feature(NamedTuple):
 
 
 class Window:
-    """The last rows (at least `rows`, rounded up to chunks), counted by the bins of a profile."""
+    """Counts the latest rows by the bins of a profile. The number `rows` is rounded up to whole chunks."""
 
     def __init__(self, profile: Profile, *, rows: int) -> None:
         self._features = [
@@ -60,7 +61,7 @@ class Window:
         self._chunks: deque[np.ndarray] = deque(maxlen=-(-rows // _CHUNK))
 
     def add(self, rows: Sequence[Seen]) -> bool:
-        """Add rows; the oldest leave a full window. Returns whether the window is full and has changed."""
+        """Add rows; a full window drops its oldest rows. Returns whether the window is full and has changed."""
         self._waiting += rows
         counted = 0
         while len(self._waiting) - counted >= _CHUNK:
@@ -70,7 +71,7 @@ class Window:
         return counted > 0 and len(self._chunks) == self._chunks.maxlen
 
     def findings(self) -> list[Finding]:
-        """Two measures of the rows as a whole and two of each feature. The window must not be empty."""
+        """Two measures for all rows together, and two for each feature. The window must not be empty."""
         rows, counts = _CHUNK * len(self._chunks), np.sum(self._chunks, axis=0)
         quarters, (frauds, in_milliseconds) = counts[:QUARTERS], counts[QUARTERS:_FEATURES]
         found = [
@@ -86,7 +87,7 @@ class Window:
         return found
 
     def _count(self, rows: Sequence[Seen]) -> np.ndarray:
-        """The counts of quarters of the day, of two flags, and of the bins of each feature, in one array."""
+        """One array with the number of rows in each quarter of the day, with each of two flags, and in each bin."""
         transactions = [row.transaction for row in rows]
         quarters = quarters_of(list(map(attrgetter("trans_date_trans_time"), transactions)))
         flags = [sum(row.fraud for row in rows), sum(row.in_milliseconds for row in rows)]
@@ -118,7 +119,7 @@ def _of_names(name: str, known: Names) -> _Feature:
 
 
 def psi(live: np.ndarray, expected: np.ndarray) -> float:
-    """The population stability index of live and expected counts (bins,): 0 for equal shares, without upper limit."""
+    """The population stability index of live and expected counts (bins,), which is 0 if their shares are equal."""
     if not live.sum():
         return 0.0
     live_share, expected_share = _smoothed(live), _smoothed(expected)
@@ -132,24 +133,24 @@ def _smoothed(counts: np.ndarray) -> np.ndarray:
 
 
 def _window(profile: Profile | None, *, rows: int) -> Window:
-    """A window on the profile, or one without features if the profile does not fit transactions."""
+    """A window for the profile, or one without features if the profile does not fit transactions."""
     try:
         trial = Window(profile or Profile({}, {}), rows=_CHUNK)
         trial.add([Seen(REFERENCE, False, False)] * _CHUNK)
         trial.findings()
-    except Exception as error:  # users may log profiles of their own
+    except Exception as error:  # users may log their own profiles, which may be wrong
         log.warning("reference_profile_unusable", reason=without_digits(f"{type(error).__name__}: {error}"))
         return Window(Profile({}, {}), rows=rows)
     return Window(profile or Profile({}, {}), rows=rows)
 
 
 class Monitor:
-    """Logs when a measure of the live data exceeds its limit, and when it is back below it."""
+    """Logs when a measure of the live data exceeds its limit, and when it falls back below the limit."""
 
     def __init__(
         self, profile: Profile | None, *, psi_limit: float, rows: int, before: "Monitor | None" = None
     ) -> None:
-        """`before` is the monitor of the previous model: what it logged and did not revoke stays in force."""
+        """`before` is the previous model's monitor: drift that it has logged is not logged again."""
         self._rows = rows
         self._window = _window(profile, rows=rows)
         self._limits = _LIMITS | {"psi": psi_limit}

@@ -1,4 +1,4 @@
-"""Models that follow an alias: a thread watches the registry, and the model changes between two batches."""
+"""Keeps models up to date with their aliases in the registry. A new model takes effect between two batches."""
 
 import time
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 
 class Followed:
-    """The model with an alias in the registry; if that version cannot be used, the last good one."""
+    """The model that has an alias in the registry, or the last good model if that one cannot be used."""
 
     def __init__(self, registry: Registry, alias: str, *, required: bool) -> None:
         self.model: Model | None = None
@@ -30,7 +30,10 @@ class Followed:
         self._refusal_reason = ""
 
     def first(self) -> None:
-        """Load the first model: the registry's, or else the last good one on disk. Raises Outage if neither exists."""
+        """Load the first model from the registry, or else the last good one from disk.
+
+        Raises Outage if neither can be loaded.
+        """
         try:
             self.look()
             reason = self._refusal_reason
@@ -45,10 +48,10 @@ class Followed:
             log.warning("last_good_model", version=self.version, digest=model.digest, reason=reason)
 
     def look(self) -> None:
-        """Load the version that has the alias now, if it is another one.
+        """Load the version that has the alias now, if it has changed.
 
-        A version that cannot be used is logged once and changes nothing. Raises Outage if the registry does not answer,
-        or if no version has the alias and one is required.
+        If that version cannot be used, this is logged once and the current model stays in use. Raises Outage if the
+        registry does not respond, or if no version has the alias and the alias is required.
         """
         try:
             found = self._registry.find(self._alias)
@@ -62,7 +65,7 @@ class Followed:
             log.error("model_refused", alias=self._alias, reason=str(error), serving=self.version)
             return
         except Outage as outage:
-            raise Outage(f"{outage}; serving version {self.version}" if self.model else str(outage)) from None
+            raise Outage(f"{outage}; still serving version {self.version}" if self.model else str(outage)) from None
         if model is None:
             log.info("model_gone", alias=self._alias, version=self.version)
         self._serve(model)
@@ -70,7 +73,7 @@ class Followed:
 
     @property
     def version(self) -> str:
-        """The version that is served, or `none`."""
+        """The version that is being served, or `none`."""
         return self.model.version if self.model else "none"
 
     def _load(self, found: Found) -> Model:
@@ -101,9 +104,9 @@ class Followed:
 def keep_up(
     followed: Sequence[Followed], *, every_s: float, now: Event, shutdown: Event, settings: StreamSettings
 ) -> Thread:
-    """Start a thread that looks at the aliases every `every_s` seconds, and when `now` is set, until shutdown.
+    """Start a thread that checks the aliases until shutdown: every `every_s` seconds, and whenever `now` is set.
 
-    Join it at the end, so that no conversion process and no partial download is left behind.
+    Join the thread at the end, so that it does not leave behind a conversion process or a partial download.
     """
 
     def look() -> None:
@@ -111,13 +114,13 @@ def keep_up(
         for each in followed:
             try:
                 each.look()
-            except Outage as outage:  # still look at the other alias
+            except Outage as outage:  # still check the other alias
                 outages.append(outage)
         if outages:
             raise outages[0]
 
     def run() -> None:
-        outage_log = OutageLog()  # without a name on /ready: the loaded version is still served
+        outage_log = OutageLog()  # /ready does not show the outage, because the loaded version is still served
         with suppress(Outage):
             while not shutdown.is_set():
                 now.wait(every_s)

@@ -1,4 +1,4 @@
-"""A model in memory: its input columns, and how it scores a batch."""
+"""A model in memory: making it from a loaded estimator, and scoring batches with it."""
 
 import gzip
 import warnings
@@ -34,11 +34,11 @@ log = structlog.get_logger()
 _RECORDED = Path(__file__).with_name("recorded.jsonl.gz")
 _NUMBERS = frozenset({"cc_num", "amt", "zip", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long"})
 
-# Models that need no column names are given an array: building a frame takes longer than scoring a small batch.
+# Models that need no column names get an array, because building a frame takes longer than scoring a small batch.
 warnings.filterwarnings("ignore", message="X does not have valid feature names")
 
-# For these, predict() is the class of the highest predict_proba(), so one call is enough. For others it may differ (a
-# support vector machine with Platt scaling, a tuned decision threshold), so predict() is called as well.
+# For these models, predict() returns the class with the highest predict_proba(), so calling the latter is enough. For
+# others the two may disagree (after Platt scaling or with a tuned decision threshold), so predict() is called as well.
 _LABEL_IS_LIKELIEST = (
     Compiled,
     DecisionTreeClassifier,
@@ -51,14 +51,14 @@ _LABEL_IS_LIKELIEST = (
 
 
 class UnusableModel(Exception):
-    """This model cannot be served; the message is the reason."""
+    """The model cannot be served. The message is the reason."""
 
 
 class Score(NamedTuple):
     """The prediction for one transaction."""
 
     label: int  # 1 is fraud
-    probability: float | None  # of fraud; None if the model provides none
+    probability: float | None  # of fraud; None if the model does not provide probabilities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +69,11 @@ class Model:
     version: str
     estimator: Any
     columns: tuple[str, ...]
-    threshold: float | None  # for the probability of fraud, if one was logged with the model
+    threshold: float | None  # the lowest probability that counts as fraud, if one was logged with the model
     profile: Profile | None  # of the training data, if one was logged with the model
     as_array: bool  # whether its input is an array of numbers, not a frame
-    logged_at: float  # epoch, seconds
-    digest: str = ""  # SHA-256 of its files, if it comes from the registry
+    logged_at: float  # epoch seconds
+    digest: str = ""  # SHA-256 of its files, if it was loaded from the registry
 
 
 def make_model(
@@ -87,14 +87,14 @@ def make_model(
     compiled: bool,
     shutdown: Event | None = None,
 ) -> Model:
-    """A model that was tested on the recorded transactions and uses one thread. Raises UnusableModel.
+    """A model that uses one thread and has scored the recorded transactions. Raises UnusableModel if it cannot.
 
-    `columns` are the input columns of the signature (default: `feature_names_in_` of the estimator). With `compiled`,
-    trees are compiled where that changes no label, unless shutdown is set first.
+    `columns` are the signature's input columns (default: the estimator's `feature_names_in_`). If `compiled` is true,
+    trees are compiled, unless that is impossible or would change a label, or `shutdown` is set meanwhile.
     """
     wanted = tuple(columns if columns is not None else getattr(estimator, "feature_names_in_", ()))
     if not wanted:
-        raise UnusableModel("no input columns known: log the model with a signature, or fit it on a DataFrame")
+        raise UnusableModel("its input columns are unknown: log the model with a signature, or fit it on a DataFrame")
     if unknown := [column for column in wanted if column not in FEATURES]:
         raise UnusableModel(f"it needs columns that transactions do not have: {', '.join(map(str, unknown))}")
     _use_one_thread(estimator)
@@ -119,7 +119,7 @@ def make_model(
 
 
 def _profile(metadata: Mapping[str, Any]) -> Profile | None:
-    """The profile of the training data, or None if none was logged or it cannot be read: scoring does not need it."""
+    """The profile of the training data, or None if it is missing or unreadable. Scoring works without it."""
     text = metadata.get("reference_profile")
     if text is None:
         return None
@@ -131,7 +131,7 @@ def _profile(metadata: Mapping[str, Any]) -> Profile | None:
 
 
 def _compiled(model: Model, shutdown: Event | None) -> Model:
-    """The model with compiled trees, or the model itself if those do not score the recorded transactions the same."""
+    """The compiled model, or the original if compiling fails or changes the scores of the recorded transactions."""
     try:
         threshold = 0.5 if model.threshold is None else model.threshold
         compiled = replace(model, estimator=Compiled(model.estimator, threshold=threshold, shutdown=shutdown))
@@ -140,8 +140,8 @@ def _compiled(model: Model, shutdown: Event | None) -> Model:
             abs((one.probability or 0.0) - (other.probability or 0.0)) for one, other in zip(wanted, found, strict=True)
         )
         if difference > TOLERANCE or [each.label for each in wanted] != [each.label for each in found]:
-            raise NotCompiled(f"its probabilities or labels would change, by up to {difference:.1e}")
-    except Exception as reason:  # compiling is optional, whatever fails
+            raise NotCompiled(f"compiling would change its labels, or its probabilities by up to {difference:.1e}")
+    except Exception as reason:  # compiling is optional, so no failure matters
         log.info("scoring_not_compiled", model=model.name, version=model.version, reason=str(reason))
         return model
     log.info("scoring_compiled", model=model.name, version=model.version)
@@ -150,12 +150,12 @@ def _compiled(model: Model, shutdown: Event | None) -> Model:
 
 @cache
 def recorded() -> Sequence[Transaction]:
-    """Several hundred transactions of made-up people, which every usable model can score."""
+    """Several hundred transactions of made-up people. A model is usable only if it can score them all."""
     return [row for line in gzip.open(_RECORDED) for row in read_topic_1(line).transactions]
 
 
 def score(model: Model, transactions: Sequence[Transaction]) -> list[Score]:
-    """The scores of a batch, in order, by one call of the model. Raises Poison if the call fails."""
+    """The scores of the transactions, in order. Raises Poison if the model fails or its predictions are invalid."""
     try:
         rows = _array(transactions, model.columns) if model.as_array else _frame(transactions, model.columns)
         labels, probabilities = _predict(model, rows)
@@ -163,7 +163,7 @@ def score(model: Model, transactions: Sequence[Transaction]) -> list[Score]:
             raise ValueError("the model does not return one prediction for each row")
         if probabilities is not None and np.isnan(probabilities).any():
             raise ValueError("the model returns a probability that is not a number")
-    except Exception as error:  # a user's model may raise anything, about these rows or about itself
+    except Exception as error:  # a user's model may raise anything, because of these rows or of a bug
         raise Poison(without_digits(f"{type(error).__name__}: {error}")) from None
     if probabilities is None:
         return [Score(label, None) for label in labels.tolist()]
@@ -171,7 +171,7 @@ def score(model: Model, transactions: Sequence[Transaction]) -> list[Score]:
 
 
 def _predict(model: Model, rows: pd.DataFrame | np.ndarray) -> tuple[Any, Any]:
-    """Labels (n,) of 0 and 1, and the probabilities of fraud (n,) or None."""
+    """Labels (n,), each 0 or 1, and probabilities of fraud (n,), or None if the model does not provide them."""
     classes = list(getattr(model.estimator, "classes_", []))
     if not hasattr(model.estimator, "predict_proba") or 1 not in classes:
         return _from_predict(model.estimator.predict(rows), model.threshold)
@@ -185,7 +185,7 @@ def _predict(model: Model, rows: pd.DataFrame | np.ndarray) -> tuple[Any, Any]:
 
 
 def _from_predict(predicted: Any, threshold: float | None) -> tuple[Any, Any]:
-    """Labels and probabilities of a model that has only predict(): with a threshold, it must return probabilities."""
+    """Labels and probabilities from predict() alone, which must return probabilities if there is a threshold."""
     if threshold is None:
         return _labels(predicted), None
     probabilities = np.asarray(predicted, dtype=float).ravel()
@@ -202,12 +202,12 @@ def _labels(predicted: Any) -> Any:
 
 
 def _frame(transactions: Sequence[Transaction], columns: Sequence[str]) -> pd.DataFrame:
-    """A frame (n, len(columns)) of the columns, in this order."""
+    """The transactions as a frame (n, len(columns)), with the columns in the given order."""
     return pd.DataFrame({column: list(map(attrgetter(column), transactions)) for column in columns})
 
 
 def _array(transactions: Sequence[Transaction], columns: Sequence[str]) -> np.ndarray:
-    """An array (n, len(columns)) of the columns, in this order."""
+    """The transactions as an array (n, len(columns)), with the columns in the given order."""
     values = list(map(attrgetter(*columns), transactions))
     return np.array(values, dtype=float).reshape(len(transactions), len(columns))
 
@@ -218,7 +218,7 @@ def _final_step(estimator: Any) -> Any:
 
 
 def _use_one_thread(estimator: Any) -> None:
-    """Set n_jobs to 1: more threads are slower on small batches, and replicas use more cores."""
+    """Set n_jobs to 1, because more threads are slower on small batches. To use more cores, run more replicas."""
     if hasattr(estimator, "get_params"):
         jobs = [name for name in estimator.get_params() if name == "n_jobs" or name.endswith("__n_jobs")]
         estimator.set_params(**dict.fromkeys(jobs, 1))

@@ -1,4 +1,4 @@
-"""Loading model versions from the MLflow registry, or the last good one from disk while the registry is away."""
+"""Loads model versions from the MLflow registry, or the last good one from disk if the registry is unreachable."""
 
 import ctypes
 import errno
@@ -39,7 +39,7 @@ _TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC})
 
 
 class Found(NamedTuple):
-    """A version in the registry."""
+    """A model version in the registry."""
 
     version: str
     run_id: str | None
@@ -51,7 +51,7 @@ class Registry:
     def __init__(
         self, *, tracking_uri: str, name: str, cache: Path, compiled: bool, shutdown: Event | None = None
     ) -> None:
-        """Raises SettingsError if the folder `cache` cannot be written, unless its disk is full."""
+        """Raises SettingsError if the folder `cache` is not writable, unless the reason is a full disk."""
         self.name = name
         self._address = without_credentials(tracking_uri)
         self._compiled = compiled
@@ -69,7 +69,7 @@ class Registry:
             ) from None
 
     def find(self, alias: str) -> Found | None:
-        """The version that has the alias, or None. Raises Outage if the registry does not answer."""
+        """The version that has the alias, or None if there is none. Raises Outage if the registry does not respond."""
         try:
             found = MlflowClient().get_model_version_by_alias(self.name, alias)
         except MlflowException as error:
@@ -81,7 +81,10 @@ class Registry:
         return Found(str(found.version), found.run_id)
 
     def load(self, found: Found) -> Model:
-        """The version, ready to score. Raises Outage if it cannot be fetched, UnusableModel if it cannot be served."""
+        """The version as a model that is ready to score.
+
+        Raises Outage if the version cannot be fetched, and UnusableModel if it cannot be served.
+        """
         folder = self._folder(found)
         try:
             with tempfile.TemporaryDirectory() as uncached:
@@ -96,11 +99,11 @@ class Registry:
                 return self._read(folder, found.version)
         except (Outage, UnusableModel):
             raise
-        except Exception as error:  # of MLflow, its transport or an artifact store
+        except Exception as error:  # from MLflow, its HTTP client or an artifact store
             raise self._outage(f"cannot fetch version {found.version} of {self.name}", error) from None
 
     def last_good(self, alias: str) -> tuple[Found, Model] | None:
-        """The version that `keep` noted for the alias, or None if it is not intact on disk or cannot be used."""
+        """The version that `keep` recorded for the alias, or None if its files are missing, damaged or unusable."""
         try:
             folder = self._cache / self._last_good(alias).read_text()
             version, _, run_id = folder.name.partition("-")
@@ -114,7 +117,7 @@ class Registry:
             return None
 
     def keep(self, found: Found, alias: str) -> None:
-        """Note the version as the last good one of the alias, and remove cached versions that no alias needs."""
+        """Record the version as the last good one for the alias, and remove cached versions that no alias needs."""
         folder, note = self._folder(found), self._last_good(alias)
         if not folder.exists():
             return
@@ -147,7 +150,7 @@ class Registry:
         with tempfile.TemporaryDirectory(dir=self._cache) as directory:
             path = Path(_download(self.name, version, directory))
             _digest_file(folder).write_text(_digest(path))
-            with suppress(OSError):  # another replica with the same cache has put it there
+            with suppress(OSError):  # another replica that shares the cache was faster
                 path.rename(folder)
 
     def _read(self, folder: Path, version: str) -> Model:
@@ -155,7 +158,7 @@ class Registry:
         try:
             logged = LoggedModel.load(str(folder))
             inputs = logged.signature.inputs if logged.signature else None
-            digest = _digest(folder)  # before any of it is executed
+            digest = _digest(folder)  # computed before any code of the model runs
             made = make_model(
                 name=self.name,
                 version=version,
@@ -172,16 +175,19 @@ class Registry:
             raise UnusableModel(f"{model}: {error}") from None
         except ImportError as error:
             raise UnusableModel(f"{model} needs {error.name or error}, which is not installed here") from None
-        except Exception as error:  # unpickling runs code of the artifact, which may raise anything
+        except Exception as error:  # unpickling runs code from the artifact, which may raise anything
             reason = f"{model} cannot be loaded: {type(error).__name__}: {error}"
             if isinstance(error, MemoryError) or getattr(error, "errno", None) in _TRANSIENT:
                 raise Outage(reason) from None
-            _digest_file(folder).unlink(missing_ok=True)  # so that a retry fetches it again: it may be incomplete
+            _digest_file(folder).unlink(missing_ok=True)  # a retry then fetches the files again: they may be incomplete
             raise UnusableModel(reason) from None
 
 
 def _estimator(folder: Path, logged: LoggedModel) -> Any:
-    """The model itself if it has scikit-learn's interface, otherwise MLflow's wrapper. Raises UnusableModel."""
+    """The model itself if it has scikit-learn's interface, otherwise MLflow's wrapper.
+
+    Raises UnusableModel if MLflow has no wrapper for it.
+    """
     for flavor in _WITH_ESTIMATOR:
         if flavor in logged.flavors:
             found = importlib.import_module(f"mlflow.{flavor}").load_model(str(folder))
@@ -193,16 +199,16 @@ def _estimator(folder: Path, logged: LoggedModel) -> Any:
 
 
 def _release_memory() -> None:
-    """Return free memory to the system; otherwise glibc keeps tens of megabytes after loading a forest."""
+    """Return free memory to the system. Otherwise, glibc keeps tens of megabytes after loading a random forest."""
     with suppress(AttributeError):  # a C library other than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _problem(error: Exception) -> str:
-    """Why a call of the registry failed, in plain words where they are known."""
+    """Why a call to the registry failed, in plain words if the cause is a known one."""
     as_it_is = f"{type(error).__name__}: {without_credentials(str(error))}"[:_MAX_REASON]
     if not isinstance(error, (MlflowException, requests.RequestException)):
-        return as_it_is  # of an artifact store: its message names the store
+        return as_it_is  # from an artifact store, whose message names the store
     if refused := _REFUSED.search(str(error)):
         status = refused[1] or refused[2]
         login = status in ("401", "403")
@@ -220,7 +226,7 @@ def _digest_file(folder: Path) -> Path:
 
 
 def _intact(folder: Path) -> bool:
-    """Whether the folder is unchanged since it was fetched."""
+    """Whether the files in the folder have not changed since they were fetched."""
     try:
         return _digest_file(folder).read_text() == _digest(folder)
     except OSError:
@@ -228,7 +234,7 @@ def _intact(folder: Path) -> bool:
 
 
 def _digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of all files, hexadecimal."""
+    """The SHA-256 of the names and contents of all files in the folder, in hexadecimal."""
     total = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         total.update(f"{path.relative_to(folder)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())

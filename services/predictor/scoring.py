@@ -1,4 +1,4 @@
-"""Scoring a batch: messages of topic_1 become predictions and dead letters."""
+"""Scores a batch: turns messages from topic_1 into predictions and dead letters."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Seen(NamedTuple):
 
     transaction: Transaction
     fraud: bool
-    in_milliseconds: bool  # whether its unix_time came in milliseconds instead of seconds
+    in_milliseconds: bool  # whether its unix_time was given in milliseconds instead of seconds
 
 
 class Predicted(NamedTuple):
@@ -33,14 +33,14 @@ class Predicted(NamedTuple):
 def predict(
     model: Model, messages: Sequence[Message], *, topic: str, group: str, now_ms: int, limit: Limit
 ) -> Predicted:
-    """A prediction for every transaction of the batch, a dead letter for every message with a bad one.
+    """A prediction for every valid transaction in the batch, and a dead letter for every message with a bad row.
 
-    Predictions go to `topic`. Raises Outage if the model is broken, not the rows.
+    The predictions are records for `topic`. Raises Outage if the model is at fault, rather than the rows.
     """
     transactions: list[Transaction] = []
     in_milliseconds: list[bool] = []
     values: list[bytes] = []
-    sources: list[int] = []  # the index of the message of each transaction
+    sources: list[int] = []  # for each transaction, the index of its message
     faults: defaultdict[int, list[str]] = defaultdict(list)
     for number, message in enumerate(messages):
         if says_nothing(message):
@@ -85,7 +85,7 @@ def _scores(model: Model, transactions: Sequence[Transaction]) -> Sequence[Score
 
 
 def _check_model(model: Model) -> None:
-    """Raise Outage if the model no longer scores the reference transaction: then it is not the rows that are bad."""
+    """Raise Outage if the model cannot score the reference transaction: then the model is at fault, not the rows."""
     try:
         score(model, [REFERENCE])
     except Poison as poison:

@@ -1,4 +1,4 @@
-"""The predictor: reads topic_1 and writes predictions to topic_2, batch by batch, with the champion in memory."""
+"""The predictor: scores transactions from topic_1 with the champion, and writes the predictions to topic_2."""
 
 import time
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _JOIN_S = 3.0
 
 
 def serve(settings: PredictorSettings, shutdown: Event) -> None:
-    """Wait for a model, then predict until shutdown. Raises SettingsError."""
+    """Wait for a model, then score transactions until shutdown. Raises SettingsError if a setting is invalid."""
     properties = kafka_properties(settings)
     stream = open_stream(
         settings,
@@ -85,7 +85,7 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
 
 
 class Scorer:
-    """Scores batches, each as a whole with the champion at that time."""
+    """Scores batches with the current champion, which never changes within a batch."""
 
     def __init__(self, champion: Followed, shadow: Shadow, look_now: Event, settings: PredictorSettings) -> None:
         self._champion = champion
@@ -97,7 +97,7 @@ class Scorer:
         self._broken: str | None = None
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Predict the batch. Raises Outage while the model is broken and the registry has no other champion."""
+        """Score the batch. Raises Outage while the champion is broken and has not been replaced in the registry."""
         model = self._champion.model
         if model is None:
             raise Outage("no model is loaded yet")
@@ -105,7 +105,7 @@ class Scorer:
             self._begin_with(model)
         if self._broken:
             self._look_now.set()
-            raise Outage(f"{self._broken}; the champion is still version {model.version}: promote another one")
+            raise Outage(f"{self._broken}; the champion is still version {model.version}: promote a different version")
         try:
             predicted = predict(
                 model,

@@ -13,16 +13,19 @@ class PredictorSettings(StreamSettings, RegistrySettings):
     predictor_group: str = Field("predictor", min_length=1, description="Consumer group on topic_1")
     delivery: DeliveryGuarantee = Field("exactly_once", description="Delivery guarantee for records written to Kafka")
     model_refresh_seconds: float = Field(
-        30.0, gt=0, description="Time between two checks of both aliases in the registry"
+        30.0, gt=0, description="Time between checks of the registry for a new champion or challenger"
     )
-    challenger_sample: float = Field(1.0, ge=0, le=1, description="Share of the batches that the challenger scores")
+    challenger_sample: float = Field(
+        1.0, ge=0, le=1, description="Share of the batches that the challenger scores as well"
+    )
     drift_psi: float = Field(
-        0.25, gt=0, description="Population stability index above which drift of a feature is logged"
+        0.25, gt=0, description="Population stability index above which the drift of a feature is logged"
     )
-    drift_rows: int = Field(1500, ge=500, description="Number of latest rows that are compared with the training data")
+    drift_rows: int = Field(1500, ge=500, description="Number of most recent rows to compare with the training data")
     compiled_scoring: bool = Field(
-        True, description="Whether to compile tree models for speed; never changes a prediction"
+        True, description="Whether to compile tree models, which speeds up scoring and never changes a label"
     )
     model_cache_directory: Path = Field(
-        Path("models"), description="Folder for the last good models; should outlive the container"
+        Path("models"),
+        description="Folder that caches the last good models; should be kept when the container is replaced",
     )

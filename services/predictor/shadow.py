@@ -1,4 +1,4 @@
-"""The challenger: scores some of the champion's batches in the background, without delaying or changing any."""
+"""The challenger: scores some batches in the background, without delaying or changing the champion's predictions."""
 
 import random
 import time
@@ -27,7 +27,7 @@ _REST_S = 300.0
 
 
 class Shadow:
-    """Writes the challenger's predictions to `topic`, for transactions that the champion predicts as well."""
+    """Scores a sample of the champion's batches with the challenger, and writes those predictions to `topic`."""
 
     def __init__(
         self, challenger: Followed, *, sample: float, topic: str, properties: Mapping[str, str], shutdown: Event
@@ -38,12 +38,12 @@ class Shadow:
         self._make_delivery = cache(lambda: AtLeastOnce(properties=properties, shutdown=shutdown))
         self._batches: Queue[Sequence[Message]] = Queue(_MAX_WAITING)
         self._rests_until = 0.0
-        self._resting: Model | None = None  # the model that rests until then
+        self._resting: Model | None = None  # the model that rests until `_rests_until`
         Thread(target=self._run, daemon=True, name="challenger").start()
 
     def offer(self, messages: Sequence[Message]) -> None:
-        """Queue a batch that the champion has scored, unless the challenger rests or is busy. Returns at once."""
-        chosen = random.random() < self._sample  # noqa: S311 - guards nothing
+        """Queue a batch that the champion has scored, unless the challenger is resting or busy. Never blocks."""
+        chosen = random.random() < self._sample  # noqa: S311 - not used for security
         if not chosen or not self._challenger.model:
             return
         if self._rests(self._challenger.model):
@@ -69,7 +69,7 @@ class Shadow:
         return model is self._resting and time.monotonic() < self._rests_until
 
     def _score(self, model: Model, messages: Sequence[Message]) -> str | None:
-        """Predict a batch. Returns why the challenger should rest, or None."""
+        """Score a batch. Returns the reason if the challenger should rest now, otherwise None."""
         began = time.monotonic()
         try:
             now_ms, limit = time.time_ns() // 1_000_000, Limit(ratio=1, consecutive=len(messages))

@@ -1,6 +1,6 @@
 """The producer: polls the payments API and writes its transactions to topic_1.
 
-What was fetched goes into a journal on disk first, so that neither a crash nor an outage of Kafka loses it.
+Fetched records are first saved in a journal on disk, so that neither a crash nor an outage of Kafka loses them.
 """
 
 import hashlib
@@ -31,18 +31,21 @@ from shared.stream import delivery
 log = structlog.get_logger()
 
 _GROUP = "producer"
-_API, _POLLING = "the payments API", "polling"  # their names on /ready and /live
+_API, _POLLING = "the payments API", "polling"  # the names shown on /ready and /live
 _FETCH, _DELIVER = (metrics.STAGE.labels(stage) for stage in ("fetch", "deliver"))
 _BATCH = 1000
 _IDLE_S = 0.5
 _TURN_S = 1.0
-_MAX_DEAD_LETTER_BYTES = 512 * 1024  # a transaction has a few hundred; topics accept about 1 MB by default
+_MAX_DEAD_LETTER_BYTES = 512 * 1024  # a transaction has a few hundred bytes; topics accept about 1 MB by default
 _CLOCK_SLACK_MS = 600_000
-_FORGOTTEN_S = 30.0  # brokers abort transactions older than ten seconds, and look for them every ten
+_FORGOTTEN_S = 30.0  # every 10 s, brokers abort transactions that have been open for more than 10 s
 
 
 def serve(settings: ProducerSettings, shutdown: Event) -> None:
-    """Poll until shutdown, then write what is still in the journal. Raises SettingsError."""
+    """Poll until shutdown, then write the records that are still in the journal to Kafka.
+
+    Raises SettingsError if a setting is invalid.
+    """
     properties = kafka_properties(settings)
     own, *left_behind = open_journals(settings.journal_directory, remembered=settings.recent_identities)
     polled, polling_ended = Event(), Event()
@@ -79,15 +82,15 @@ def serve(settings: ProducerSettings, shutdown: Event) -> None:
 
 
 def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: Event) -> None:
-    """Fetch into the journal until shutdown; `polled` is set after each answer.
+    """Fetch records into the journal until shutdown; `polled` is set after each response.
 
-    Raises Outage if at shutdown the disk does not take what was fetched.
+    Raises Outage if fetched records still cannot be saved to disk at shutdown.
     """
     flow = Flow("fetched")
     outage, full = OutageLog(_API), OutageLog("room in the journal")
     failures = 0
     api = f"payments API at {without_credentials(str(settings.api_url))}"
-    health.waits_for(_API, "no answer yet")
+    health.waits_for(_API, "no response yet")
     with requests.Session() as session:
         while not shutdown.is_set():
             health.turned(_POLLING)
@@ -95,7 +98,7 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
             waiting = journal.count()
             metrics.WAITING.set(waiting)
             if waiting >= settings.max_waiting_records:
-                full.failed(f"{waiting} records wait to be written to Kafka: polling is paused")
+                full.failed(f"polling is paused, because {waiting} records wait to be written to Kafka")
                 shutdown.wait(_TURN_S)
                 continue
             full.over()
@@ -143,16 +146,16 @@ def write(
     polling_ended: Event,
     shutdown: Event,
 ) -> None:
-    """Write the journal's records to their topics, in order, until polling has ended and none is left.
+    """Write the journal's records to their topics, in order, until polling has ended and no records are left.
 
-    Raises Outage at shutdown if Kafka is away: the journal keeps the records.
+    Raises Outage if Kafka is unreachable at shutdown. The journal then keeps the records.
     """
     deliver = delivery.delivery(
         settings.delivery, properties=properties, transactional_id=f"producer-{journal.id}", shutdown=shutdown
     )
     forgotten = _ForgottenTransactions()
     outage = OutageLog(f"Kafka, for journal {journal.id[:8]}", waiting=journal.count)
-    in_doubt = True  # a predecessor, or a delivery whose result is unknown, may have written the waiting records
+    in_doubt = True  # an earlier process, or a delivery with an unknown result, may have written the records
     if left := journal.count():
         log.info("left_by_predecessor", records=left)
 
@@ -200,7 +203,7 @@ def write(
 def _write_left_behind(
     journal: Journal, properties: dict[str, str], settings: ProducerSettings, shutdown: Event
 ) -> None:
-    """Write the records in the journal of a replica that no longer runs."""
+    """Write the records from the journal of a replica that no longer runs."""
     polling_ended = Event()
     polling_ended.set()
     try:
@@ -217,7 +220,7 @@ def _write_left_behind(
 
 
 def _records(transactions: Iterable[Transaction], topic: str) -> list[tuple[bytes, Record]]:
-    """The records for `topic`, each behind its identity in the journal."""
+    """For each transaction, its identity in the journal and its record for `topic`."""
     return [
         (f"{each.unix_time} {each.trans_num}".encode(), Record(topic, encode_transaction(each), each.key, []))
         for each in transactions
@@ -225,11 +228,11 @@ def _records(transactions: Iterable[Transaction], topic: str) -> list[tuple[byte
 
 
 def _dead_letters(rows: Sequence[BadRow], topic: str) -> list[tuple[bytes, Record]]:
-    """Dead letters of `topic` for rows that could not be read, each behind its identity in the journal."""
+    """For each unreadable row of `topic`, its identity in the journal and its dead letter."""
     records = []
     for row in rows:
         cut = (
-            f" (only its first {_MAX_DEAD_LETTER_BYTES} bytes are kept)"
+            f" (only the first {_MAX_DEAD_LETTER_BYTES} bytes of the row are kept)"
             if len(row.value) > _MAX_DEAD_LETTER_BYTES
             else ""
         )
@@ -243,7 +246,7 @@ def _dead_letters(rows: Sequence[BadRow], topic: str) -> list[tuple[bytes, Recor
 def _save(
     fetched: Sequence[tuple[bytes, Record]], journal: Journal, settings: ProducerSettings, shutdown: Event
 ) -> int:
-    """Add records to the journal, waiting while its disk is full. Returns how many are new.
+    """Add records to the journal, and wait while its disk is full. Returns the number of new records.
 
     Raises Outage if the disk is still full at shutdown.
     """
@@ -262,7 +265,7 @@ def _save(
 
 
 class _OpenTransactions(Outage):
-    """Transactions are open, so records after their `first_offsets` (topic, partition, offset) cannot be read yet."""
+    """Records cannot be read yet: open transactions at `first_offsets` (topic, partition, offset) hide them."""
 
     def __init__(self, first_offsets: Sequence[tuple[str, int, int]]) -> None:
         topics = sorted({topic for topic, _, _ in first_offsets})
@@ -271,20 +274,23 @@ class _OpenTransactions(Outage):
 
 
 class _ForgottenTransactions:
-    """Finds transactions that are open for longer than the broker allows: nobody will end them."""
+    """Finds forgotten transactions: they have been open for so long that neither producer nor broker will end them."""
 
     def __init__(self) -> None:
         self._first_seen: dict[tuple[str, int, int], float] = {}
 
     def among(self, first_offsets: Iterable[tuple[str, int, int]]) -> list[tuple[str, int]]:
-        """The partitions with a forgotten transaction, given (topic, partition, first offset) of all open ones."""
+        """The (topic, partition) of each forgotten transaction; `first_offsets` lists all open transactions."""
         now = time.monotonic()
         self._first_seen = {place: self._first_seen.get(place, now) for place in first_offsets}
         return [place[:2] for place, seen in self._first_seen.items() if now - seen > _FORGOTTEN_S]
 
 
 def _already_written(entries: Sequence[Entry], properties: dict[str, str]) -> list[Entry]:
-    """The entries that are on their topics already. Raises Outage, and _OpenTransactions if some cannot be read yet."""
+    """The entries that are already on their topics.
+
+    Raises _OpenTransactions if open transactions hide records, and Outage if Kafka does not respond.
+    """
     if not entries:
         return []
     since_ms = entries[0].fetched_ms - _CLOCK_SLACK_MS

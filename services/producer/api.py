@@ -1,4 +1,4 @@
-"""One call of the payments API."""
+"""Requests to the payments API."""
 
 import email.utils
 import time
@@ -16,10 +16,10 @@ _MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
 def fetch(session: requests.Session, url: str, *, timeout_s: float) -> bytes:
-    """The body of the answer to a GET, at most 64 MB.
+    """The body of the response to a GET request, at most 64 MB.
 
-    Raises Outage if none is complete within `timeout_s` seconds or its status is not 200; the reason does not repeat
-    the URL.
+    Raises Outage if the response is not complete within `timeout_s` seconds, is too large, or has a status other than
+    200. The message of the exception does not contain the URL.
     """
     deadline = time.monotonic() + timeout_s
     try:
@@ -32,16 +32,16 @@ def fetch(session: requests.Session, url: str, *, timeout_s: float) -> bytes:
                 body += piece
                 unfinished = response.raw.length_remaining != 0
                 if len(body) > _MAX_BODY_BYTES:
-                    raise Outage(f"answer larger than {_MAX_BODY_BYTES // 1024**2} MB")
+                    raise Outage(f"response larger than {_MAX_BODY_BYTES // 1024**2} MB")
                 if unfinished and time.monotonic() > deadline:
-                    raise Outage(f"answer not complete after {timeout_s:g} s")
+                    raise Outage(f"response not complete after {timeout_s:g} s")
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise Outage(f"no answer: {why_unreachable(error)}") from None
+        raise Outage(f"no response: {why_unreachable(error)}") from None
     return bytes(body)
 
 
 def retry_after_s(header: str | None) -> float:
-    """Seconds to wait according to a Retry-After header (RFC 9110, 10.2.3: seconds or a date), at most five minutes."""
+    """Seconds to wait (at most 300) according to a Retry-After header: seconds or a date (RFC 9110, 10.2.3)."""
     if not header:
         return 0.0
     try:

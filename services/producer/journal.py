@@ -1,6 +1,6 @@
-"""The journal: an SQLite file that keeps fetched records until they are on their topics, and remembers identities.
+"""The journal: an SQLite file with the fetched records that are not on their topics yet, and recent identities.
 
-A producer that is killed loses nothing that it fetched, and its successor recognises repeats.
+If a producer is killed, no fetched record is lost, and the next producer still recognises repeated records.
 """
 
 import sqlite3
@@ -34,18 +34,18 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class Entry(NamedTuple):
-    """A record that waits to be written; a delivery whose result is unknown may have written it."""
+    """A record that waits to be written. It may already be on its topic, after a delivery with an unknown result."""
 
     number: int
-    fetched_ms: int  # epoch
+    fetched_ms: int  # epoch milliseconds
     record: Record
 
 
 class Journal:
-    """A file of waiting records and the last `remembered` identities. Thread-safe; one process at a time opens it."""
+    """A file with waiting records and the last `remembered` identities. Thread-safe; only one process can open it."""
 
     def __init__(self, path: Path, *, remembered: int) -> None:
-        """Open or create the file. Raises sqlite3.Error, with code SQLITE_BUSY if another process has it open."""
+        """Open or create the file. Raises sqlite3.Error, with the code SQLITE_BUSY if another process has it open."""
         self._path = path
         self._remembered = remembered
         self._lock = Lock()
@@ -59,9 +59,8 @@ class Journal:
                 self._file.execute(
                     "INSERT INTO journal SELECT ? WHERE NOT EXISTS (SELECT * FROM journal)", (uuid.uuid4().hex,)
                 )
-            ((self.id,),) = self._file.execute(
-                "SELECT id FROM journal"
-            )  # kept when another process takes the file over
+            # The ID stays the same when another process takes over the file.
+            ((self.id,),) = self._file.execute("SELECT id FROM journal")
             self._waiting = 0
             ((self._waiting,),) = self._file.execute(_COUNT)
         except BaseException:
@@ -69,7 +68,7 @@ class Journal:
             raise
 
     def add(self, records: Iterable[tuple[bytes, Record]]) -> int:
-        """Save the records, given as (identity, record), whose identity is not remembered; returns how many.
+        """Save those records, given as (identity, record), whose identity is new. Returns the number of records saved.
 
         Raises Outage if the disk is full or fails.
         """
@@ -91,20 +90,20 @@ class Journal:
             raise self._outage(error) from None
 
     def waiting(self, most: int = -1) -> list[Entry]:
-        """The oldest waiting records, at most `most` (default: all), in the order they were fetched. Raises Outage."""
+        """The waiting records (at most `most`; default: all), oldest first. Raises Outage if the disk fails."""
         rows = self._read(
             "SELECT number, fetched_ms, record FROM fetched WHERE record IS NOT NULL ORDER BY number LIMIT ?", most
         )
         return [Entry(number, fetched_ms, _decode(record)) for number, fetched_ms, record in rows]
 
     def count(self) -> int:
-        """How many records wait; if the file cannot be read, the last known number."""
+        """The number of waiting records, or the last known number if the file cannot be read."""
         with suppress(Outage):
             ((self._waiting,),) = self._read(_COUNT)
         return self._waiting
 
     def written(self, entries: Sequence[Entry]) -> None:
-        """Mark entries as written to their topics; their identities are still remembered. Raises Outage."""
+        """Mark entries as written, but still remember their identities. Raises Outage if the disk is full or fails."""
         try:
             with self._lock, self._file:
                 self._file.executemany(
@@ -134,9 +133,10 @@ def _decode(encoded: bytes) -> Record:
 
 
 def open_journals(directory: Path, *, remembered: int) -> list[Journal]:
-    """A journal for this process, then those left behind: unused ones in which records still wait.
+    """This process's own journal, followed by the unused journals in which records still wait.
 
-    Each replica has its own journal; a replica that is not started again leaves one behind. Raises SettingsError.
+    Each replica has its own journal. A replica that is not started again leaves its journal behind. Raises
+    SettingsError if the folder or a journal in it cannot be used.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -155,9 +155,9 @@ def open_journals(directory: Path, *, remembered: int) -> list[Journal]:
 
 
 def _open(path: Path, *, remembered: int) -> Journal | None:
-    """The journal, or None if another process has it open. Raises SettingsError."""
+    """The journal, or None if another process has it open. Raises SettingsError if it cannot be opened."""
     try:
-        path.touch(mode=0o600)  # it holds card numbers and birth dates
+        path.touch(mode=0o600)  # the file contains card numbers and birth dates
         return Journal(path, remembered=remembered)
     except (sqlite3.Error, OSError) as error:
         if isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:

@@ -15,19 +15,22 @@ class ProducerSettings(ServiceSettings):
         repr=False,
         description="URL of the payments API",
     )
-    api_timeout_seconds: float = Field(30.0, gt=0, description="Longest wait for the complete answer to a poll")
+    api_timeout_seconds: float = Field(30.0, gt=0, description="Timeout for the complete response to a poll")
     poll_interval_seconds: float = Field(
-        15.0, ge=0, description="Time from the start of one poll to the next; 0: no pause"
+        15.0, ge=0, description="Time from the start of one poll to the start of the next; 0 means no pause"
     )
     backoff_initial_seconds: Backoff = Field(
-        1.0, description="Wait after the first failed poll; doubles with each further one"
+        1.0, description="Wait after the first failed poll; doubles after each further failure"
     )
-    backoff_max_seconds: Backoff = Field(60.0, description="Longest wait after a failed poll")
+    backoff_max_seconds: Backoff = Field(60.0, description="Maximum wait after a failed poll")
     delivery: DeliveryGuarantee = Field("exactly_once", description="Delivery guarantee for records written to Kafka")
     journal_directory: Path = Field(
-        Path("journal"), description="Folder for fetched records not yet in Kafka; must outlive the container"
+        Path("journal"),
+        description="Folder for fetched records that are not in Kafka yet; must be kept when the container is replaced",
     )
-    recent_identities: int = Field(100_000, ge=1, description="Transactions remembered to skip repeats")
+    recent_identities: int = Field(
+        100_000, ge=1, description="Number of recent transactions to remember, so that repeats are skipped"
+    )
     max_waiting_records: int = Field(
-        100_000, ge=1, description="Polling pauses while this many records wait to be written to Kafka"
+        100_000, ge=1, description="Number of records waiting to be written to Kafka at which polling pauses"
     )

@@ -1,4 +1,4 @@
-"""Kafka clients: this project's defaults, then `client.properties`, then what the guarantees require."""
+"""Kafka clients. `client.properties` overrides this project's defaults, but not what the guarantees require."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,9 +9,9 @@ from confluent_kafka.admin import AdminClient
 from shared.errors import SettingsError
 from shared.kafka.connections import ConnectionReports, OnError, log
 
-# A dead letter is larger than the record it keeps, and topics take records of 1 MiB by default.
+# A dead letter is larger than the record it keeps, and topics accept records of up to 1 MiB by default.
 MAX_RECORD_BYTES = 2 * 1024 * 1024
-# A missing right is an outage too, since it can be granted while a service runs.
+# A missing permission is an outage too, since it can be granted while a service runs.
 DENIED = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -20,7 +20,7 @@ DENIED = frozenset(
     }
 )
 
-_DEFAULTS = {"reconnect.backoff.max.ms": "2000"}  # soon notice a broker that is back
+_DEFAULTS = {"reconnect.backoff.max.ms": "2000"}  # reconnect soon after a broker is back
 _CONSUMER_ONLY = (
     "group.",
     "session.timeout.ms",
@@ -53,18 +53,19 @@ _PRODUCER_ONLY = (
 def consumer(
     properties: Mapping[str, str], *, group: str, replica: str | None = None, on_error: OnError | None = None
 ) -> Consumer:
-    """A consumer that sees committed records only and commits nothing by itself. Raises SettingsError.
+    """A consumer that sees only committed records and never commits by itself. Raises SettingsError if misconfigured.
 
-    With a `replica` name it is a static member (KIP-345): restarted under that name it gets its partitions back at
-    once, without waiting for the old session to expire; it also reports the ends of its partitions. While it polls,
-    `on_error(error)` is called for broken connections; once all are broken, the error gives the cause.
+    With a `replica` name, the consumer is a static member (KIP-345): restarted under that name, it gets its partitions
+    back at once, without waiting for the old session to expire. It then also reports the ends of its partitions. While
+    the consumer polls, `on_error(error)` is called for broken connections; once all of them are broken, the error gives
+    the cause.
     """
     defaults = {
         "auto.offset.reset": "earliest",
         "partition.assignment.strategy": "cooperative-sticky",
         "session.timeout.ms": "10000",
-        "heartbeat.interval.ms": "1000",  # how soon members learn of a rebalance
-        # A full queue holds several batches. By default the client would then pause for a second, and run dry.
+        "heartbeat.interval.ms": "1000",  # how soon members notice a rebalance
+        # A full queue holds several batches. By default, the client would then fetch nothing for a second, and run dry.
         "queued.max.messages.kbytes": "8192",
         "queued.min.messages": "10000",
         "max.partition.fetch.bytes": "131072",  # the default of 1 MB uses 40 MB more memory and is no faster
@@ -90,11 +91,12 @@ def producer(
     on_failure: Callable[[Any, Message], None] | None = None,
     on_error: OnError | None = None,
 ) -> Producer:
-    """An idempotent producer: in order, once, acknowledged by all in-sync replicas. Raises SettingsError.
+    """An idempotent producer: it writes each record once and in order, to all in-sync replicas.
 
-    Without a transaction it retries for ever (`message.timeout.ms` 0): a broker that is away is an outage, not an
-    error. `on_failure(error, message)` is called for deliveries that failed for good, and for no others. `on_error` is
-    called as for a consumer, and for topics that a transaction may not write to.
+    Without a `transactional_id`, it retries for ever (`message.timeout.ms` 0): an unavailable broker is an outage, not
+    an error. `on_failure(error, message)` is called only for records that the producer has given up on. `on_error` is
+    called as for a consumer, and also for topics that a transaction may not write to. Raises SettingsError if
+    misconfigured.
     """
     defaults = {
         "compression.type": "lz4",
@@ -105,7 +107,7 @@ def producer(
     promised: dict[str, Any] = {"enable.idempotence": "true", "acks": "all", "delivery.report.only.error": True}
     if transactional_id:
         promised |= {"transactional.id": transactional_id, "transaction.timeout.ms": "10000"}
-        # The broker rejects a transaction until the marker of the previous one is written, some milliseconds later.
+        # The broker rejects a transaction for some milliseconds, until it has written the marker of the previous one.
         defaults["retry.backoff.ms"] = "2"
     else:
         promised |= {"message.timeout.ms": "0"}
@@ -117,7 +119,7 @@ def producer(
 
 
 def admin(properties: Mapping[str, str], *, on_error: OnError | None = None) -> AdminClient:
-    """An administrative client; when polled, it calls `on_error` as a consumer does. Raises SettingsError."""
+    """An admin client. When polled, it calls `on_error` as a consumer does. Raises SettingsError if misconfigured."""
     own = {key: value for key, value in properties.items() if not key.startswith((*_CONSUMER_ONLY, *_PRODUCER_ONLY))}
     client: AdminClient = _client(AdminClient, own, on_error)
     return client

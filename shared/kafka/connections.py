@@ -1,4 +1,4 @@
-"""Broken connections, reported by a client in its errors and its log, as one error that names host and cause."""
+"""Turns what a client reports about broken connections into one error that names the host and the cause."""
 
 import logging
 import re
@@ -16,7 +16,7 @@ _SAID = re.compile(r"(?:\w+://)?(?P<host>\S+):(?P<port>\d+)/\w+: (?P<what>.*?)(?
 _REFUSED_TOPIC = re.compile(r'Failed to add partition "(.+)" \[\d+\] .*(Broker: Topic authorization failed)').search
 # The client also reports the content of these log lines as errors.
 _REPORTED = frozenset({"ADDPARTS", "ADDOFFSETS", "TXNERR"})
-_ONE_RUN_S = 5.0  # a client retries within two seconds
+_ONE_RUN_S = 5.0  # failures closer together belong to one outage: a client retries within two seconds
 _LOOK_S = 2.0
 _HANDSHAKE_S = 5.0
 
@@ -24,7 +24,8 @@ _HANDSHAKE_S = 5.0
 class ConnectionReports:
     """Combines a client's error callback and its log.
 
-    A broken connection is only in the log, with its cause; once all are broken there is an error, without the cause.
+    The client logs each broken connection with its cause. It reports an error only once all connections are broken, and
+    without the cause.
     """
 
     def __init__(self, properties: Mapping[str, Any], on_error: OnError) -> None:
@@ -35,7 +36,7 @@ class ConnectionReports:
         self._all = False
 
     def log(self, level: int, form: str, facility: str, client: str, text: str) -> None:
-        """Stand in for the client's logger."""
+        """Receive a line of the client's log. The client uses this object as its logger."""
         if facility == "FAIL" and level > logging.DEBUG:
             now = time.monotonic()
             if now - self._broke_at > _ONE_RUN_S:
@@ -49,7 +50,7 @@ class ConnectionReports:
             log.log(level, form, facility, client, text)
 
     def error(self, error: KafkaError) -> None:
-        """Stand in for the client's `error_cb`."""
+        """Receive an error from the client. This is its `error_cb`."""
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
             self._all = True
             error = KafkaError(KafkaError._ALL_BROKERS_DOWN, why_broken(self._last, self._properties))
@@ -57,21 +58,23 @@ class ConnectionReports:
 
 
 def why_broken(said: str, properties: Mapping[str, Any]) -> str:
-    """Why a connection broke: librdkafka's log line, shortened, with the cause that it leaves out."""
+    """Why a connection broke: librdkafka's log line, shortened, with the causes and remedies that it leaves out."""
     if not (found := _SAID.match(said)):
         return "Kafka: no broker answers"
     host, port, what = found["host"], int(found["port"]), found["what"]
     if "certificate verify failed" in what:
         what = f"its certificate is not accepted: {_refused_because(host, port, properties)}"
     elif "alert" in what and "certificate" in what:
-        what = "it asks for a client certificate that it trusts: set ssl.certificate.location and ssl.key.location"
+        what = (
+            "the broker requires a client certificate that it trusts: set ssl.certificate.location and ssl.key.location"
+        )
     elif what.startswith("Disconnected"):
         what += " (if this persists, check security.protocol)"
     return f"Kafka at {host}:{port}: {what}"
 
 
 def _refused_because(host: str, port: int, properties: Mapping[str, Any]) -> str:
-    """OpenSSL's reason, which librdkafka does not pass on."""
+    """OpenSSL's reason for rejecting the certificate, which librdkafka does not report."""
     try:
         context = ssl.create_default_context(
             cafile=properties.get("ssl.ca.location"), cadata=properties.get("ssl.ca.pem")

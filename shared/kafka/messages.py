@@ -1,14 +1,14 @@
-"""Records as they are written, and what is read of consumed messages."""
+"""Records to write, and helpers that read consumed messages."""
 
 import msgspec
 from confluent_kafka import Message
 
 Headers = list[tuple[str, str | bytes | None]]
-NOTHING: Headers = [("nothing", b"")]  # marks a record that only serves to write a transaction's marker
+NOTHING: Headers = [("nothing", b"")]  # headers of an empty record, written only so that its transaction has a marker
 
 
 class Record(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """A record to be written."""
+    """A record to write to Kafka."""
 
     topic: str
     value: bytes | None
@@ -17,7 +17,7 @@ class Record(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 def coordinates(message: Message) -> tuple[str, int, int]:
-    """Topic, partition and offset of a consumed message."""
+    """The topic, partition and offset of a consumed message."""
     topic, partition, offset = message.topic(), message.partition(), message.offset()
     if topic is None or partition is None or offset is None:
         raise ValueError("not a consumed message")
@@ -31,5 +31,5 @@ def headers(message: Message) -> Headers:
 
 
 def says_nothing(message: Message) -> bool:
-    """Whether the record only serves a transaction's marker: readers skip it."""
+    """Whether the record is empty and was written only for its transaction's marker. Readers skip such records."""
     return message.value() is None and message.headers() == NOTHING

@@ -1,4 +1,4 @@
-"""The first and next offsets of partitions, and reading partitions to their present end."""
+"""The first and next offsets of partitions, and reading partitions to their current end."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -19,28 +19,35 @@ _READ_TIMEOUT_S = 10.0
 def ends(
     properties: Mapping[str, str], partitions: Sequence[TopicPartition], *, committed: bool
 ) -> dict[tuple[str, int], int]:
-    """The next offset of each partition; with `committed`, the first offset of an open transaction. Raises Outage."""
+    """The next offset of each partition. Raises Outage.
+
+    With `committed`, this is the offset that `read_committed` consumers can read up to: that of the first record in an
+    open transaction, if there is one.
+    """
     latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
     found = _listed(admin(properties), partitions, latest, committed=committed)
     return {place: answer.offset for place, answer in found.items()}
 
 
 def begins(properties: Mapping[str, str], partitions: Sequence[TopicPartition]) -> dict[tuple[str, int], int]:
-    """The first offset that each partition still has. Raises Outage."""
+    """The offset of the oldest record that each partition still has. Raises Outage."""
     earliest: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
     found = _listed(admin(properties), partitions, earliest, committed=False)
     return {place: answer.offset for place, answer in found.items()}
 
 
 def newest_ms(properties: Mapping[str, str], partitions: Sequence[TopicPartition]) -> int | None:
-    """When the newest record of these partitions was written, in epoch ms; None if there is none. Raises Outage."""
+    """The time of the newest record in these partitions, in epoch ms, or None if they are empty. Raises Outage."""
     newest: OffsetSpec = OffsetSpec.max_timestamp()  # type: ignore[no-untyped-call]
     found = _listed(admin(properties), partitions, newest, committed=False)
     return max((answer.timestamp for answer in found.values() if answer.timestamp >= 0), default=None)
 
 
 def since(properties: Mapping[str, str], topic: str, epoch_ms: int) -> list[TopicPartition]:
-    """The first record, committed or not, that is not older, in each partition that has one. Raises Outage."""
+    """The offset of the first record at or after `epoch_ms`, committed or not, in each partition that has one.
+
+    Raises Outage if the broker does not answer, or denies access to the topic.
+    """
     client = admin(properties)
     try:
         known = client.list_topics(topic, timeout=_READ_TIMEOUT_S).topics[topic]
@@ -54,13 +61,13 @@ def since(properties: Mapping[str, str], topic: str, epoch_ms: int) -> list[Topi
 
 
 def read_to_end(properties: Mapping[str, str], starts: Sequence[TopicPartition], *, group: str) -> Iterator[Message]:
-    """Every committed record from these offsets to the present end of their partitions. Raises Outage.
+    """Yield every committed record from these offsets to the current end of their partitions. Raises Outage.
 
-    Records that only serve a transaction's marker are skipped.
+    Empty records that were written only for a transaction's marker are skipped.
     """
     reader = consumer({**properties, "enable.partition.eof": "true"}, group=group)
     unread = {(start.topic, start.partition) for start in starts}
-    problem = "no answer"
+    problem = "no response"
     try:
         reader.assign(list(starts))
         while unread:
@@ -94,16 +101,16 @@ def _listed(
             isolation_level=level,
             request_timeout=_READ_TIMEOUT_S,
         )
-        longest_s = 2 * _READ_TIMEOUT_S  # even if the client ignores its own limit
+        longest_s = 2 * _READ_TIMEOUT_S  # also if the client ignores its own timeout
         return {(asked.topic, asked.partition): answer.result(longest_s) for asked, answer in answers.items()}
     except TimeoutError:
-        raise Outage(f"Kafka: no answer in {longest_s:.0f} s") from None
+        raise Outage(f"Kafka: no response in {longest_s:.0f} s") from None
     except KafkaException as error:
         raise Outage(f"Kafka: {error.args[0].str()}") from None
 
 
 def next_offsets(messages: Sequence[Message]) -> list[TopicPartition]:
-    """The next offset to read in each partition of a topic's `messages`, which are in order within each."""
+    """The next offset to read in each partition after `messages`, which are of one topic and in order per partition."""
     last = {message.partition(): message for message in messages}
     return [
         TopicPartition(topic, partition, offset + 1) for topic, partition, offset in map(coordinates, last.values())

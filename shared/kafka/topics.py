@@ -1,4 +1,4 @@
-"""Creating and checking the topics and their dead-letter topics."""
+"""Creating and checking topics and their dead-letter topics."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +22,11 @@ _DAY_MS = 86_400_000
 _RECORDS = {"cleanup.policy": "delete", "compression.type": "producer", "retention.ms": str(7 * _DAY_MS)}
 _LETTERS = _RECORDS | {"retention.ms": str(30 * _DAY_MS), "max.message.bytes": str(MAX_RECORD_BYTES)}
 _WHY = {
-    "cleanup.policy": "so that only the last record of each card is kept",
-    "compression.type": "so that the broker decompresses what the producers compressed",
-    "retention.ms": "and records that nobody has read by then are deleted",
-    "max.message.bytes": "and a dead letter is larger than the record it keeps",
-    "min.insync.replicas": "so that one failing broker loses records or stops all writing",
+    "cleanup.policy": "so only the last record of each card is kept",
+    "compression.type": "so the broker decompresses what the producers compressed",
+    "retention.ms": "so records may be deleted before they are read",
+    "max.message.bytes": "too little for a dead letter, which is larger than the record it keeps",
+    "min.insync.replicas": "so one failing broker loses records or stops all writing",
 }
 
 
@@ -38,10 +38,11 @@ def create(
     replication: int | None = None,
     letters: bool = True,
 ) -> list[str]:
-    """Create the missing topics and, with `letters`, their dead-letter topics. Returns the new names.
+    """Create the missing topics and, with `letters`, their dead-letter topics. Returns the names it created.
 
     Existing topics are not changed. `replication` defaults to 3, or the number of brokers if there are fewer. Several
-    processes may do this at once. Raises Outage if the broker refuses, SettingsError for wrong properties.
+    processes may call this at once. Raises Outage if the broker refuses or is away, and SettingsError for wrong
+    properties.
     """
     client = admin(properties)
     try:
@@ -69,7 +70,7 @@ def create(
 def check(
     properties: Mapping[str, str], names: Sequence[str], *, partitions: int = 1, letters: bool = True
 ) -> list[str]:
-    """What is wrong with the topics: a line for each problem, with the remedy. Changes nothing. Raises Outage."""
+    """Check the topics, changing nothing. Returns a line for each problem, with the remedy. Raises Outage."""
     client = admin(properties)
     wanted = _settings(names, letters=letters)
     try:
@@ -83,7 +84,7 @@ def check(
         }
     except KafkaException as error:
         raise away(properties, error) from None
-    lines = [f"{name}: missing, or hidden by ACLs: fraudctl topics create" for name in wanted if name not in there]
+    lines = [f"{name}: missing, or hidden by ACLs. Run fraudctl topics create" for name in wanted if name not in there]
     for name in there:
         layout = [len(partition.replicas) for partition in known.topics[name].partitions.values()]
         lines += [
@@ -97,25 +98,25 @@ def check(
 
 
 def _settings(names: Sequence[str], *, letters: bool) -> dict[str, dict[str, str]]:
-    """The settings that each topic is created with, by name."""
+    """The settings for creating each topic, by topic name."""
     kinds = (("", _RECORDS), (SUFFIX, _LETTERS))[: 1 + letters]
     return {name + suffix: settings for name in names for suffix, settings in kinds}
 
 
 def _in_sync(copies: int) -> int:
-    """`min.insync.replicas`: the copies that a record needs to count as written, so that one broker may be away."""
+    """The `min.insync.replicas` for this many replicas: how many must have a record. One broker may be unavailable."""
     return 2 if copies >= _COPIES else 1
 
 
 def _layout_problems(copies: Sequence[int], *, partitions: int, brokers: int) -> Iterator[str]:
     if len(copies) < partitions:
         yield (
-            f"{len(copies)} partitions, not {partitions}: more partitions move cards to other partitions, so wait until"
-            " the services have no lag on it, then run kafka-topics.sh --alter --partitions"
+            f"{len(copies)} partitions, not {partitions}. Adding partitions moves cards to other partitions, so wait"
+            " until the services have no lag on the topic, then run kafka-topics.sh --alter --partitions"
         )
     if min(copies) < min(_COPIES, brokers):
         yield (
-            f"only {min(copies)} of {min(_COPIES, brokers)} possible replicas, so that one lost disk loses records:"
+            f"only {min(copies)} of {min(_COPIES, brokers)} possible replicas, so one lost disk loses records:"
             " add replicas with kafka-reassign-partitions.sh"
         )
 
@@ -139,7 +140,7 @@ def _settings_problems(name: str, found: Mapping[str, str], wanted: Mapping[str,
 
 def use(properties: Mapping[str, str], names: Sequence[str]) -> None:
     """Create topics and dead-letter topics on a broker that creates them on first use. Raises Outage."""
-    client = admin(properties)  # a consumer's metadata request creates no topic
+    client = admin(properties)  # a consumer's metadata request does not create topics
     for name in names:
         for suffix in ("", SUFFIX):
             client.list_topics(name + suffix, timeout=_TIMEOUT_S)
@@ -147,7 +148,7 @@ def use(properties: Mapping[str, str], names: Sequence[str]) -> None:
 
 
 def ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicPartition]:
-    """The next offset of every partition of these topics, once all have leaders. Raises Outage."""
+    """The next offset of every partition of these topics. Waits until all partitions have leaders. Raises Outage."""
     reader = consumer(properties, group="fraudctl")
     deadline = time.monotonic() + _TIMEOUT_S
     try:
@@ -169,12 +170,12 @@ def _ends(reader: Consumer, name: str) -> Iterator[TopicPartition]:
 
 
 def away(properties: Mapping[str, str], error: KafkaException) -> Outage:
-    """The outage to raise for this error: it names the brokers."""
+    """The Outage to raise for this error. Its text names the brokers."""
     return Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str() or error.args[0].name()}")
 
 
 def _known(client: AdminClient, names: Sequence[str]) -> bool:
-    """Whether the broker knows them, which may be a moment after their creation."""
+    """Whether the broker knows the topics, which may take a moment after their creation."""
     topics = client.list_topics(timeout=_TIMEOUT_S).topics
     return all(name in topics and topics[name].partitions for name in names)
 
@@ -190,7 +191,7 @@ def _new(name: str, done: Future[None]) -> bool:
 
 
 def _result(name: str, done: Future[T]) -> T:
-    """The result. Raises KafkaException that names the topic."""
+    """The result of a request about a topic. Raises KafkaException with the topic's name in the error."""
     try:
         return done.result()
     except KafkaException as exception:

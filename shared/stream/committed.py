@@ -10,7 +10,7 @@ from shared.errors import Outage
 from shared.kafka.messages import coordinates
 
 _ANSWER_S = 5.0
-_FORGOTTEN_S = 30.0  # brokers abort transactions older than ten seconds, and look for them every ten
+_FORGOTTEN_S = 30.0  # brokers abort transactions after ten seconds, and check for old ones every ten seconds
 
 Place = tuple[str, int]
 """Topic and partition."""
@@ -23,11 +23,11 @@ class CommittedOffsets:
         self._unknown_since: float | None = None  # monotonic
 
     def assigned(self) -> None:
-        """Note new partitions: the consumer itself asks for their offsets, and waits silently."""
+        """Note that partitions were assigned: the consumer fetches their offsets, and logs nothing while it waits."""
         self._unknown_since = time.monotonic()
 
     def read(self, consumer: Consumer, places: Iterable[Place]) -> dict[Place, int]:
-        """The next offset to read in each partition, negative before the first commit. Raises Outage."""
+        """The next offset to read in each partition; negative before its first commit. Raises Outage."""
         partitions = [TopicPartition(*place) for place in places]
         try:
             found = consumer.committed(partitions, timeout=_ANSWER_S) if partitions else []
@@ -40,11 +40,11 @@ class CommittedOffsets:
 
     @property
     def overdue(self) -> bool:
-        """Whether it is time to check that the broker gives them out."""
+        """Whether it is time to call `withheld`."""
         return self._unknown_since is not None and time.monotonic() - self._unknown_since > _FORGOTTEN_S
 
     def withheld(self, consumer: Consumer) -> bool:
-        """Whether the broker withholds the offsets of an assigned partition. It is asked again only once overdue."""
+        """Whether the broker withholds the offsets of an assigned partition. If so, ask again once `overdue`."""
         self._unknown_since = time.monotonic()
         try:
             self.read(consumer, {(each.topic, each.partition) for each in consumer.assignment()})
@@ -55,7 +55,7 @@ class CommittedOffsets:
 
 
 def not_committed(messages: Sequence[Message], committed: dict[Place, int]) -> list[Message]:
-    """The messages without the leading ones that are committed. A batch is committed as a whole or not at all."""
+    """`messages` without the leading ones that are already committed. A batch is committed as a whole or not at all."""
     places = [coordinates(message) for message in messages]
     final = len(list(takewhile(lambda place: place[2] < committed[place[:2]], places)))
     return list(messages[final:])

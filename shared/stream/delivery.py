@@ -1,4 +1,4 @@
-"""Making a batch final: its outputs, its dead letters and its offsets, in the order that keeps the guarantee."""
+"""Makes a batch final: writes its outputs and dead letters and commits its offsets, as the guarantee requires."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,9 +25,9 @@ log = structlog.get_logger()
 _COMMITTED, _ABORTED = (metrics.TRANSACTIONS.labels(outcome) for outcome in ("committed", "aborted"))
 _WAIT_S = 1.0
 _SILENT_S = 5.0
-_TRANSACTION_WAIT_S = 6.0  # the broker aborts it after ten, and a service must exit within ten
+_TRANSACTION_WAIT_S = 6.0  # the broker aborts a transaction after ten seconds, and a service must exit within ten
 _STUCK_S = 7.0
-# Reported for the records of a transaction that was aborted for another reason.
+# Reported for the records of a transaction that was aborted for a different reason.
 _PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 
 
@@ -35,33 +35,34 @@ class Delivery(Protocol):
     """Makes a batch final."""
 
     def open(self) -> None:
-        """Take over from a predecessor that died: whatever it left unfinished is undone. Raises Outage."""
+        """Take over from a process or client that died: abort or complete what it left unfinished. Raises Outage."""
 
     def deliver(
         self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), generation: object = None
     ) -> None:
         """Write `records` and, where the guarantee allows it, commit `offsets` (the next ones to read) with them.
 
-        `generation` is the group's at the time of reading. A source other than Kafka has neither. Raises Outage: the
-        batch must be delivered again. May block while the broker is away; raises Outage soon after shutdown is set.
+        `generation` is the group's generation when the batch was read. A batch that was not read from Kafka has neither
+        offsets nor a generation. May block while the broker is away, but raises Outage soon after shutdown.
+        After an Outage, the batch must be delivered again.
         """
 
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
-        """Commit the offsets that `deliver` did not. Raises Outage: must be retried."""
+        """Commit the offsets, unless `deliver` has. After an Outage, this must be called again."""
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
-        """Make the broker end our transactions that it forgot on these partitions. Raises Outage.
+        """Make the broker end those of our transactions that it left open on these partitions. Raises Outage.
 
-        A broker that was killed after it decided on a transaction may return and never write the marker that ends it,
-        although it confirmed the transaction to the client (seen with Apache Kafka 4.3.1). The marker of our next
-        transaction on the partition ends both.
+        A broker that is killed right after it confirmed a transaction to the client may never write the marker to end
+        the transaction, even when it is back (seen with Apache Kafka 4.3.1). The marker of our next transaction on the
+        partition ends both.
         """
 
     def undo(self, place: TopicPartition, generation: object) -> None:
-        """Make the broker drop our offsets, in the group of `generation`, whose transaction it forgot. Raises Outage.
+        """Make the broker drop our offsets in a transaction that it left open, in `generation`'s group. Raises Outage.
 
-        Until then no member can read on. `place` is any partition of the group. As with `release`, but the broker's
-        decision cannot be known, and processing a batch twice is better than never.
+        Until then, no member can continue to read. `place` is any partition of the group. Unlike with `release`, it is
+        unknown whether the transaction was committed; processing a batch twice is better than not at all.
         """
 
     def close(self) -> None:
@@ -69,7 +70,7 @@ class Delivery(Protocol):
 
 
 class AtLeastOnce:
-    """Outputs first, offsets after: a crash between the two repeats a batch and never loses one."""
+    """Writes outputs first and commits offsets afterwards: a crash in between repeats a batch but loses none."""
 
     def __init__(self, *, properties: Mapping[str, str], shutdown: Event) -> None:
         self._shutdown = shutdown
@@ -82,7 +83,7 @@ class AtLeastOnce:
         self._producer = self._make()
 
     def open(self) -> None:
-        """Nothing is ever left unfinished."""
+        """Do nothing: without transactions, nothing is left unfinished."""
 
     def deliver(
         self,
@@ -90,10 +91,10 @@ class AtLeastOnce:
         offsets: Sequence[TopicPartition] = (),  # noqa: ARG002 - committed afterwards, see commit
         generation: object = None,  # noqa: ARG002
     ) -> None:
-        # 1. Outputs and dead letters go into the producer's queue.
+        # 1. Put outputs and dead letters into the producer's queue.
         with self._noting_errors():
             enqueue(self._producer, records, self._shutdown)
-        # 2. Every one is acknowledged. The producer itself retries for ever: enqueuing again would write twice.
+        # 2. Wait until all are acknowledged. The producer itself retries for ever; enqueuing again would write twice.
         with self._noting_errors():
             left, since = len(records), time.monotonic()
             while unacknowledged := self._producer.flush(_WAIT_S):
@@ -111,8 +112,8 @@ class AtLeastOnce:
             raise Outage(f"record not written: {reason}")
 
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
-        # 3. The offsets are committed. A synchronous commit would block until the broker is back, so commit
-        # asynchronously and then ask what is committed: the broker answers in that order.
+        # 3. Commit the offsets. A synchronous commit would block until the broker is back, so commit asynchronously and
+        # then ask what is committed: the broker handles the two requests in this order.
         try:
             consumer.commit(offsets=list(offsets), asynchronous=True)
             committed = consumer.committed(list(offsets), timeout=_WAIT_S)
@@ -124,10 +125,10 @@ class AtLeastOnce:
                 raise Outage(f"offsets of {offsets[0].topic} not committed: {reason}")
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
-        """Without transactions there is nothing to end."""
+        """Do nothing: without transactions, there is nothing to end."""
 
     def undo(self, place: TopicPartition, generation: object) -> None:
-        """Without transactions there is nothing to drop."""
+        """Do nothing: without transactions, there is nothing to drop."""
 
     def close(self) -> None:
         with suppress(KafkaException):
@@ -136,7 +137,7 @@ class AtLeastOnce:
 
     @contextmanager
     def _noting_errors(self) -> Iterator[None]:
-        """Replace a client that is beyond repair, for example because it lacks every right to write."""
+        """Note a client's error. After a fatal one (for example, no permission to write at all), replace the client."""
         try:
             yield
         except KafkaException as exception:
@@ -154,10 +155,11 @@ class AtLeastOnce:
 
 
 class ExactlyOnce:
-    """Outputs, dead letters and offsets in one Kafka transaction: `read_committed` consumers see all or nothing.
+    """Writes outputs, dead letters and offsets in one Kafka transaction, so readers see all of them or none.
 
-    When a transaction fails, its client is discarded with it. The next client uses the same transactional id: the
-    broker then aborts or completes what the old one left open, and the committed offsets show which.
+    This holds for `read_committed` consumers. When a transaction fails, its client is discarded. The next client uses
+    the same transactional ID, so the broker aborts or completes what the old client left open, and the committed
+    offsets show which of the two.
     """
 
     def __init__(self, *, properties: Mapping[str, str], transactional_id: str, shutdown: Event) -> None:
@@ -170,7 +172,7 @@ class ExactlyOnce:
             properties, transactional_id=transactional_id, on_failure=self._on_failure, on_error=self._on_error
         )
         self._calls = _Calls()
-        self._fresh: Producer | None = self._make()  # at the start, so that a wrong setting is reported there
+        self._fresh: Producer | None = self._make()  # made now, so that a wrong setting is reported at the start
         self._producer: Producer | None = None
 
     def open(self) -> None:
@@ -179,22 +181,22 @@ class ExactlyOnce:
     def deliver(
         self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), generation: object = None
     ) -> None:
-        # 1. The transaction begins, and outputs and dead letters go into it.
+        # 1. Begin a transaction, and add outputs and dead letters to it.
         with self._transaction() as producer:
             enqueue(producer, records, self._shutdown)
 
             def finish() -> None:
-                # 2. So do the offsets, under the generation that read the batch: who lost its partitions is fenced.
+                # 2. Add the offsets, with the generation that read the batch: a member that lost it is fenced.
                 if generation:
                     producer.send_offsets_to_transaction(list(offsets), generation, _TRANSACTION_WAIT_S)
-                # 3. All of it becomes visible at once.
+                # 3. Commit, so that everything becomes visible at once.
                 producer.commit_transaction(_TRANSACTION_WAIT_S)
 
             self._bounded(finish)
         _COMMITTED.inc()
 
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
-        """The transaction committed them."""
+        """Do nothing: the transaction has committed the offsets."""
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
         if not places:
@@ -220,7 +222,7 @@ class ExactlyOnce:
 
     @contextmanager
     def _transaction(self) -> Iterator[Producer]:
-        """Begin a transaction; if anything fails, discard it with its client. Raises Outage."""
+        """Begin a transaction. If anything fails, discard the transaction and its client, and raise Outage."""
         producer = self._ready()
         try:
             producer.begin_transaction()
@@ -242,7 +244,7 @@ class ExactlyOnce:
         _ABORTED.inc()
 
     def _bounded(self, call: Callable[[], None]) -> None:
-        """Raises what the call raises, or _Stuck."""
+        """Run `call`. Raises what `call` raises, or _Stuck if it does not return in time."""
         done = self._calls.start(call)
         if not wait([done], _STUCK_S).done:
             self._calls = _Calls()
@@ -280,7 +282,7 @@ class ExactlyOnce:
     def _poll(self, producer: Producer) -> None:
         try:
             producer.poll(0)
-        except KafkaException:  # fenced, for example by another process of the same name
+        except KafkaException:  # fenced, for example by another process with the same name
             self._suspect = True
 
     def _on_failure(self, error: KafkaError, message: Message) -> None:
@@ -296,11 +298,11 @@ class ExactlyOnce:
 
 
 class _Stuck(Exception):
-    """A call into the client does not return."""
+    """A call to the client did not return in time."""
 
 
 class _Calls:
-    """A thread that calls into the client, and that can be abandoned.
+    """A thread that calls the client, and that can be abandoned if a call hangs.
 
     librdkafka 2.16 may ignore a call's timeout and never return, as send_offsets_to_transaction does in
     https://github.com/confluentinc/librdkafka/issues/5456.
@@ -311,7 +313,7 @@ class _Calls:
         Thread(target=self._run, daemon=True, name="transaction").start()
 
     def start(self, call: Callable[[], None]) -> Future[None]:
-        """Run it after the calls before it have returned."""
+        """Run `call` once all earlier calls have returned."""
         done: Future[None] = Future()
         self._waiting.put((call, done))
         return done
@@ -325,7 +327,7 @@ class _Calls:
                 done.set_exception(error)
             else:
                 done.set_result(None)
-            del call, done  # and with them the client, which may have been discarded
+            del call, done  # this also frees the client, if it was discarded
 
 
 def delivery(
@@ -335,7 +337,7 @@ def delivery(
     transactional_id: str,
     shutdown: Event,
 ) -> Delivery:
-    """The delivery that keeps the guarantee. Raises SettingsError for wrong Kafka properties."""
+    """A delivery with this guarantee. Raises SettingsError for wrong Kafka properties."""
     if guarantee == "exactly_once":
         return ExactlyOnce(properties=properties, transactional_id=transactional_id, shutdown=shutdown)
     return AtLeastOnce(properties=properties, shutdown=shutdown)
@@ -344,8 +346,8 @@ def delivery(
 def enqueue(producer: Producer, records: Iterable[Record], shutdown: Event) -> None:
     """Put records into the producer's queue, waiting while it is full.
 
-    Raises Outage if shutdown is set meanwhile, KafkaException if the producer refuses a record: its topic is unknown,
-    or it is larger than `message.max.bytes`.
+    Raises Outage if shutdown is set while the queue is full, and KafkaException if the producer refuses a record: its
+    topic is unknown, or it is larger than `message.max.bytes`.
     """
     produce = producer.produce
     for record in records:

@@ -20,7 +20,7 @@ from shared.stream.delivery import Delivery
 
 log = structlog.get_logger()
 
-_AGES = 32  # records of a batch whose age is measured
+_AGES = 32  # about how many records of a batch have their age measured
 _HANDLE, _DELIVER = (metrics.STAGE.labels(stage) for stage in ("handle", "deliver"))
 
 T = TypeVar("T")
@@ -29,9 +29,9 @@ T = TypeVar("T")
 class Outcome(NamedTuple):
     """What a handler did with a batch.
 
-    `done` counts the messages, from the front, that are finished for good. `outputs` and `dead` letters are written
-    before the offsets of the finished messages are committed. Before that, and after the previous batch is final,
-    `finish()` is called: it returns further dead letters, or raises Outage like the handler, and must be idempotent.
+    The first `done` messages are finished for good. Their offsets are committed after the `outputs` and the `dead`
+    letters are written. Before those are written, but after the previous batch is delivered, `finish()` is called. It
+    returns further dead letters, may raise Outage as the handler may, and must be idempotent.
 
     Messages beyond `done` are redelivered after `again_in_s` seconds, together with newer ones, or sooner if the batch
     fills up. If `keep` is given, only those are redelivered. Skipped messages are committed together with the next
@@ -47,28 +47,28 @@ class Outcome(NamedTuple):
 
 
 Handler = Callable[[Sequence[Message]], Outcome]
-"""Works on a batch, in order within each partition, never empty. It may block. It raises Outage when something it needs
-is away: the batch is then redelivered, so whatever the handler did before must be idempotent."""
+"""Processes a batch, which is never empty and is in order within each partition. It may block. It raises Outage if
+something it needs is unavailable. The batch is then redelivered, so whatever the handler did must be idempotent."""
 
 
 class Delivered(NamedTuple):
-    """What was delivered of a batch."""
+    """The result of delivering a batch."""
 
-    offsets: list[TopicPartition]  # the next ones to read
+    offsets: list[TopicPartition]  # the next offsets to read
     rest: Sequence[Message]  # to be redelivered
     again_in_s: float
 
 
 @dataclass
 class Flight:
-    """A batch that was handed over."""
+    """A batch that was handed to the handler and is not committed yet."""
 
     batch: list[Message]
     delivered: Future[Delivered]
-    revoked: set[tuple[str | None, int | None]] = field(default_factory=set)  # partitions, since the hand-over
+    revoked: set[tuple[str | None, int | None]] = field(default_factory=set)  # partitions revoked since then
 
     def still_assigned(self, messages: Sequence[Message]) -> list[Message]:
-        """Those of the messages whose partitions were not revoked."""
+        """The messages whose partitions were not revoked."""
         return [message for message in messages if (message.topic(), message.partition()) not in self.revoked]
 
 
@@ -93,17 +93,17 @@ class Flights:
 
     @property
     def oldest(self) -> Flight:
-        """The batch that becomes final next."""
+        """The oldest batch in flight, which is the next to be committed."""
         return self._flights[0]
 
     def launch(self, handle: Handler, batch: list[Message], generation: object) -> None:
-        """Hand a batch to the handler and then to the delivery. `generation` is the group's, as of now."""
+        """Hand a batch to the handler and then to the delivery. `generation` is the group's current one."""
         before = self._flights[-1].delivered if self._flights else None
         handled = self._handling.submit(self._handle, handle, batch)
         self._flights.append(Flight(batch, self._delivering.submit(self._deliver, handled, batch, generation, before)))
 
     def land(self) -> None:
-        """Remove the oldest batch: it is final."""
+        """Remove the oldest batch, which is now final."""
         self._flights.popleft()
 
     def abandon(self) -> list[Message]:
@@ -113,12 +113,12 @@ class Flights:
         return left
 
     def revoke(self, partitions: Set[tuple[str, int]]) -> None:
-        """Remember that these (topic, partition) were revoked while the batches were in flight."""
+        """Remember that these partitions (topic, partition) were revoked while the batches were in flight."""
         for flight in self._flights:
             flight.revoked |= partitions
 
     def between_deliveries(self, call: Callable[[], T]) -> Future[T]:
-        """Run `call` in the delivery's thread: a Kafka client takes one transactional call at a time."""
+        """Run `call` in the delivery thread, since a Kafka client accepts only one transactional call at a time."""
         return self._delivering.submit(call)
 
     def close(self) -> None:
@@ -174,4 +174,4 @@ class Flights:
 def _ages_ms(messages: Sequence[Message]) -> list[float]:
     """Milliseconds since each message was written."""
     now_ms = time.time() * 1000
-    return [max(0.0, now_ms - message.timestamp()[1]) for message in messages]  # clocks differ
+    return [max(0.0, now_ms - message.timestamp()[1]) for message in messages]  # not negative, even if clocks differ

@@ -1,4 +1,4 @@
-"""How far a group is behind the ends of its partitions, from what the client knows without asking the broker."""
+"""How far a group is behind the ends of its partitions, mostly without asking the broker."""
 
 import time
 from collections.abc import Sequence
@@ -14,28 +14,28 @@ _ANSWER_S = 1.0
 class Lag:
     """The lag of one group on one topic.
 
-    The client reports the end of a partition (`enable.partition.eof`): the offsets after the last record belong to
-    transaction markers, which are not records.
+    When the client reports the end of a partition (`enable.partition.eof`), the lag is 0: any offsets between the last
+    record and the end belong to transaction markers, which are not records.
     """
 
     def __init__(self, group: str, topic: str) -> None:
         self.records = 0
         self._names = (group, topic)
-        self._next: dict[int, int] = {}  # offset after the last final record
-        self._ends: dict[int, int] = {}  # as the client reported them last
-        self._behind_since: dict[int, float] = {}  # monotonic; not earlier than the last final batch
+        self._next: dict[int, int] = {}  # offset after the last committed record
+        self._ends: dict[int, int] = {}  # as last reported by the client
+        self._behind_since: dict[int, float] = {}  # monotonic; reset when a batch is committed
 
     def assigned(self, partitions: Sequence[TopicPartition]) -> None:
-        """Nothing is known of them before the first record or end."""
+        """Do nothing: nothing is known about the partitions until a record or an end is read."""
 
     def final(self, offsets: Sequence[TopicPartition]) -> None:
-        """Everything before these offsets is committed."""
+        """Note that everything before these offsets is committed."""
         for each in offsets:
             self._next[each.partition] = each.offset
             self._behind_since.pop(each.partition, None)
 
     def reached_end(self, partition: int, offset: int) -> None:
-        """There is no record from this offset on, for now."""
+        """Note that the partition has no records from this offset on yet."""
         self._ends[partition] = offset
 
     def revoked(self, partitions: Sequence[TopicPartition]) -> None:
@@ -47,9 +47,9 @@ class Lag:
                 gauge.remove(*self._names, str(each.partition))
 
     def measure(self, consumer: Consumer, pending: Sequence[Message], *, paused: bool) -> None:
-        """Set the metrics. `pending` are consumed and not final, in order within each partition.
+        """Set the metrics. `pending` messages are consumed but not committed, and in order within each partition.
 
-        The client learns nothing about paused partitions: for those the broker is asked.
+        While partitions are paused, the client does not follow their ends, so the broker is asked for them.
         """
         firsts = {message.partition(): message for message in reversed(pending)}
         now, now_ms = time.monotonic(), time.time() * 1000

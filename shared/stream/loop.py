@@ -1,8 +1,8 @@
-"""The one stream loop: poll, hand over, make final; pause during outages; rebalance; drain on SIGTERM.
+"""The stream loop of all consumers: poll, hand over, commit; pause during outages; rebalance; drain on SIGTERM.
 
-A service hands it a handler and never commits an offset itself. Handler and delivery run in threads of their own, so
-that the loop keeps polling, and thus its place in the group, however long they take. docs/architecture.md draws its
-states.
+A service passes a handler to the loop and never commits an offset itself. Handler and delivery run in other threads.
+However long they take, the loop keeps polling, and so keeps its place in the group. docs/architecture.md has a diagram
+of its states.
 """
 
 import time
@@ -39,17 +39,18 @@ _REVOKE_WAIT_S = 30.0
 _CLOSE_S = 3.0
 _MEASURE_S = 1.0
 _COMMIT = metrics.STAGE.labels("commit")
-# A static member is fenced by another process of its name, or by itself if the broker forgets that it let it in.
+# A static member is fenced by another process with its name, or by its own rejoin if the broker forgot that it joined.
 _FATAL = frozenset({KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID})
-# Of one connection: the client tries the next, or again, and reports it when all of them are broken.
+# Errors of a single connection: the client retries or uses another, and reports it when all of them are broken.
 _CONNECTION = frozenset({KafkaError._TRANSPORT, KafkaError._RESOLVE, KafkaError._SSL, KafkaError._AUTHENTICATION})
 
 
 class Observer(Protocol):
-    """Follows a stream, for state that is kept per partition. Called in the loop's thread; must not block.
+    """Is notified about a stream's partitions, to keep state for each. Called in the loop's thread; must not block.
 
-    A partition's calls are `assigned`, then `final` any number of times, then `revoked`. What was `final` is committed
-    and is never handed over again; everything else of a revoked partition is, to whichever member has it next.
+    For each partition, `assigned` is called once, then `final` any number of times, then `revoked`. Records before a
+    `final` offset are committed and never handed over again. Any later records of a revoked partition are handed over
+    again, by the member that has the partition next.
     """
 
     def assigned(self, partitions: Sequence[TopicPartition]) -> None:
@@ -63,7 +64,7 @@ class Observer(Protocol):
 
 
 class Stream:
-    """One place in a consumer group, one handler, one delivery."""
+    """A member of a consumer group, with one handler and one delivery."""
 
     def __init__(
         self,
@@ -79,8 +80,8 @@ class Stream:
         """Raises SettingsError if `make_consumer` does."""
         self._make_consumer: Callable[[], Consumer] = lambda: make_consumer(self._on_error)
         self._consumer = self._make_consumer()
-        self._lost: str | None = None  # why this consumer is beyond repair
-        self._short_lived = 0  # consumers lost one after the other
+        self._lost: str | None = None  # why this consumer must be replaced
+        self._short_lived = 0  # number of consumers lost in quick succession
         self._group = group
         self._log = log.bind(group=group)  # a process may have several streams
         self._topic = topic
@@ -92,7 +93,7 @@ class Stream:
         self._flow = Flow("processed", levels=lambda: {"lag": self._lag.records}, group=group)
         self._flights = Flights(delivery, group=group, flow=self._flow)
         self._most_in_flight = 1
-        self._waiting: list[Message] = []  # consumed, not handed over
+        self._waiting: list[Message] = []  # consumed, but not handed over yet
         self._gathers_until = 0.0  # monotonic
         self._idle: Callable[[], object] | None = None
         self._places: set[tuple[str, int]] = set()  # assigned: topic and partition
@@ -106,11 +107,11 @@ class Stream:
         health.waits_for(self._place, "has not joined the group yet")
 
     def run(self, handle: Handler, *, ahead: bool = False, idle: Callable[[], object] | None = None) -> None:
-        """Hand over batch after batch until the shutdown event is set, then finish those in flight.
+        """Hand over one batch after another until the shutdown event is set, then finish those in flight.
 
-        With `ahead`, a batch is handled while the previous one is made final. That is for handlers that have no side
-        effects (other than their outcomes' `finish`) and finish the whole batch. `idle()` is called whenever no message
-        waits, whether all are done or their partitions were revoked.
+        With `ahead`, a batch is handled while the previous one is still being delivered. Use it only for handlers that
+        finish the whole batch and have no side effects except in the `finish` of their outcomes. `idle()` is called
+        whenever no message waits, because all are done or their partitions were revoked.
         """
         self._idle = idle
         self._most_in_flight = 2 if ahead else 1
@@ -134,7 +135,7 @@ class Stream:
             _close_or_leave_behind(self._consumer)
 
     def _consume(self, handle: Handler) -> None:
-        """Hold a place in the group until the shutdown, or until the consumer is lost; then replace it."""
+        """Consume as a member of the group until shutdown, or until the consumer is lost and has been replaced."""
         began = time.monotonic()
         self._consumer.subscribe(
             [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
@@ -144,7 +145,7 @@ class Stream:
             if time.monotonic() >= self._gathers_until or len(self._waiting) >= self._settings.max_batch_size:
                 self._process(handle)
             if self._flights.in_doubt and not (self._waiting or self._flights):
-                with suppress(Outage):  # the partitions were revoked; their next reader waits until this is settled
+                with suppress(Outage):  # the partitions were revoked, but their next reader waits until this is settled
                     self._settle()
         while self._flights:
             with suppress(Outage) if self._lost else nullcontext():
@@ -153,14 +154,14 @@ class Stream:
             self._replace_consumer(began)
 
     def _replace_consumer(self, began: float) -> None:
-        """Close the lost consumer and make another.
+        """Close the lost consumer and make a new one.
 
-        Two replicas of one name take the place from each other: each waits longer every time, so that the other gets
-        something done.
+        Two replicas with the same name keep fencing each other. Each waits longer every time, so that the other makes
+        some progress.
         """
         self._log.warning("consumer_lost", reason=self._lost, hint="check that REPLICA is unique among the replicas")
         health.waits_for(self._place, str(self._lost))
-        closing = _closing(self._consumer)  # completely: it would compete with the next one for their common name
+        closing = _closing(self._consumer)  # wait for its end: both consumers have the same name
         while closing.is_alive() and not self._shutdown.is_set():
             health.turned(f"{self._group} loop")
             closing.join(_IDLE_POLL_S)
@@ -172,9 +173,9 @@ class Stream:
         self._consumer, self._lost, self._paused = self._make_consumer(), None, False
 
     def _fill(self) -> None:
-        """Grow the batch until it is full or has waited long enough; with a backlog it is full at once."""
+        """Add to the batch until it is full or has waited long enough. With a backlog, it is full at once."""
         self._turn()
-        if not self._flights:  # whose ends report the flow
+        if not self._flights:  # otherwise, each delivery reports it
             self._flow.report_if_due()
         if self._resume_due:
             self._resume()
@@ -183,7 +184,7 @@ class Stream:
             if self._idle and not self._flights:
                 self._idle()
             self._gathers_until = 0.0
-            # consume() waits its whole timeout on a partial batch: the idle wait is for one message only.
+            # consume() returns a partial batch only after its timeout, so an idle loop polls for one message first.
             self._poll(_BUSY_POLL_S if self._flights else _IDLE_POLL_S)
             wait_s = self._settings.max_batch_wait_ms / 1000
         elif (gathers_s := self._gathers_until - time.monotonic()) > 0:
@@ -193,7 +194,7 @@ class Stream:
             self._accept(self._consumer.consume(room, wait_s))
 
     def _process(self, handle: Handler) -> None:
-        """Bring the batch to its end: final, or forgotten because its partitions were revoked."""
+        """Hand over the batch, and retry during outages until it succeeds or its partitions are revoked."""
         self._retry(lambda: self._attempt(handle), wait=self._wait_out)
         if self._paused and not self._lost:
             self._resume()
@@ -210,8 +211,8 @@ class Stream:
         )
 
     def _attempt(self, handle: Handler) -> None:
-        """Hand a batch over, and keep polling while too many are in flight. Raises Outage; the messages then wait."""
-        if len(self._flights) == self._most_in_flight:  # only after a failed commit: otherwise collected below
+        """Hand a batch over, and keep polling while too many are in flight. After an Outage, the messages wait."""
+        if len(self._flights) == self._most_in_flight:  # only after a failed commit
             self._collect(down_to=self._most_in_flight - 1)
         if self._flights.in_doubt and not (self._flights or self._lost):
             self._settle()
@@ -230,7 +231,7 @@ class Stream:
             try:
                 delivered = flight.delivered.result()
             except Outage:
-                for each in self._flights:  # the later ones fail as well
+                for each in self._flights:  # the later batches fail as well
                     self._until_done(each.delivered)
                 self._waiting = [*self._flights.abandon(), *self._waiting]
                 raise
@@ -245,7 +246,7 @@ class Stream:
             self._keep_place(0)
 
     def _commit(self, flight: Flight) -> None:
-        """Commit what the delivery did not, in this thread: a consumer is not shared. Raises Outage."""
+        """Commit the offsets that the delivery did not, in this thread, which owns the consumer. Raises Outage."""
         offsets = [
             each for each in flight.delivered.result().offsets if (each.topic, each.partition) not in flight.revoked
         ]
@@ -276,11 +277,11 @@ class Stream:
         place = self._consumer.assignment()[0]
         undone = self._flights.between_deliveries(
             lambda: self._delivery.undo(
-                TopicPartition(place.topic, place.partition, 0),  # any offset: it is dropped as well
+                TopicPartition(place.topic, place.partition, 0),  # any offset will do, since it is dropped as well
                 self._consumer.consumer_group_metadata(),
             )
         )
-        self._until_done(undone)  # or failed, if the broker is away: that is logged, and this is tried again
+        self._until_done(undone)  # may fail if the broker is away: that is logged, and this is tried again
 
     def _wait_out(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -290,7 +291,7 @@ class Stream:
             self._keep_place(min(left, _IDLE_POLL_S))
 
     def _keep_place(self, timeout_s: float) -> None:
-        """Poll with the partitions paused, so that the group does not take this member for dead."""
+        """Poll with the partitions paused, so that the group does not consider this member dead."""
         health.turned(f"{self._group} loop")
         if self._lost:
             return
@@ -298,7 +299,7 @@ class Stream:
         if not self._paused:
             self._paused = True
             self._log.info("paused", waiting=len(self._waiting))
-        self._consumer.pause(self._consumer.assignment())  # each time: a rebalance may have brought more
+        self._consumer.pause(self._consumer.assignment())  # each time, because a rebalance may have added some
         self._poll(timeout_s)
 
     def _resume(self) -> None:
@@ -306,7 +307,7 @@ class Stream:
         self._consumer.resume(self._consumer.assignment())
 
     def _turn(self) -> None:
-        """Show that the loop is alive, and every so often measure where it stands."""
+        """Report that the loop is alive. Once per second, also measure the lag, and check offsets and brokers."""
         health.turned(f"{self._group} loop")
         if (now := time.monotonic()) - self._measured < _MEASURE_S:
             return
@@ -353,7 +354,7 @@ class Stream:
             observer.assigned(partitions)
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Finish what is in flight while these partitions are still assigned; drop their waiting messages."""
+        """Finish the batches in flight while these partitions are still assigned, then drop their waiting messages."""
         wait([flight.delivered for flight in self._flights], _REVOKE_WAIT_S)
         try:
             for flight in takewhile(_is_delivered, self._flights):
@@ -363,8 +364,8 @@ class Stream:
         self._forget(partitions)
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """These partitions belong to other members already: there is nothing to wait for."""
-        health.waits_for(self._place, "the group took this member for dead, and it has to join again")
+        """Drop these partitions without waiting for batches in flight: other members have the partitions already."""
+        health.waits_for(self._place, "the group considered this member dead, so it must join again")
         self._forget(partitions)
 
     def _forget(self, partitions: list[TopicPartition]) -> None:
@@ -387,7 +388,7 @@ def open_stream(
     shutdown: Event,
     observers: Sequence[Observer] = (),
 ) -> Stream:
-    """A stream on a static member of the group, named by REPLICA. Raises SettingsError for wrong properties."""
+    """A stream that is a static member of the group, named by REPLICA. Raises SettingsError if misconfigured."""
     return Stream(
         make_consumer=lambda on_error: consumer(properties, group=group, replica=settings.replica, on_error=on_error),
         group=group,
@@ -404,7 +405,7 @@ def _is_delivered(flight: Flight) -> bool:
 
 
 def _closing(consumer: Consumer) -> Thread:
-    """Leave the group. A client with commits under way waits for the broker to return, perhaps for ever."""
+    """Start a thread that leaves the group. With commits under way, it waits for the broker, perhaps for ever."""
 
     def close() -> None:
         with suppress(KafkaException):

@@ -1,4 +1,4 @@
-"""Whether a group reaches its brokers and may read its topic, from what its client reports and answers."""
+"""Whether a group can reach its brokers and may read its topic, judging by its client's reports and by probes."""
 
 import time
 
@@ -11,22 +11,22 @@ _PROBE_S = 1.0
 
 
 class Reachability:
-    """Logs an outage from the first report that the brokers are away, or the topic denied, until a probe succeeds."""
+    """Logs an outage when the brokers are reported unavailable or the topic denied, until a probe succeeds."""
 
     def __init__(self, *, group: str, topic: str) -> None:
         self._topic = topic
         self._outage = OutageLog(f"Kafka, for {group}", group=group)
-        self._reason = ""  # of the last report
-        self._denied = False  # the topic: only a record or its end shows that it may be read again
+        self._reason = ""  # from the last report
+        self._denied = False  # no access to the topic; only reading a record or an end shows that access is back
         self._reported_at = 0.0  # monotonic
 
     def report(self, error: KafkaError) -> None:
-        """Note that all brokers are away, or that a right is missing."""
+        """Note that all brokers are unavailable, or that a permission is missing."""
         if not self._reason:
             self._reported_at = time.monotonic()
         denied = error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED
         if denied != self._denied:
-            self._outage.over()  # what follows is an outage of another kind, and is logged as one
+            self._outage.over()  # a different kind of outage follows, and is logged separately
         self._denied = denied
         self._reason = f"{self._topic}: {error.str()}" if denied else error.str()
 
@@ -35,10 +35,10 @@ class Reachability:
         self._denied = False
 
     def check(self, consumer: Consumer, *, other_outage: bool, at_least_s: float) -> None:
-        """Probe the brokers after a report, and log whether the outage lasts.
+        """Probe the brokers after a report, and log whether the outage continues.
 
-        Another outage under way covers this one in the log. Reports are `at_least_s` seconds old before the first
-        probe: a batch may fail for the same reason, or the outage may be over by then.
+        With `other_outage`, no outage starts here: the log already shows one. The first probe is made `at_least_s`
+        seconds after the report: by then, a batch may have failed for the same reason, or the outage may be over.
         """
         due = self._reason and not other_outage and time.monotonic() - self._reported_at >= at_least_s
         if not (due or self._outage.under_way):

@@ -1,4 +1,4 @@
-"""The frame of a service that stores what it reads: a sink reads, prepares and stores; the rest is the same for all."""
+"""What services that store records have in common. A Sink reads, prepares and stores; everything else is here."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,34 +23,37 @@ Row = TypeVar("Row")
 
 
 class Sink(ABC, Generic[Row]):
-    """Where records end up. A record may be stored more than once, so storing must be idempotent."""
+    """Where a service stores records. A record may be stored more than once, so storing must be idempotent."""
 
-    place = "storage"  # its name on /ready while it is not open
+    place = "storage"  # what the service waits for, as shown on /ready, until `open` returns
 
     def open(self) -> None:
-        """Make the storage ready. Raises Outage: it is retried."""
+        """Make the storage ready. After an Outage, this is called again."""
 
     @abstractmethod
     def read(self, message: Message) -> Row:
-        """What is stored of a message. Pure; raises Poison if the message can never be stored."""
+        """Make the row to store for a message, without side effects. Raises Poison if it can never be stored."""
 
     def prepare(self, rows: Sequence[Row]) -> Any:
-        """What `store` takes of a batch: the rows, or a form that is faster to store. Pure: it runs ahead."""
+        """Make what `store` is given for a batch: the rows, or a form that is faster to store.
+
+        Must not have side effects, since it may run before the previous batch is stored.
+        """
         return rows
 
     @abstractmethod
     def store(self, prepared: Any) -> None:
-        """Store all rows of a batch or none. Raises Poison if a row is refused for good, Outage for anything else."""
+        """Store all rows of a batch or none. Raises Poison if a row can never be stored, and Outage otherwise."""
 
     def stored(self, rows: int) -> None:
-        """Count rows that were stored."""
+        """Count the rows that were stored."""
 
     def close(self) -> None:
-        """Disconnect."""
+        """Disconnect from the storage."""
 
 
 def run(sink: Sink[Any], settings: StreamSettings, *, group: str, topic: str, shutdown: Event) -> None:
-    """Store everything on the topic until shutdown, at least once. Raises SettingsError."""
+    """Store every record of the topic, at least once, until shutdown. Raises SettingsError if a setting is wrong."""
     properties = kafka_properties(settings)
     delivery = AtLeastOnce(properties=properties, shutdown=shutdown)
     stream = open_stream(settings, properties, group=group, topic=topic, delivery=delivery, shutdown=shutdown)
@@ -71,7 +74,7 @@ def run(sink: Sink[Any], settings: StreamSettings, *, group: str, topic: str, sh
 
 
 def handle(messages: Sequence[Message], sink: Sink[Any], *, group: str, limit: Limit) -> Outcome:
-    """Prepare a batch; its `finish` stores it. A message that cannot be read or stored becomes a dead letter."""
+    """Prepare a batch; the outcome's `finish` stores it. Messages that cannot be read or stored become dead letters."""
     rows: list[Any] = []
     sources: list[Message] = []
     dead = []

@@ -201,7 +201,7 @@ def missing_setting(_stack: Rig, _engine: sa.Engine) -> Environment:
             "Kafka",
             "Check that it runs, and bootstrap.servers and security.protocol in client.properties.",
         ),
-        (missing_topic, "topics", ".dlq: missing, or hidden by ACLs: fraudctl topics create"),
+        (missing_topic, "topics", ".dlq: missing, or hidden by ACLs. Run fraudctl topics create"),
         (compacted_topic, "topics", "--add-config cleanup.policy=delete"),
         (
             wrong_registry,
@@ -220,7 +220,7 @@ def missing_setting(_stack: Rig, _engine: sa.Engine) -> Environment:
             "reader lacks INSERT, UPDATE. If reader is the db_sink's role, grant it what deploy/grants.sql has.",
         ),
         (wrong_mail_password, "SMTP", "refuses the login (535). Check SMTP_USERNAME and SMTP_PASSWORD."),
-        (no_starttls, "SMTP", "does not offer STARTTLS or a login. Set SMTP_TLS to what it offers"),
+        (no_starttls, "SMTP", "does not offer STARTTLS or a login. Set SMTP_TLS to what the server offers"),
         (wrong_mail_port, "SMTP", ": connection refused. Check that it runs, and SMTP_HOST, SMTP_PORT and SMTP_TLS."),
         (missing_setting, "settings", "ALERT_TO: missing. Set them in secrets.env or in the environment."),
         (torn_secrets, "settings", "secrets.env: 'utf-8' codec can't decode byte 0xe9"),
@@ -275,7 +275,7 @@ def test_an_api_that_answers_html_is_named(stack: Rig, api: PaymentsApi, doctor:
 
     assert failed(lines) == ["API contract"], "\n".join(lines.values())
     assert "not JSON" in lines["API contract"]
-    assert "Check API_URL, and the answer of `curl http" in lines["API contract"]
+    assert "Check API_URL, and the output of `curl http" in lines["API contract"]
     assert code == 1
 
 
@@ -354,7 +354,7 @@ def test_a_setting_that_nobody_reads_is_named(stack: Rig, doctor: Doctor, tmp_pa
 
     assert code == 1
     assert lines["settings"] == (
-        "failed   settings: SMTP_PASWORD, in secrets.env or in the environment, is no setting."
+        "failed   settings: SMTP_PASWORD, in secrets.env or in the environment, is not a setting."
         " Rename it to SMTP_PASSWORD, or remove it."
     )
 
@@ -369,6 +369,6 @@ def test_a_librarys_variable_is_known_and_a_place_where_it_is_not_read_is_report
 
     assert code == 0
     assert lines["settings"] == (
-        "ok       settings: secrets.env: AWS_SECRET_ACCESS_KEY: libraries read these from the environment only:"
-        " compose sets them there, a checkout does not"
+        "ok       settings: secrets.env: AWS_SECRET_ACCESS_KEY: libraries read these from the environment only."
+        " Compose puts them there; in a checkout, export them."
     )

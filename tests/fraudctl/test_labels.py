@@ -104,7 +104,7 @@ def test_an_import_is_all_or_nothing_and_names_each_bad_line(engine: sa.Engine, 
 
     assert refused.returncode == 2
     assert "line 3: no transaction unheard-of" in refused.stderr
-    assert f"line 5: {second.trans_num} has both labels in this import" in refused.stderr
+    assert f"line 5: {second.trans_num} is labelled both fraud and not fraud in this import" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert label_of(engine, first)[2] is False
 
@@ -268,7 +268,7 @@ def test_a_file_with_another_header_is_left_alone(engine: sa.Engine, tmp_path: P
     out = tmp_path / "validated.csv"
     out.write_text("trans_num,is_fraud\na,1\n")
 
-    with pytest.raises(CallError, match="another header") as refusal:
+    with pytest.raises(CallError, match="a different header") as refusal:
         exported(engine, out, append=True)
 
     assert "trans_num,is_fraud" in str(refusal.value)

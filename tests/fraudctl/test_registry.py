@@ -91,11 +91,11 @@ def test_the_login_is_sent_as_mlflow_sends_it(
 @pytest.mark.parametrize(
     ("status", "body", "reason"),
     [
-        (200, b"<html>", "answered with something other than a registry's answer"),
-        (200, b'{"model_version": []}', "answered with something other than a registry's answer"),
-        (401, b"who are you", "answered HTTP 401: it refuses the login"),
-        (404, b"not found", "answered HTTP 404"),
-        (500, b'{"error_code": "INTERNAL_ERROR"}', "answered HTTP 500"),
+        (200, b"<html>", "responded with something that is not a registry's response"),
+        (200, b'{"model_version": []}', "responded with something that is not a registry's response"),
+        (401, b"who are you", "responded with HTTP 401: it refuses the login"),
+        (404, b"not found", "responded with HTTP 404"),
+        (500, b'{"error_code": "INTERNAL_ERROR"}', "responded with HTTP 500"),
     ],
 )
 def test_a_server_that_is_no_registry_is_an_outage(serve: Serve, status: int, body: bytes, reason: str) -> None:
@@ -110,7 +110,7 @@ def test_an_answer_without_end_is_an_outage(serve: Serve, monkeypatch: pytest.Mo
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     began = time.monotonic()
 
-    with pytest.raises(Outage, match="no complete answer in 1 s"):
+    with pytest.raises(Outage, match="no complete response within 1 s"):
         version_with_alias(serve(200, body, endless=True), "champion")
 
     assert time.monotonic() - began < 10

@@ -196,7 +196,9 @@ def test_how_long_the_registry_is_waited_for_is_the_operators_choice(
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         found = status(mock[1], MLFLOW_TRACKING_URI=uri, MLFLOW_HTTP_REQUEST_TIMEOUT="1")
 
-    assert "no complete answer in 1 s. Check that it runs, and MLFLOW_TRACKING_URI" in found.stdout.replace("\n", "")
+    assert "no complete response within 1 s. Check that it runs, and MLFLOW_TRACKING_URI" in found.stdout.replace(
+        "\n", ""
+    )
 
 
 def test_a_broker_that_does_not_answer_is_named_once(rig: Rig, status: Status) -> None:
@@ -294,8 +296,8 @@ def test_a_lock_on_the_table_is_not_waited_for_without_end(
 
     assert found.exit_code == 1
     assert [line for line in unhealthy(found) if "database" in line] == [
-        f"unhealthy: The database 127.0.0.1:{engine.url.port}/{engine.url.database} did not answer in 5 s:"
-        " a lock on the table, or a slow disk. Look at pg_stat_activity."
+        f"unhealthy: The database 127.0.0.1:{engine.url.port}/{engine.url.database} did not respond within 5 s:"
+        " a lock on the table, or a slow disk. Check pg_stat_activity."
     ]
 
 

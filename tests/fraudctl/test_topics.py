@@ -48,7 +48,7 @@ def test_check_finds_nothing_wrong_with_what_create_makes(fraudctl: Fraudctl) ->
     after = fraudctl("check")
 
     assert before.exit_code == 1
-    assert before.stdout.count("missing, or hidden by ACLs: fraudctl topics create") == 5
+    assert before.stdout.count("missing, or hidden by ACLs. Run fraudctl topics create") == 5
     assert created.exit_code == again.exit_code == after.exit_code == 0
     assert again.stdout == "all topics exist\n"
     assert after.stdout == "all topics are correct\n"
@@ -97,7 +97,7 @@ def test_a_topic_that_is_there_is_neither_grown_nor_changed(
     assert len(client.list_topics(topic).topics[topic].partitions) == 2
     assert checked.exit_code == 1
     (line,) = checked.stdout.splitlines()
-    assert line.startswith(f"{topic}: 2 partitions, not 6: more would part each card's")
+    assert line.startswith(f"{topic}: 2 partitions, not 6. Adding partitions moves cards to other partitions")
 
 
 def test_more_copies_than_brokers_are_refused_in_one_line(fraudctl: Fraudctl) -> None:

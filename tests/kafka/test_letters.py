@@ -170,7 +170,7 @@ def test_replay_puts_back_once_what_was_there(apache_rig: Rig) -> None:
 
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert first.stdout == "replayed: 3 dead letters\n"
-    assert second.stdout == "replayed: 0 dead letters; 3 were replayed before\n"
+    assert second.stdout == "replayed: 0 dead letters; skipped: 3 already replayed\n"
     found = [
         (message.value(), message.key(), headers(message))
         for message in apache_rig.read(topic, 2 * len(records), extra_s=1)
@@ -200,8 +200,8 @@ def test_replay_takes_the_letters_meant_and_no_other(apache_rig: Rig) -> None:
     by_limit = [fraudctl(apache_rig, "replay", "--topic", one, "--limit", 1).stdout for _ in range(2)]
     by_id = fraudctl(apache_rig, "replay", ids[b"10"], ids[b"40"])
 
-    assert by_limit == ["replayed: 1 dead letter\n", "replayed: 1 dead letter; 1 were replayed before\n"]
-    assert by_id.stdout == "replayed: 1 dead letter; 1 were replayed before\n"
+    assert by_limit == ["replayed: 1 dead letter\n", "replayed: 1 dead letter; skipped: 1 already replayed\n"]
+    assert by_id.stdout == "replayed: 1 dead letter; skipped: 1 already replayed\n"
     assert Counter(each.value() for each in apache_rig.read(one, 3, extra_s=1)) == Counter([b"40", b"30", b"10"])
     assert apache_rig.read(two, 0) == []
 

@@ -181,7 +181,7 @@ def test_no_transactions_come(stack: Rig, runbook: Runbook) -> None:
     shown = runbook("No transactions come")
 
     assert re.search(rf"^{stack.topic_1}: 6 partitions, newest record \d+ s old$", shown, re.MULTILINE)
-    assert "failed   API contract: no answer from http://127.0.0.1:9/current-transactions: " in shown
+    assert "failed   API contract: cannot fetch transactions from http://127.0.0.1:9/current-transactions: " in shown
     assert len(re.findall(rf"^{stack.topic_1}:\d:\d, 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC$", shown, re.MULTILINE)) == 1
 
 

@@ -95,5 +95,8 @@ def test_a_row_has_type_default_and_meaning() -> None:
         "| `METRICS_PORT` | whole number from 0 to 65535 | `9100` | Port of /metrics, /live and /ready; 0: none |"
         in rows
     )
-    assert "| `DATABASE_URL` | secret | **required** | postgresql://user:password@host:5432/name |" in rows
+    assert (
+        "| `DATABASE_URL` | secret | **required** | Database URL, as in postgresql://user:password@host:5432/name |"
+        in rows
+    )
     assert any(row.startswith("| `LOG_LEVEL` | `DEBUG`, `INFO`, `WARNING` or `ERROR` | `INFO` |") for row in rows)

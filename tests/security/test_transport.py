@@ -91,7 +91,7 @@ def troubles(log: str) -> list[str]:
         (
             "MTLS",
             {"ssl_certificate_location": None, "ssl_key_location": None},
-            "it asks for a client certificate that it trusts",
+            "the broker requires a client certificate that it trusts",
         ),
         ("PLAIN", {"sasl_mechanisms": "SCRAM-SHA-512"}, "supported mechanisms: PLAIN"),
         ("PLAIN", OPEN, "check security.protocol"),

@@ -146,7 +146,7 @@ def test_what_has_arrived_as_a_whole_is_taken_however_late(slow: Callable[[bytes
 
 
 def test_an_answer_without_end_is_an_outage(slow: Callable[[bytes, float], str]) -> None:
-    with requests.Session() as session, pytest.raises(Outage, match="answer not complete after 1 s"):
+    with requests.Session() as session, pytest.raises(Outage, match="response not complete after 1 s"):
         fetch(session, slow(b"the rows" * 8, 0.3), timeout_s=1.0)
 
 
@@ -172,7 +172,7 @@ def test_a_bad_row_is_kept_and_its_neighbours_go_on(
         ((200, {}, b""), "not JSON"),
         ((200, {}, b"<html>sleeping dyno</html>"), "not JSON"),
         ((503, {}, b""), "HTTP 503"),
-        ((302, {"Location": "http://127.0.0.1:9/"}, b""), "no answer: connection refused"),
+        ((302, {"Location": "http://127.0.0.1:9/"}, b""), "no response: connection refused"),
         ((200, {"Content-Length": "5000"}, b"cut short"), "event='outage'"),
     ],
 )

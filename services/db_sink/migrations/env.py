@@ -1,9 +1,9 @@
-"""Runs the migrations on the connection in the attribute `connection`, one process at a time."""
+"""Runs the migrations on the connection in the attributes of the config, in only one process at a time."""
 
 import sqlalchemy as sa
 from alembic import context
 
-# An arbitrary number, the same in every db_sink.
+# The key of the lock that all processes share: an arbitrary number.
 _LOCK = 7_216_413_305
 
 connection: sa.Connection = context.config.attributes["connection"]

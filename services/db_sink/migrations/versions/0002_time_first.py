@@ -1,4 +1,4 @@
-"""The primary key with the time first, so that new rows go to the end of its index, however large it is."""
+"""Put the time first in the primary key, so that new rows go to the end of its index."""
 
 from alembic import op
 
@@ -9,7 +9,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Put the time first: `trans_num` is random, so an index that begins with it is written all over."""
+    """Put the time first. `trans_num` is random, so an index that begins with it is written at random places."""
     _identity("unix_time", "trans_num")
 
 
