@@ -39,6 +39,7 @@ _AROUND = {
             "`5`; `fraudctl train`, `promote`, `rollback`: `120`",
             "Timeout of a call to the registry",
         ),
+        Variable("MLFLOW_TRACKING_TOKEN", "secret", "", "Token for the registry, instead of a user name and password"),
         Variable("MLFLOW_DISABLE_TELEMETRY", "true or false", "`true`", "Disables MLflow's telemetry"),
         Variable("ORT_DISABLE_TELEMETRY", "true or false", "`true`", "Disables ONNX Runtime's telemetry"),
         Variable(

@@ -325,6 +325,7 @@ class Machine:
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONSAFEPATH": "1",
+            "OMP_NUM_THREADS": "1",  # on a machine with other tests, more threads wait for each other
         }
         compose = variables(self.containers[name], own=self.directory)
         own = {"METRICS_HOST": "127.0.0.1", "METRICS_PORT": str(self.metrics_ports[name])}

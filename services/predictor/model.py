@@ -197,7 +197,9 @@ def _from_predict(predicted: Any, threshold: float | None) -> tuple[Any, Any]:
 def _labels(predicted: Any) -> Any:
     labels = np.asarray(predicted).ravel().astype(float)
     if not np.isin(labels, (0, 1)).all():
-        raise ValueError("the model returns labels other than 0 and 1; log a threshold if they are probabilities")
+        raise ValueError(
+            "the model returns labels that are neither zero nor one; log a threshold if they are probabilities"
+        )
     return labels.astype(int)
 
 

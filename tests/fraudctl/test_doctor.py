@@ -222,7 +222,11 @@ def missing_setting(_stack: Rig, _engine: sa.Engine) -> Environment:
         (wrong_mail_password, "SMTP", "refuses the login (535). Check SMTP_USERNAME and SMTP_PASSWORD."),
         (no_starttls, "SMTP", "does not offer STARTTLS or a login. Set SMTP_TLS to what the server offers"),
         (wrong_mail_port, "SMTP", ": connection refused. Check that it runs, and SMTP_HOST, SMTP_PORT and SMTP_TLS."),
-        (missing_setting, "settings", "ALERT_TO: missing. Set them in secrets.env or in the environment."),
+        (
+            missing_setting,
+            "settings",
+            "ALERT_TO: required, because SMTP_HOST is set. Set them in secrets.env or in the environment.",
+        ),
         (torn_secrets, "settings", "secrets.env: 'utf-8' codec can't decode byte 0xe9"),
     ],
 )

@@ -23,7 +23,7 @@ from shared.dead_letters import SUFFIX, dead_letter, refusal
 from shared.kafka.messages import NOTHING, Headers, Record, coordinates, headers
 from shared.records import decode_prediction, encode_transaction
 
-pytestmark = pytest.mark.kafka
+pytestmark = [pytest.mark.kafka, pytest.mark.xdist_group("replays")]  # a replay fences any other on the broker
 
 MINUTE_MS = 60_000
 

@@ -120,7 +120,10 @@ def test_who_takes_a_replica_s_name_takes_its_place(predictor_rig: Rig) -> None:
     first, second = (service("predictor", predictor_rig.directory, predictor_rig.environment) for _ in range(2))
     predictor_rig.processes += [first.start(), second]
     second.spawn()
-    until(lambda: "is REPLICA unique among the replicas?" in predictor_rig.log("predictor"), what="a word on the name")
+    until(
+        lambda: "check that REPLICA is unique among the replicas" in predictor_rig.log("predictor"),
+        what="a word on the name",
+    )
     predictor_rig.put_transactions(make_transactions(500))
 
     messages = predictor_rig.read(predictor_rig.topic_2, 500, extra_s=2, timeout_s=60)

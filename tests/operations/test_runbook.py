@@ -20,7 +20,7 @@ from services.db_sink.table import migrate
 from shared.dead_letters import refusal
 from shared.records import encode_prediction, encode_transaction
 
-pytestmark = pytest.mark.kafka
+pytestmark = [pytest.mark.kafka, pytest.mark.xdist_group("replays")]  # a replay fences any other on the broker
 
 RUNBOOK = Path(__file__).parents[2] / "docs" / "operations.md"
 SECTIONS = dict(section.split("\n", 1) for section in RUNBOOK.read_text().split("\n## ")[1:])

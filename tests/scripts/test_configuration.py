@@ -11,7 +11,7 @@ from shared.settings import Settings
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("services", "shared", "training", "fraudctl", "sandbox", "benchmarks", "tests")
 DOCUMENTED = set(re.findall(r"^\| `([A-Z0-9_]+)` \|", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE))
-OF_THE_SYSTEM = {"PATH", "HOME"}
+OF_THE_SYSTEM = {"PATH", "HOME", "PYTEST_XDIST_WORKER"}
 
 
 def subclasses(settings: type[Settings]) -> Iterator[type[Settings]]:

@@ -379,7 +379,7 @@ def test_doctor_asks_for_the_operators_rights_and_no_more(
         guarded.allow([acl])
         assert re.match(rf"failed   ACLs: this login lacks {acl.operation} on [\w ]*\b{acl.name}[^;:]*: ", line), line
     assert doctor("ACLs").startswith("ok ")
-    assert "services' logs" in doctor("ACLs")
+    assert "services with other logins" in doctor("ACLs")
 
 
 def test_losing_the_right_to_read_a_followed_topic_is_reported(guarded: Guarded) -> None:

@@ -20,6 +20,7 @@ from shared.errors import Outage
 from shared.provenance import Provenance
 from shared.records import Prediction, Transaction
 
+pytestmark = pytest.mark.xdist_group("logins")  # roles belong to the whole server
 GRANTS = Path(__file__).parents[2] / "deploy" / "grants.sql"
 ROLES = ("db_sink", "labels", "exporter")
 _SECRET = "very-secret"

@@ -342,7 +342,7 @@ class NeedsMore:
     ("model", "reason"),
     [
         pytest.param(NeedsMore(), "needs a_package_of_theirs, which is not installed here", id="a package is missing"),
-        pytest.param(Fussy(label=7), "labels other than 0 and 1", id="it does not answer 0 or 1"),
+        pytest.param(Fussy(label=7), "labels that are neither zero nor one", id="it does not answer 0 or 1"),
         pytest.param(Fussy(refuses=[REFERENCE.amt]), "fails on the recorded transactions", id="it raises"),
     ],
 )
@@ -595,7 +595,7 @@ def leading_to(registry: Registry, port: int) -> Iterator[None]:
     ("changes", "named"),
     [
         ({"MLFLOW_TRACKING_URI": ""}, "MLFLOW_TRACKING_URI: missing"),
-        ({"DELIVERY": "at_most_once"}, "DELIVERY: input should be 'exactly_once' or 'at_least_once'"),
+        ({"DELIVERY": "at_most_once"}, "DELIVERY: must be exactly_once or at_least_once"),
         ({"CLIENT_PROPERTIES": "/nowhere"}, "CLIENT_PROPERTIES: cannot read /nowhere"),
     ],
 )
