@@ -197,9 +197,7 @@ def _from_predict(predicted: Any, threshold: float | None) -> tuple[Any, Any]:
 def _labels(predicted: Any) -> Any:
     labels = np.asarray(predicted).ravel().astype(float)
     if not np.isin(labels, (0, 1)).all():
-        raise ValueError(
-            "the model returns labels that are neither zero nor one; log a threshold if they are probabilities"
-        )
+        raise ValueError("the model returns labels that are neither zero nor one; log a threshold for probabilities")
     return labels.astype(int)
 
 

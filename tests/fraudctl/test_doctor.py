@@ -225,7 +225,7 @@ def missing_setting(_stack: Rig, _engine: sa.Engine) -> Environment:
         (
             missing_setting,
             "settings",
-            "ALERT_TO: required, because SMTP_HOST is set. Set them in secrets.env or in the environment.",
+            "ALERT_TO: required, because SMTP_HOST is set. Set them in secrets.env",
         ),
         (torn_secrets, "settings", "secrets.env: 'utf-8' codec can't decode byte 0xe9"),
     ],

@@ -122,7 +122,7 @@ def test_who_takes_a_replica_s_name_takes_its_place(predictor_rig: Rig) -> None:
     second.spawn()
     until(
         lambda: "check that REPLICA is unique among the replicas" in predictor_rig.log("predictor"),
-        what="a word on the name",
+        what="the hint",
     )
     predictor_rig.put_transactions(make_transactions(500))
 
