@@ -1,14 +1,14 @@
 """The local stack, and the services that run on it, each in its own process."""
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-
-import requests
 
 from sandbox.apache import ApacheKafka, missing
 from sandbox.embedded import CLIENT_SETTINGS, EmbeddedBroker
@@ -197,7 +197,13 @@ def service(name: str, directory: Path, environment: Mapping[str, str], *, repli
 
 def _was_ready(port: int) -> bool:
     """Whether the service on this port has been ready at least once since it started."""
-    try:
-        return bool(requests.get(f"http://127.0.0.1:{port}/ready", timeout=_ANSWER_S).json()["was_ready"])
-    except requests.RequestException:
+    if not port_open(port):
         return False
+    connection = HTTPConnection("127.0.0.1", port, timeout=_ANSWER_S)  # asked often: requests costs ten times as much
+    try:
+        connection.request("GET", "/ready")
+        return bool(json.load(connection.getresponse())["was_ready"])
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()

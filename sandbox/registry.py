@@ -7,7 +7,7 @@ from pathlib import Path
 
 import requests
 
-from sandbox.processes import Process, free_port, python
+from sandbox.processes import Process, free_port, port_open, python
 
 
 class Registry(Process):
@@ -29,6 +29,8 @@ class Registry(Process):
         return f"http://127.0.0.1:{self._port}"
 
     def _healthy(self) -> bool:
+        if not port_open(self._port):
+            return False
         try:
             return requests.get(f"{self.uri}/health", timeout=2).ok
         except requests.RequestException:

@@ -72,6 +72,45 @@ def numbers(count: int) -> list[bytes]:
     return [str(number).encode() for number in range(count)]
 
 
+class Recorder:
+    """An observer that notes each call with its partitions and offsets."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, int]] = []
+
+    def assigned(self, partitions: Sequence[TopicPartition]) -> None:
+        self.calls += [("assigned", each.partition, 0) for each in partitions]
+
+    def final(self, offsets: Sequence[TopicPartition]) -> None:
+        self.calls += [("final", each.partition, each.offset) for each in offsets]
+
+    def revoked(self, partitions: Sequence[TopicPartition]) -> None:
+        self.calls += [("revoked", each.partition, 0) for each in partitions]
+
+
+def test_an_observer_sees_partitions_assigned_then_final_then_revoked(rig: Rig, committed: Callable[[], int]) -> None:
+    rig.put(rig.topic_1, numbers(12), key=b"one card")
+    shutdown, recorder = Event(), Recorder()
+    stream = Stream(
+        make_consumer=lambda _: consumer(rig.properties, group=rig.topic_1),
+        group=rig.topic_1,
+        topic=rig.topic_1,
+        delivery=AtLeastOnce(properties=rig.properties, shutdown=shutdown),
+        settings=SETTINGS,
+        shutdown=shutdown,
+        observers=[recorder],
+    )
+    thread = threading.Thread(target=stream.run, args=[lambda batch: Outcome(len(batch))])
+    thread.start()
+    until(lambda: committed() == 12)
+    shutdown.set()
+    thread.join(20)
+
+    (partition,) = {place for call, place, _ in recorder.calls if call == "final"}
+    seen = [(call, offset) for call, place, offset in recorder.calls if place == partition]
+    assert seen == [("assigned", 0), ("final", 10), ("final", 12), ("revoked", 0)]
+
+
 def test_batches_are_full_at_backlog_and_in_order(rig: Rig, committed: Callable[[], int]) -> None:
     rig.put(rig.topic_1, numbers(30), key=b"one card")
     batches: list[list[bytes]] = []
