@@ -159,7 +159,7 @@ def test_the_override_asks_for_what_only_its_user_knows(left_out: str) -> None:
 def test_it_is_documented_what_the_override_does_not_take_from_secrets_env() -> None:
     services = yaml.safe_load(OVERRIDE.read_text())["services"]
     asked_for = set(re.findall(r"\$\{(\w+)", yaml.safe_dump(services)))
-    (paragraph,) = (each for each in SCALING.split("\n\n") if "In `.env` beside" in each)
+    (paragraph,) = (each for each in SCALING.split("\n\n") if "In a file `.env` beside" in each)
 
     assert {name for name in FIELDS if f"`{name}`" in paragraph} == asked_for
 

@@ -92,7 +92,7 @@ def test_a_row_has_type_default_and_meaning() -> None:
     rows = configuration.document().splitlines()
 
     assert (
-        "| `METRICS_PORT` | whole number from 0 to 65535 | `9100` | Port of /metrics, /live and /ready; 0: none |"
+        "| `METRICS_PORT` | whole number from 0 to 65535 | `9100` | Port for /metrics, /live and /ready; 0 disables them |"
         in rows
     )
     assert (
