@@ -91,10 +91,8 @@ def test_document_and_names_are_up_to_date() -> None:
 def test_a_row_has_type_default_and_meaning() -> None:
     rows = configuration.document().splitlines()
 
-    assert (
-        "| `METRICS_PORT` | whole number from 0 to 65535 | `9100` | Port for /metrics, /live and /ready; 0 disables them |"
-        in rows
-    )
+    meaning = "Port for /metrics, /live and /ready; 0 disables them"
+    assert f"| `METRICS_PORT` | whole number from 0 to 65535 | `9100` | {meaning} |" in rows
     assert (
         "| `DATABASE_URL` | secret | **required** | Database URL, as in postgresql://user:password@host:5432/name |"
         in rows
