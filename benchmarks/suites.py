@@ -53,7 +53,9 @@ def main() -> int:
     parser.add_argument("--guard", action="store_true", help="Run only the guard: compare ratios with guard.json.")
     parser.add_argument("--rounds", type=int, default=5, help="Number of times each variant is measured. Default: 5.")
     parser.add_argument(
-        "--report", type=Path, help="JSON file for the figures. Tables (.md) and a chart (.svg) are saved beside it."
+        "--report",
+        type=Path,
+        help="JSON file for the measurements. Tables (.md) and a chart (.svg) are saved beside it.",
     )
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.suites if name not in names]:

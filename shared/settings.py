@@ -123,7 +123,7 @@ class StreamSettings(ServiceSettings):
         0.5,
         gt=0,
         le=1,
-        description="If a larger share of recent rows is refused, the service waits instead of dead-lettering",
+        description="If more than this share of recent rows is refused, the service waits instead of dead-lettering",
     )
     dead_letter_limit_consecutive: int = Field(
         20,

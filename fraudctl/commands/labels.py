@@ -49,7 +49,8 @@ def import_file(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="CSV with the columns trans_num, is_fraud, and optionally unix_time and by."
+            metavar="FILE",
+            help="CSV with the columns trans_num and is_fraud, optionally also unix_time and by (the reviewer).",
         ),
     ],
     by: Annotated[str | None, typer.Option(metavar="NAME", help="Reviewer's name, for rows without one.")] = None,

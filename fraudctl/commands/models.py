@@ -28,7 +28,7 @@ TrackingUri = Annotated[str | None, typer.Option(metavar="URI", help="MLflow reg
     "train --alias challenger",
 )
 def train(
-    more: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="More training files.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="Additional training files.")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE", help="Training file or URL (repeatable). Default: generated transactions."),

@@ -19,7 +19,7 @@ def create(
     replication: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Copies of each new topic. Default: 3, or fewer if there are fewer brokers."
+            metavar="N", min=1, help="Replicas of each new topic. Default: 3, or fewer if there are fewer brokers."
         ),
     ] = None,
 ) -> None:

@@ -137,7 +137,7 @@ class ByMail:
         except Poison as poison:
             self._refused_digests += 1
             if self._refused_digests > 2 * log2(self._largest_digest):  # isolating one bad alarm causes fewer refusals
-                raise Outage(f"digests are refused: {poison}") from None
+                raise Outage(f"digest mails are refused: {poison}") from None
             raise
         for alarm in alarms:
             self._mailed.add(alarm.identity)

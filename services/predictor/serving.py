@@ -105,7 +105,9 @@ class Scorer:
             self._begin_with(model)
         if self._broken:
             self._look_now.set()
-            raise Outage(f"{self._broken}; the champion is still version {model.version}: promote a different version")
+            raise Outage(
+                f"{self._broken}; the alias still points to version {model.version}. Promote a different version"
+            )
         try:
             predicted = predict(
                 model,

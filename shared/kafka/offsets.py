@@ -21,8 +21,8 @@ def ends(
 ) -> dict[tuple[str, int], int]:
     """The next offset of each partition. Raises Outage.
 
-    With `committed`, this is the offset that `read_committed` consumers can read up to: that of the first record in an
-    open transaction, if there is one.
+    With `committed`, this is the last stable offset: `read_committed` consumers read only what is before it. If a
+    transaction is open, it is the offset of that transaction's first record.
     """
     latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
     found = _listed(admin(properties), partitions, latest, committed=committed)

@@ -43,7 +43,7 @@ class Delivery(Protocol):
         """Write `records` and, where the guarantee allows it, commit `offsets` (the next ones to read) with them.
 
         `generation` is the group's generation when the batch was read. A batch that was not read from Kafka has neither
-        offsets nor a generation. May block while the broker is away, but raises Outage soon after shutdown.
+        offsets nor a generation. May block while the broker is away, but raises Outage soon after shutdown is requested.
         After an Outage, the batch must be delivered again.
         """
 
@@ -267,7 +267,9 @@ class ExactlyOnce:
                 self._bounded(partial(producer.init_transactions, _WAIT_S))
                 break
             except _Stuck:
-                raise Outage(f"no transactions for {self._id}: the client hung for {_STUCK_S:.0f} s") from None
+                raise Outage(
+                    f"cannot use Kafka transactions as {self._id}: the client hung for {_STUCK_S:.0f} s"
+                ) from None
             except KafkaException as exception:
                 error = exception.args[0]
                 self._poll(producer)
@@ -275,7 +277,7 @@ class ExactlyOnce:
                     if not (self._away or self._shutdown.is_set() or time.monotonic() > deadline):
                         continue
                     self._fresh = producer
-                raise Outage(f"no transactions for {self._id}: {self._away or error.str()}") from None
+                raise Outage(f"cannot use Kafka transactions as {self._id}: {self._away or error.str()}") from None
         self._producer, self._suspect, self._away = producer, False, ""
         return producer
 

@@ -404,7 +404,7 @@ def test_a_server_that_refuses_every_digest_is_not_sent_thousands_of_mails(
     put_predictions(rig, [(each, 1) for each in make_transactions(200)])
     batch = rig.read(rig.topic_2, 200)
 
-    with pytest.raises(Outage, match=r"digests are refused: .* answered 554"):
+    with pytest.raises(Outage, match=r"digest mails are refused: .* answered 554"):
         by_mail(refusing("554 no attachments"), burst=0, largest_digest=200).handle(batch)
 
 
