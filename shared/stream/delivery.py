@@ -43,8 +43,8 @@ class Delivery(Protocol):
         """Write `records` and, where the guarantee allows it, commit `offsets` (the next ones to read) with them.
 
         `generation` is the group's generation when the batch was read. A batch that was not read from Kafka has neither
-        offsets nor a generation. May block while the broker is away, but raises Outage soon after shutdown is requested.
-        After an Outage, the batch must be delivered again.
+        offsets nor a generation. May block while the broker is away, but raises Outage soon after a shutdown
+        request. After an Outage, the batch must be delivered again.
         """
 
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:

@@ -46,7 +46,9 @@ _CONNECTION = frozenset({KafkaError._TRANSPORT, KafkaError._RESOLVE, KafkaError.
 
 
 class Observer(Protocol):
-    """Receives a stream's partition changes, so that it can keep state for each partition. Called in the loop's thread; must not block.
+    """Receives a stream's partition changes, so that it can keep state for each partition.
+
+    Called in the loop's thread; must not block.
 
     For each partition, `assigned` is called once, then `final` any number of times, then `revoked`. Records before a
     `final` offset are committed and never handed over again. Any later records of a revoked partition are handed over
