@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -21,15 +21,32 @@ _held: list[socket.socket] = []
 
 
 class StandInError(Exception):
-    """A part of the local stack did not start or has failed. The message is one line: which part, and why."""
+    """A part of the local stack did not start, or has failed. The message is one line that says which part, and why."""
+
+
+class Child(Protocol):
+    """The part of `subprocess.Popen` that `Process` uses."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | Any: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int) -> None: ...
 
 
 class Process:
     """One child process with its output in a log file.
 
-    Ctrl+C in the terminal does not reach the child, only its parent. On Linux the child is killed when the thread that
-    started it ends, so start it from a thread that lives as long as the child should.
+    Ctrl+C in the terminal reaches only the parent, not the child. On Linux, the child is killed when the thread that
+    started it ends. Therefore, start the child from a thread that lives as long as the child should live.
     """
+
+    launch: Callable[..., Child] = staticmethod(subprocess.Popen)  # takes the arguments of subprocess.Popen
 
     def __init__(
         self,
@@ -53,7 +70,7 @@ class Process:
         self._stop_signal = stop_signal
         self._ready = ready
         self._ready_timeout_s = ready_timeout_s
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._log_start = 0
 
     @property
@@ -78,7 +95,7 @@ class Process:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as output:
             self._log_start = output.tell()
-            self._child = subprocess.Popen(
+            self._child = self.launch(
                 self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -87,11 +104,11 @@ class Process:
                 cwd=self._cwd,
                 **as_account(self._account),
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def wait_ready(self) -> None:
-        """Wait until the child is ready. Raises StandInError if it ends first or takes too long."""
+        """Wait until the child is ready. Raises StandInError if the child ends first, or takes too long."""
         deadline = time.monotonic() + self._ready_timeout_s
         while not self._ready():
             if not self.running:
@@ -117,7 +134,10 @@ class Process:
             return None
 
     def stop(self, timeout_s: float = 15.0) -> int | None:
-        """Stop the child; kill it if it has not ended in `timeout_s`. Returns its exit code, None if it never ran."""
+        """Stop the child. Kill it if it has not ended after `timeout_s` seconds.
+
+        Returns the child's exit code, or None if the child was never started.
+        """
         if self._child is None:
             return None
         if self.running:
@@ -138,7 +158,7 @@ class Process:
         """Freeze the running child with all its threads (SIGSTOP). Its connections stay open."""
         if self._child:
             self._child.send_signal(signal.SIGSTOP)
-            os.waitid(os.P_PID, self._child.pid, os.WSTOPPED)  # until then, one of its threads may still respond
+            os.waitid(os.P_PID, self._child.pid, os.WSTOPPED)  # before it has stopped, a thread may still respond
 
     def resume(self) -> None:
         """Continue the child after `suspend`."""
@@ -166,25 +186,29 @@ class Process:
 
 
 def as_account(account: pwd.struct_passwd | None) -> dict[str, Any]:
-    """The subprocess arguments to run as that account, without the current user's groups. Empty for None."""
+    """Return the arguments for subprocess to run as this account, without the current user's groups.
+
+    Returns no arguments if `account` is None.
+    """
     return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
 
 def python(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module with this interpreter."""
+    """Return the command that runs a module with this interpreter."""
     return [sys.executable, "-m", module, *arguments]
 
 
 def free_port() -> int:
-    """A free TCP port on 127.0.0.1.
+    """Return a free TCP port on 127.0.0.1.
 
-    On Linux the port stays reserved while this process lives: only a server that asks for its number gets it.
+    On Linux, the port stays reserved while this process lives. Only a server that asks for this port's number gets the
+    port.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
     if sys.platform == "linux":
-        _held.append(held)  # elsewhere, a server that asks for the number would be refused, too
+        _held.append(held)  # on other systems, even a server that asks for the number would be refused
     return int(held.getsockname()[1])
 
 
@@ -195,6 +219,7 @@ def port_open(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """On Linux, let the kernel kill this process when its parent ends."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,6 +1,7 @@
 """The real parts that the tests run against, started once, and a rig that runs services on them."""
 
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ import pytest
 import sqlalchemy as sa
 from _pytest.nodeid import coerce_node_id
 from confluent_kafka import Message, Producer, TopicPartition
+from forked import Forked
 
 from rehearsal.stack import Addresses, service
 from sandbox.apache import ApacheKafka, missing
@@ -28,7 +30,7 @@ from sandbox.embedded import CLIENT_SETTINGS, EmbeddedBroker
 from sandbox.generator import training_frame, transactions
 from sandbox.mailbox import Mailbox
 from sandbox.postgres import Postgres
-from sandbox.processes import Process, free_port
+from sandbox.processes import Child, Process, free_port
 from sandbox.registry import Registry
 from services.db_sink.table import connect
 from shared.dead_letters import SUFFIX
@@ -122,10 +124,12 @@ class Rig:
     topic_1: str
     topic_2: str
     processes: list[Process] = field(default_factory=list)
+    launch: Callable[..., Child] = Forked
 
     def start(self, name: str, *, ready: bool = True, **environment: str) -> Process:
         """Start a service; wait until it has work to do unless `ready` is False."""
         process = service(name, self.directory, self.environment | environment)
+        process.launch = self.launch
         self.processes.append(process)
         process.spawn()
         if ready:
@@ -299,8 +303,21 @@ def registry(shared: Shared) -> Registry:
 
     def champion(server: Registry) -> None:
         train.register(train.fit(training_frame(seed=1), seed=1), Alias(server.uri, "fraud", "champion"))
+        shutil.copytree(server.directory, _copy_of(server))
 
     return shared.server(Registry, champion)
+
+
+@pytest.fixture
+def trained_directory(tmp_path: Path, registry: Registry) -> Path:
+    """A work directory of the demo whose registry has a champion already, because to train one takes long."""
+    shutil.copytree(_copy_of(registry), tmp_path / "work" / "registry")
+    return tmp_path / "work"
+
+
+def _copy_of(registry: Registry) -> Path:
+    """The registry's files as they were when it had only its champion."""
+    return registry.directory.with_name("champion")
 
 
 @pytest.fixture

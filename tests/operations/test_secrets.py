@@ -11,11 +11,13 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import CompletedProcess
 from threading import Thread
 from urllib.parse import urlsplit
 
 import pytest
 import sqlalchemy as sa
+from command_line import call
 from confluent_kafka import Producer
 from conftest import Rig, make_transactions, until
 
@@ -155,11 +157,8 @@ def put_fraud(rig: Rig) -> None:
     assert producer.flush(20) == 0
 
 
-def fraudctl(*arguments: str, rig: Rig) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fraudctl", *arguments]
-    return subprocess.run(
-        command, env=rig.environment, cwd=rig.directory, capture_output=True, text=True, timeout=120, check=False
-    )
+def fraudctl(*arguments: str, rig: Rig) -> CompletedProcess[str]:
+    return call(*arguments, cwd=rig.directory, environment=rig.environment)
 
 
 @pytest.mark.parametrize("by", ["the environment", "files that secrets.env names"])
@@ -178,6 +177,7 @@ def test_what_is_refused_gives_no_secret_away(
     rig.environment |= names | {"LOG_LEVEL": "DEBUG", "BACKOFF_INITIAL_SECONDS": "0.2", "BACKOFF_MAX_SECONDS": "0.5"}
     put_fraud(rig)
 
+    rig.launch = subprocess.Popen  # a fork has the environment of the process that it is a fork of, too
     processes = [rig.start(name, ready=False) for name in REFUSED]
     for name, lines in REFUSED.items():
         for line in lines:

@@ -1,0 +1,93 @@
+"""Starts services as forks of a process that has imported their libraries: to import them anew takes seconds each time.
+
+The services' own code is imported by each service, as after any start.
+"""
+
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO
+
+import coverage
+
+from sandbox.processes import die_with_parent
+
+_LIBRARIES = [
+    *("alembic.command", "confluent_kafka.admin", "jinja2", "mlflow.artifacts", "mlflow.pyfunc", "mlflow.tracking"),
+    *("prometheus_client", "pydantic_settings", "requests", "sklearn.ensemble", "sklearn.linear_model", "sqlalchemy"),
+    *("structlog", "psycopg2"),
+]
+_context = get_context("forkserver")
+_context.set_forkserver_preload(_LIBRARIES)
+
+
+class Forked:
+    """What `Process` uses of subprocess.Popen, for `python -m MODULE`."""
+
+    def __init__(
+        self, command: Sequence[str], *, stdout: IO[bytes], env: Mapping[str, str], cwd: Path, **_: object
+    ) -> None:
+        module = command[-1]
+        ready, in_child = _context.Pipe(duplex=False)
+        arguments = (module, Path(stdout.name), dict(env), cwd, in_child)
+        self._process = _context.Process(target=_run, args=arguments, daemon=True)
+        with unmeasured():  # the server of the forks, which the first of them starts
+            self._process.start()
+        in_child.close()
+        ready.recv()
+        assert self._process.pid
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, minus the signal that ended it, or None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The exit code, minus the signal that ended it, or None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it ends. Raises subprocess.TimeoutExpired."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0)
+        return self.returncode
+
+    def send_signal(self, sig: int) -> None:
+        """Send it a signal if it still runs."""
+        if self.returncode is None:
+            os.kill(self.pid, sig)
+
+
+@contextmanager
+def unmeasured() -> Iterator[None]:
+    """No coverage of the interpreters that are started meanwhile."""
+    measured = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("COVERAGE_")}
+    yield
+    os.environ.update(measured)
+
+
+def _run(module: str, log: Path, environment: dict[str, str], directory: Path, ready: Connection) -> None:
+    """What the fork does: be as if it had been started by `subprocess`, and run the module."""
+    os.setsid()
+    die_with_parent()
+    with log.open("ab", buffering=0) as output:
+        for number in 1, 2:
+            os.dup2(output.fileno(), number)
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(write_through=True)  # type: ignore[union-attr]  # as PYTHONUNBUFFERED does
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    coverage.process_startup()
+    sys.argv = [module]
+    ready.send(None)
+    ready.close()
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
