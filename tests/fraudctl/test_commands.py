@@ -1,28 +1,19 @@
 """fraudctl as an operator calls it: what it does, and what it says of a wrong call."""
 
-import os
-import subprocess
-import sys
 import uuid
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+from command_line import call
 from conftest import START, Rig
 
 from sandbox.generator import training_frame
 from sandbox.registry import Registry
 
 
-def fraudctl(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fraudctl", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={"PATH": os.environ["PATH"], "COLUMNS": "120", **environment},
-        timeout=170,
-        check=False,
-    )
+def fraudctl(*arguments: str, cwd: Path, **environment: str) -> CompletedProcess[str]:
+    return call(*arguments, cwd=cwd, environment={"COLUMNS": "120", **environment})
 
 
 def test_train_makes_a_champion_of_a_training_file_and_leaves_one_that_is_there(

@@ -199,14 +199,14 @@ def missing_setting(_stack: Rig, _engine: sa.Engine) -> Environment:
         (
             wrong_bootstrap,
             "Kafka",
-            "Check that it runs, and bootstrap.servers and security.protocol in client.properties.",
+            "Check that it runs, and check bootstrap.servers and security.protocol in client.properties.",
         ),
         (missing_topic, "topics", ".dlq: missing, or hidden by ACLs. Run fraudctl topics create"),
         (compacted_topic, "topics", "--add-config cleanup.policy=delete"),
         (
             wrong_registry,
             "MLflow",
-            "Cannot reach MLflow at http://127.0.0.1:9: connection refused. Check that it runs, and MLFLOW_",
+            "Cannot reach MLflow at http://127.0.0.1:9: connection refused. Check that it runs, and check MLFLOW_",
         ),
         (
             no_champion,
@@ -217,15 +217,19 @@ def missing_setting(_stack: Rig, _engine: sa.Engine) -> Environment:
         (
             no_privileges,
             "privileges",
-            "reader lacks INSERT, UPDATE. If reader is the db_sink's role, grant it what deploy/grants.sql has.",
+            "lacks INSERT, UPDATE. If reader is the db_sink's role, grant it the privileges in deploy/grants.sql.",
         ),
         (wrong_mail_password, "SMTP", "refuses the login (535). Check SMTP_USERNAME and SMTP_PASSWORD."),
         (no_starttls, "SMTP", "does not offer STARTTLS or a login. Set SMTP_TLS to what the server offers"),
-        (wrong_mail_port, "SMTP", ": connection refused. Check that it runs, and SMTP_HOST, SMTP_PORT and SMTP_TLS."),
+        (
+            wrong_mail_port,
+            "SMTP",
+            ": connection refused. Check that it runs, and check SMTP_HOST, SMTP_PORT and SMTP_TLS.",
+        ),
         (
             missing_setting,
             "settings",
-            "ALERT_TO: required, because SMTP_HOST is set. Set them in secrets.env",
+            "ALERT_TO: required, because SMTP_HOST is set. Fix these settings in secrets.env",
         ),
         (torn_secrets, "settings", "secrets.env: 'utf-8' codec can't decode byte 0xe9"),
     ],
@@ -253,7 +257,9 @@ def test_a_wrong_database_password_is_named(stack: Rig, engine: sa.Engine, docto
 
     assert failed(lines) == ["database"], "\n".join(lines.values())
     assert "password authentication failed" in lines["database"]
-    assert "Check that it runs, and user, password, host and database name in DATABASE_URL." in lines["database"]
+    assert (
+        "Check that it runs, and check the user, password, host and database name in DATABASE_URL." in lines["database"]
+    )
     assert code == 1
 
 
@@ -373,6 +379,6 @@ def test_a_librarys_variable_is_known_and_a_place_where_it_is_not_read_is_report
 
     assert code == 0
     assert lines["settings"] == (
-        "ok       settings: secrets.env: AWS_SECRET_ACCESS_KEY: libraries read these from the environment only."
-        " Compose puts them there; in a checkout, export them."
+        "ok       settings: secrets.env: AWS_SECRET_ACCESS_KEY: libraries read these variables from the environment"
+        " only. Compose puts them there. In a checkout, export them."
     )

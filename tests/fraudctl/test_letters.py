@@ -198,7 +198,7 @@ def test_a_saved_value_is_exact_and_its_owners_alone(tmp_path: Path) -> None:
 WRONG_CALLS: Mapping[tuple[str, ...], str] = {
     ("list", "--since", "yesterday"): "--since: 'yesterday' is neither a time",
     ("list", "--topic", "topic_3"): "there is no topic 'topic_3'. Choose from: topic_1, topic_2",
-    ("show", "17"): "'17' is not the ID of a dead letter, for example topic_1.dlq:3:17",
+    ("show", "17"): "'17' is not the ID of a dead letter. An example of an ID is topic_1.dlq:3:17.",
     ("replay", "topic_1.dlq:0:0", "--reason", "JSON"): "give either IDs or filters, not both",
     ("replay", "--value", "corrected"): "--value needs exactly one ID",
     ("replay", "topic_1.dlq:0:0", "topic_1.dlq:0:1", "--value", "corrected"): "--value needs exactly one ID",

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ from subprocess import CompletedProcess
 import mlflow
 import pandas as pd
 import pytest
+from command_line import call
 from mlflow.models import infer_signature
 from sklearn.linear_model import LogisticRegression
 
@@ -31,18 +30,10 @@ def champion(registry: Registry) -> Alias:
 
 @pytest.fixture
 def fraudctl(champion: Alias, tmp_path: Path) -> Fraudctl:
-    environment = os.environ | {"MLFLOW_TRACKING_URI": champion.tracking_uri, "MODEL_NAME": champion.name}
+    own = {"MLFLOW_TRACKING_URI": champion.tracking_uri, "MODEL_NAME": champion.name}
 
     def run(*arguments: str) -> "CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "fraudctl", *arguments],
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=tmp_path,
-            timeout=170,
-            check=False,
-        )
+        return call(*arguments, cwd=tmp_path, environment=os.environ | own)
 
     return run
 

@@ -8,8 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from subprocess import CompletedProcess
 
 import pytest
+from command_line import call
 from confluent_kafka import KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from conftest import Rig, dead_letter_topic, make_transactions, until
@@ -28,15 +30,14 @@ pytestmark = [pytest.mark.kafka, pytest.mark.xdist_group("replays")]  # a replay
 MINUTE_MS = 60_000
 
 
-def fraudctl(rig: Rig, *arguments: object, columns: int = 200) -> subprocess.CompletedProcess[str]:
+def fraudctl(rig: Rig, *arguments: object, columns: int = 200) -> CompletedProcess[str]:
+    return call("dead-letters", *arguments, cwd=rig.directory, environment={"COLUMNS": str(columns), **rig.environment})
+
+
+def in_its_own_process(rig: Rig, *arguments: str) -> CompletedProcess[str]:
+    command = [sys.executable, "-m", "fraudctl", "dead-letters", *arguments]
     return subprocess.run(
-        [sys.executable, "-m", "fraudctl", "dead-letters", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=rig.directory,
-        env={"PATH": os.environ["PATH"], "COLUMNS": str(columns), **rig.environment},
-        timeout=120,
-        check=False,
+        command, cwd=rig.directory, env=rig.environment, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -211,7 +212,7 @@ def test_two_replays_at_once_put_each_letter_back_once(apache_rig: Rig) -> None:
     write(apache_rig, [refused(apache_rig.topic_1, value, key=value) for value in values])
 
     with ThreadPoolExecutor(3) as pool:
-        done = list(pool.map(lambda _: fraudctl(apache_rig, "replay", "--yes"), range(3)))
+        done = list(pool.map(lambda _: in_its_own_process(apache_rig, "replay", "--yes"), range(3)))
 
     assert 0 in {each.returncode for each in done}
     for each in done:
@@ -380,7 +381,7 @@ def test_an_id_that_is_none_and_a_missing_topic_are_one_line(apache_rig: Rig) ->
         assert done.stdout == ""
         assert done.stderr.count("\n") == 1, done.stderr
     assert all(f"fraudctl: there is no dead letter {dlq}:" in done.stderr for done in unknown)
-    hint = "or this login may not see it. Run `fraudctl topics check`."
+    hint = "or this login has no access to it. Run `fraudctl topics check`."
     line = f"fraudctl: there is no topic {dead_letter_topic(apache_rig.topic_2)}, {hint}\n"
     assert [done.stderr for done in missing] == [line, line]
     assert apache_rig.read(apache_rig.topic_1, 0) == []

@@ -1,7 +1,6 @@
 """A model whose call never returns: probes see it, and so does an operator."""
 
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import requests
+from command_line import call
 from conftest import Rig, make_transactions, until
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
@@ -83,14 +83,7 @@ def test_a_model_call_that_hangs_is_seen_by_probes_and_operators(
     assert sum(map(float, re.findall(r"fraud_alarm_lag_records{.*} (\S+)", metrics))) == 100
     assert max(map(float, re.findall(r"fraud_alarm_oldest_unprocessed_seconds{.*} (\S+)", metrics))) >= STALL_S - 1
 
-    status = subprocess.run(
-        [sys.executable, "-m", "fraudctl", "status"],
-        env=apache_rig.environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    status = call("status", cwd=tmp_path, environment=apache_rig.environment)
     assert status.returncode == 1
     assert re.search(rf"unhealthy.*{group}", status.stdout + status.stderr)
 

@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 import msgspec
 import pytest
 import sqlalchemy as sa
+from command_line import call
 from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AclBinding,
     AclBindingFilter,
@@ -300,8 +301,7 @@ def test_the_sink_cannot_read_topic_1_and_no_service_reads_anothers_group(guarde
 def operate(guarded: Guarded, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """What fraudctl says to an operator."""
     environment = guarded.rig.environment | guarded.environment("operator") | environment
-    command = [sys.executable, "-m", "fraudctl", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return call(*arguments, cwd=guarded.rig.directory, environment=environment)
 
 
 def test_a_group_that_is_hidden_hides_no_other(guarded: Guarded) -> None:

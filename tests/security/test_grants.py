@@ -4,13 +4,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from command_line import call
 from conftest import make_transactions
 
 from fraudctl import export, labels
@@ -52,10 +52,7 @@ class Granted:
         return subprocess.run([program, *server, "-f", GRANTS], capture_output=True, text=True, check=False)
 
     def fraudctl(self, role: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "DATABASE_URL": self.url(role)}
-        return subprocess.run(
-            [sys.executable, "-m", "fraudctl", *arguments], env=environment, capture_output=True, text=True, check=False
-        )
+        return call(*arguments, cwd=Path.cwd(), environment={**os.environ, "DATABASE_URL": self.url(role)})
 
 
 def statements() -> list[str]:
