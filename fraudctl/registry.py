@@ -1,7 +1,7 @@
-"""Looks up in the MLflow registry which version of a model has an alias, within seconds.
+"""Looks up, within seconds, which version of a model has an alias in the MLflow registry.
 
 An http(s) registry is queried through its REST API, because importing MLflow takes longer than everything else that
-`fraudctl status` does. Other registries, and logins that only MLflow's client supports, are handled by that client.
+`fraudctl status` does. MLflow's client is used for other registries, and for logins that only this client supports.
 """
 
 import json
@@ -19,15 +19,15 @@ from shared.settings import RegistrySettings
 _TIMEOUT_S = 5.0
 _MOST_BYTES = 1024 * 1024
 _PIECE_BYTES = 64 * 1024
-_REMEDY = "Check that it runs, and MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
-# The path in MLflow's REST API, and its error codes for an unknown model and for an unknown alias.
+_REMEDY = "Check that it runs, and check MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+# The path of aliases in MLflow's REST API, and the API's error codes for an unknown model and an unknown alias.
 _PATH = "/api/2.0/mlflow/registered-models/alias"
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _REST_SETTINGS = frozenset(f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"))
 
 
 def version_with_alias(settings: RegistrySettings, alias: str) -> str | None:
-    """The version of the model that has the alias, or None. Raises Outage if the registry does not respond."""
+    """Return the model version that has the alias, or None. Raises Outage if the registry does not respond."""
     others = [name for name in os.environ if name.startswith("MLFLOW_TRACKING_") and name not in _REST_SETTINGS]
     if others or not settings.mlflow_tracking_uri.startswith(("http://", "https://")):
         return _by_client(settings, alias)
@@ -35,7 +35,10 @@ def version_with_alias(settings: RegistrySettings, alias: str) -> str | None:
 
 
 def limit_mlflow() -> None:
-    """Make MLflow's client try only once, briefly, because an operator is waiting. Variables already set are kept."""
+    """Make MLflow's client try only once, with a short timeout, because an operator is waiting.
+
+    If the environment already sets the number of retries or the timeout, that value is kept.
+    """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{_TIMEOUT_S:.0f}")
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
@@ -53,7 +56,10 @@ def _by_client(settings: RegistrySettings, alias: str) -> str | None:
 def _by_rest(settings: RegistrySettings, alias: str) -> str | None:
     where = f"MLflow at {without_credentials(settings.mlflow_tracking_uri)}"
     timeout_s = float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", _TIMEOUT_S))
-    retries = int(os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"))
+    retries = urllib3.Retry(  # as MLflow's client does
+        total=int(os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")),
+        backoff_factor=float(os.environ.get("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "2")),
+    )
     with requests.Session() as session:
         for prefix in ("http://", "https://"):
             session.mount(prefix, requests.adapters.HTTPAdapter(max_retries=retries))
@@ -75,7 +81,10 @@ def _by_rest(settings: RegistrySettings, alias: str) -> str | None:
 def _answer(
     session: requests.Session, settings: RegistrySettings, alias: str, *, timeout_s: float
 ) -> tuple[int, bytes]:
-    """The response's HTTP status and body. Raises requests.Timeout if it takes too long or is too large."""
+    """Return the response's HTTP status and body.
+
+    Raises requests.Timeout if the response takes too long or is too large.
+    """
     deadline = time.monotonic() + timeout_s
     with session.get(
         settings.mlflow_tracking_uri.rstrip("/") + _PATH,
@@ -93,7 +102,7 @@ def _answer(
 
 
 def _login(settings: RegistrySettings) -> dict[str, str]:
-    """The Authorization header that MLflow's client would send, if there is a login."""
+    """Return the Authorization header that MLflow's client would send, or no header if there is no login."""
     username, password = settings.mlflow_tracking_username, settings.mlflow_tracking_password
     if username and password:
         login = b64encode(f"{username}:{password.get_secret_value()}".encode()).decode()

@@ -26,6 +26,7 @@ from shared.kafka import topics
 
 TOPICS = ("topic_1", "topic_2")
 _SHOWN = 10
+_POLL_INTERVAL_S = "0.05"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,22 +52,22 @@ class Scene:
     """The running demo, as a scenario sees it."""
 
     stack: Stack
-    services: dict[str, Process]  # by name; the demo fails if one of them exits unexpectedly
+    services: dict[str, Process]  # by name; the demo fails if a service exits unexpectedly
     topics: Topics  # the records that the ledger has read so far
-    enough: Event  # ends the stream when set
+    enough: Event  # when set, ends the stream
     _directory: Path
     _environment: Mapping[str, str]
 
     def replica(self, name: str, number: int) -> Process:
-        """A further replica of the service, not started yet."""
+        """Create another replica of the service, without starting the replica."""
         return service(name, self._directory, self._environment, replica=number)
 
 
 Scenario = Callable[[Scene], Iterator[None]]
-"""A generator that acts on the demo while transactions stream.
+"""A function whose generator acts on the demo while transactions stream.
 
-It is advanced to its first `yield` before the services start, and then four times per second. The demo goes on at least
-until the generator is exhausted.
+The generator is advanced to its first `yield` before the services start, and then four times per second. The demo
+continues at least until the generator is exhausted.
 """
 
 
@@ -109,6 +110,9 @@ def run(options: Options, console: Console, *, scenario: Scenario = _no_faults) 
         reader.start(topics.ends(parts.properties, [name + suffix for name in TOPICS for suffix in ("", SUFFIX)]))
         environment = parts.addresses.environment() | {"REPLICA": run_id}
         environment |= {f"{group.name.upper()}_GROUP": group.id for group in groups}
+        environment["POLL_INTERVAL_SECONDS"] = (
+            _POLL_INTERVAL_S  # without a pause, each poll would return only one or two rows
+        )
         environment |= {"JOURNAL_DIRECTORY": str(options.work_dir / "journal" / run_id), **options.environment}
         services = {name: service(name, options.work_dir, environment) for name in catalogue.CORE}
         stack.callback(lambda: [each.stop() for each in services.values()])
@@ -149,7 +153,7 @@ def run(options: Options, console: Console, *, scenario: Scenario = _no_faults) 
 
 
 def show(ledger: Ledger, console: Console) -> None:
-    """Print the ledger as a table, and whether it balances."""
+    """Print the ledger as a table, and say whether the ledger balances."""
     table = Table(title="Ledger", show_header=False)
     figures = ledger.report()
     for name in (
@@ -192,7 +196,7 @@ def _check_database(url: str) -> None:
 
 @contextmanager
 def _interrupts(interrupted: Event) -> Iterator[None]:
-    """On the first Ctrl+C or SIGTERM, set the event, which ends the stream; on the second, abort the demo."""
+    """On the first Ctrl+C or SIGTERM, set the event, which ends the stream. On the second signal, abort the demo."""
 
     def interrupt(*_: object) -> None:
         if interrupted.is_set():

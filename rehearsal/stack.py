@@ -1,4 +1,4 @@
-"""The local stack, and the services that run on it, each in its own process."""
+"""Starts the local stack, and creates a process for each service that runs on the stack."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from sandbox.postgres import Postgres
 from sandbox.processes import Process, StandInError, free_port, port_open, python
 from sandbox.registry import Registry
 from services.catalogue import BY_NAME
+from shared.kafka import topics
 from shared.settings import ServiceSettings, kafka_properties
 
 SENDER = "alarm@fraud-alarm.example"
@@ -38,7 +39,7 @@ class Addresses:
     delivery: str
 
     def environment(self) -> dict[str, str]:
-        """The services' environment, made of these settings and a few system variables.
+        """Return the services' environment: these settings and a few system variables.
 
         No setting of the project is inherited from the environment of this process.
         """
@@ -55,7 +56,7 @@ class Addresses:
             "SMTP_TLS": "none",
             "ALERT_FROM": SENDER,
             "ALERT_TO": RECIPIENT,
-            "ALERT_BURST": "1000000",  # one mail for each fraud, because the ledger checks them one by one
+            "ALERT_BURST": "1000000",  # one mail for each fraud, because the ledger checks each mail
             "DELIVERY": self.delivery,
             "BACKOFF_MAX_SECONDS": "5",
             "METRICS_PORT": "0",  # `service` gives each process its own port
@@ -64,7 +65,7 @@ class Addresses:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """The running parts of the stack. `database` and `broker` are None if the demo uses existing ones."""
+    """The running parts of the stack. `broker` or `database` is None if the demo uses an existing server instead."""
 
     broker: ApacheKafka | EmbeddedBroker | None
     database: Postgres | None
@@ -76,9 +77,10 @@ class Stack:
 
 
 def choose_broker(wanted: str) -> tuple[str, str]:
-    """The `broker` argument for `local_stack`, and a description of the broker.
+    """Return the `broker` argument for `local_stack`, and a description of the broker.
 
-    `wanted` is `auto`, `embedded`, `apache`, HOST:PORT or a client.properties file. Anything else raises StandInError.
+    `wanted` is `auto`, `embedded`, `apache`, HOST:PORT or a client.properties file. Raises StandInError for anything
+    else.
     """
     if wanted == "apache":
         return "apache", ApacheKafka.description
@@ -106,8 +108,9 @@ def local_stack(
     """Start all servers that the services need, train a champion, and stop the servers at the end.
 
     Files are kept in `directory`. `broker` is `embedded`, `apache`, or the HOST:PORT or client.properties file of a
-    running broker. With `database_url`, no database is started. Raises StandInError if a server does not start or
-    training fails, and SettingsError if the client.properties file is invalid.
+    running broker. With `database_url`, no database is started. A champion from an earlier run in `directory` is kept.
+    Raises StandInError if a server does not start or training fails. Raises Outage if the running broker does not
+    respond, and SettingsError if the client.properties file is invalid.
     """
     directory = directory.resolve()
     given = Path(broker).resolve() if Path(broker).is_file() else None
@@ -115,7 +118,9 @@ def local_stack(
     if given:
         properties = kafka_properties(ServiceSettings.model_validate({"client_properties": given}))
     own: ApacheKafka | EmbeddedBroker | None = None
-    if broker in ("apache", "embedded"):
+    if broker not in ("apache", "embedded"):
+        topics.create(properties, ())  # raises Outage before anything is started
+    else:
         kafka_directory = directory / "kafka"
         shutil.rmtree(kafka_directory, ignore_errors=True)
         own = ApacheKafka(kafka_directory) if broker == "apache" else EmbeddedBroker(kafka_directory)
@@ -159,23 +164,28 @@ def local_stack(
 
 
 def _training(directory: Path, registry: Registry) -> Process:
-    """A process that trains a model on generated transactions and registers it as the champion.
+    """Create a process that trains a model on generated transactions and registers it as the champion.
 
-    It is started together with the registry, and waits until the registry responds.
+    If there is a champion already, the process does not train. The process is started together with the registry, and
+    waits until the registry responds.
     """
     # One thread, because scikit-learn's threads wait minutes for each other while other processes keep the cores busy.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment |= {"MLFLOW_TRACKING_URI": registry.uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7"}
+    environment["MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"] = "0.5"
     log = directory / "logs" / "train.log"
-    return Process("training", python("fraudctl", "train", "--seed", "1"), env=environment, log=log, cwd=directory)
+    command = python("fraudctl", "train", "--seed", "1", "--if-absent")
+    return Process("training", command, env=environment, log=log, cwd=directory)
 
 
 def service(name: str, directory: Path, environment: Mapping[str, str], *, replica: int = 1) -> Process:
-    """A process that runs this service and logs to `logs/<name>.log`. A replica above 1 adds its number to the name.
+    """Create a process that runs this service and logs to `logs/<name>.log`.
 
-    The number is also added to REPLICA. A service that reads a topic counts as ready once /ready has succeeded, which
-    means that it has joined its group; a later outage does not change this. The producer joins no group and starts even
-    if its API is down, so it counts as ready once it listens on METRICS_PORT.
+    The number of a replica above 1 is added to the process's name and to REPLICA.
+
+    A service that reads a topic counts as ready once /ready has succeeded, because the service has then joined its
+    group. A later outage does not change this. The producer joins no group and starts even if its API is down.
+    Therefore, the producer counts as ready once it listens on METRICS_PORT.
     """
     directory = directory.resolve()
     full_name = name if replica == 1 else f"{name}-{replica}"
@@ -199,7 +209,8 @@ def _was_ready(port: int) -> bool:
     """Whether the service on this port has been ready at least once since it started."""
     if not port_open(port):
         return False
-    connection = HTTPConnection("127.0.0.1", port, timeout=_ANSWER_S)  # asked often: requests costs ten times as much
+    # This function is called often, and the package requests would cost ten times as much as http.client.
+    connection = HTTPConnection("127.0.0.1", port, timeout=_ANSWER_S)
     try:
         connection.request("GET", "/ready")
         return bool(json.load(connection.getresponse())["was_ready"])

@@ -11,15 +11,15 @@ from sandbox.processes import Process, free_port, port_open, python
 
 
 class Registry(Process):
-    """MLflow on 127.0.0.1. Its port and its contents survive stop, kill and restart."""
+    """An MLflow server on 127.0.0.1. The server's port and contents survive stop, kill and restart."""
 
     def __init__(self, directory: Path, *, port: int | None = None) -> None:
-        self._directory = directory.resolve()
+        self.directory = directory.resolve()
         self._port = port or free_port()
         super().__init__(
             "MLflow",
-            python("sandbox.registry", "--directory", str(self._directory), "--port", str(self._port)),
-            log=self._directory / "mlflow.log",
+            python("sandbox.registry", "--directory", str(self.directory), "--port", str(self._port)),
+            log=self.directory / "mlflow.log",
             ready=self._healthy,
         )
 
@@ -38,14 +38,17 @@ class Registry(Process):
 
 
 def main() -> int:
-    """Serve until SIGTERM, in this process: `mlflow server` would start three processes and take twice as long."""
+    """Serve until SIGTERM, in this process.
+
+    The command `mlflow server` would start three processes, and would take twice as long to start.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
     arguments = parser.parse_args()
     # MLflow reads these variables when it is imported.
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # otherwise it starts more processes
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # otherwise MLflow starts more processes
     from mlflow.server import constants
 
     os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = f"sqlite:///{arguments.directory / 'mlflow.db'}"

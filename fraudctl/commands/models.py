@@ -5,21 +5,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fraudctl import registry
 from fraudctl.call import refusing
 from fraudctl.cli import Commands, console
 
 if TYPE_CHECKING:
+    from shared.settings import RegistrySettings
     from training.aliases import Alias
 
 commands = Commands()
 
 ModelName = Annotated[
-    str | None, typer.Option("--name", metavar="MODEL", help="Registered model. Default: MODEL_NAME.")
+    str | None, typer.Option("--name", metavar="MODEL", help="Name of the registered model. Default: MODEL_NAME.")
 ]
 ModelAlias = Annotated[
     str | None, typer.Option("--alias", metavar="ALIAS", help="Alias to move. Default: MODEL_ALIAS.")
 ]
-TrackingUri = Annotated[str | None, typer.Option(metavar="URI", help="MLflow registry. Default: MLFLOW_TRACKING_URI.")]
+TrackingUri = Annotated[
+    str | None, typer.Option(metavar="URI", help="URI of the MLflow registry. Default: MLFLOW_TRACKING_URI.")
+]
 
 
 @commands.add(
@@ -35,29 +39,32 @@ def train(
     ] = None,
     name: ModelName = None,
     alias: ModelAlias = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed for the split, the model and the generator.")] = 1,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Seed for the data split, the model and generated transactions.")
+    ] = 1,
     target_precision: Annotated[
         float, typer.Option(metavar="SHARE", min=0, max=1, help="Precision to reach on unseen cards.")
     ] = 0.9,
     validated: Annotated[
         str | None, typer.Option(metavar="FILE", help="File or URL of confirmed rows to add to the training data.")
     ] = None,
-    if_absent: Annotated[bool, typer.Option("--if-absent", help="Do nothing if a version has the alias.")] = False,
+    if_absent: Annotated[
+        bool, typer.Option("--if-absent", help="Do nothing if a version already has the alias.")
+    ] = False,
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Train a model, evaluate it on unseen cards, and register it."""
-    from rich.table import Table
-
-    from training import aliases
-
-    of = _alias(name, alias, tracking_uri)
-    if if_absent and (present := aliases.bearer(of)):
-        console.print(f"{of.name} version {present} is already {of.alias}")
+    settings = _settings(name, alias, tracking_uri)
+    if if_absent and (present := registry.version_with_alias(settings, settings.model_alias)):
+        console.print(f"{settings.model_name} version {present} is already {settings.model_alias}")
         return
+
+    from rich.table import Table
 
     from sandbox.generator import training_frame
     from training import train as training
 
+    of = _alias(settings)
     sources = [*(data or []), *(more or [])]
     with refusing(ValueError):
         frame = training.read(sources) if sources else training_frame(seed=seed)
@@ -79,11 +86,11 @@ def promote(
     alias: ModelAlias = None,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Move the alias to a version if it passes a test prediction.
+    """Move the alias to a version that passes a test prediction.
 
-    Shows how the version compares with the one that had the alias before.
+    Shows a comparison with the version that had the alias before.
     """
-    of = _alias(name, alias, tracking_uri)
+    of = _alias(_settings(name, alias, tracking_uri))
 
     from fraudctl import models
     from services.predictor.model import UnusableModel
@@ -97,8 +104,8 @@ def promote(
 
 @commands.add("rollback", "rollback")
 def rollback(name: ModelName = None, alias: ModelAlias = None, tracking_uri: TrackingUri = None) -> None:
-    """Move the alias back to the version that had it before."""
-    of = _alias(name, alias, tracking_uri)
+    """Move the alias back to its previous version."""
+    of = _alias(_settings(name, alias, tracking_uri))
 
     from training import aliases
 
@@ -107,8 +114,8 @@ def rollback(name: ModelName = None, alias: ModelAlias = None, tracking_uri: Tra
     console.print(f"{of.name} version {version} is {of.alias} again")
 
 
-def _alias(name: str | None, alias: str | None, tracking_uri: str | None) -> "Alias":
-    """The alias from the options or, for missing options, the settings. Also limits MLflow's retries and output."""
+def _settings(name: str | None, alias: str | None, tracking_uri: str | None) -> "RegistrySettings":
+    """Return the settings, overridden by the options. Also limits MLflow's retries and output."""
     from shared.settings import RegistrySettings, load
 
     options = {"mlflow_tracking_uri": tracking_uri, "model_name": name, "model_alias": alias}
@@ -116,7 +123,10 @@ def _alias(name: str | None, alias: str | None, tracking_uri: str | None) -> "Al
     settings.set_up_mlflow()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    return settings
 
+
+def _alias(settings: "RegistrySettings") -> "Alias":
     from training.aliases import Alias
 
     return Alias(settings.mlflow_tracking_uri, settings.model_name, settings.model_alias)

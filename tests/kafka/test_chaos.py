@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from command_line import call
 from conftest import Rig
 
 from rehearsal.campaign import broken_promises
@@ -69,10 +71,8 @@ def test_a_service_that_does_not_stop_cleanly_is_named() -> None:
     assert broken == ["alerter did not exit with 0 within 10 s of SIGTERM"]
 
 
-def test_an_unknown_scenario_is_refused_by_name() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fraudctl", "chaos", "--scenario", "kill-everybody"], capture_output=True, text=True
-    )
+def test_an_unknown_scenario_is_refused_by_name(tmp_path: Path) -> None:
+    done = call("chaos", "--scenario", "kill-everybody", cwd=tmp_path, environment=os.environ)
 
     assert done.returncode == 2
     assert done.stderr.startswith(
@@ -80,11 +80,14 @@ def test_an_unknown_scenario_is_refused_by_name() -> None:
     )
 
 
-def campaign(directory: Path, scenario: str, *, minutes: float) -> dict[str, Any]:
+def campaign(trained_directory: Path, scenario: str, *, minutes: float) -> dict[str, Any]:
     """The report of a campaign of one scenario, in which every promise held."""
+    directory = trained_directory.parent / "campaign"
+    directory.mkdir()
+    trained_directory.rename(directory / scenario)
     report = directory / "report.json"
     options = ["--scenario", scenario, "--minutes", str(minutes), "--seed", "5"]
-    options += ["--report", str(report), "--work-dir", str(directory / "work")]
+    options += ["--report", str(report), "--work-dir", str(directory)]
     done = subprocess.run([sys.executable, "-m", "fraudctl", "chaos", *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = json.loads(report.read_text())
@@ -93,10 +96,10 @@ def campaign(directory: Path, scenario: str, *, minutes: float) -> dict[str, Any
 
 @pytest.mark.kafka
 @pytest.mark.timeout(300)
-def test_services_stop_in_time_on_sigterm_and_lose_and_repeat_nothing(tmp_path: Path, apache_rig: Rig) -> None:
+def test_services_stop_in_time_on_sigterm_and_lose_and_repeat_nothing(trained_directory: Path, apache_rig: Rig) -> None:
     del apache_rig  # requested so that the test is skipped where Apache Kafka cannot run
 
-    stop = campaign(tmp_path, "stop", minutes=0.6)
+    stop = campaign(trained_directory, "stop", minutes=0.6)
 
     assert {f"{name} stopped" for name in CORE} <= stop["faults"].keys()
     assert stop["served"] > 3000
@@ -106,10 +109,10 @@ def test_services_stop_in_time_on_sigterm_and_lose_and_repeat_nothing(tmp_path: 
 
 @pytest.mark.kafka
 @pytest.mark.timeout(300)
-def test_a_short_campaign_holds(tmp_path: Path, apache_rig: Rig) -> None:
+def test_a_short_campaign_holds(trained_directory: Path, apache_rig: Rig) -> None:
     del apache_rig
 
-    poison = campaign(tmp_path, "poison", minutes=0.3)
+    poison = campaign(trained_directory, "poison", minutes=0.3)
 
     assert poison["rubbish"] == poison["dead_letters"] > 5
     assert poison["faults"]["fixed and replayed"] == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from command_line import call
 from conftest import SAMPLE, START, needs_sample, until
 
 from sandbox.generator import training_frame
@@ -91,8 +92,8 @@ def test_a_file_goes_through_and_every_digit_arrives(tmp_path: Path, first_colum
 
 
 @pytest.mark.timeout(300)
-def test_without_a_number_it_streams_until_ctrl_c_and_then_drains(tmp_path: Path) -> None:
-    work, report = tmp_path / "work", tmp_path / "report.json"
+def test_without_a_number_it_streams_until_ctrl_c_and_then_drains(tmp_path: Path, trained_directory: Path) -> None:
+    work, report = trained_directory, tmp_path / "report.json"
     process = fraudctl(
         *("demo", "--rate", "100", "--broker", "embedded", "--report", str(report), "--work-dir", str(work))
     )
@@ -140,13 +141,12 @@ def test_without_java_it_takes_the_embedded_broker_and_says_so(tmp_path: Path) -
         (["--work-dir", __file__, "--broker", "embedded"], f"{__file__}: File exists"),
     ],
 )
-def test_a_wrong_call_is_refused_by_name(arguments: list[str], named: str) -> None:
-    process = fraudctl("demo", *arguments)
-    out, err = process.communicate(timeout=170)
+def test_a_wrong_call_is_refused_by_name(tmp_path: Path, arguments: list[str], named: str) -> None:
+    refused = call("demo", *arguments, cwd=tmp_path, environment=os.environ)
 
-    assert process.returncode == 2
-    assert named in err
-    assert "Traceback" not in out + err
+    assert refused.returncode == 2
+    assert named in refused.stderr
+    assert "Traceback" not in refused.stdout + refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -157,19 +157,18 @@ def test_a_source_in_another_format_is_refused_by_name(tmp_path: Path, text: str
     source = tmp_path / "source.csv"
     header = ",".join(training_frame(rows=1, seed=1, start=START).columns) + "\n"
     source.write_text(header if text is None else text)
-    process = fraudctl("demo", "--source", str(source))
-    _, err = process.communicate(timeout=60)
+    refused = call("demo", "--source", source, cwd=tmp_path, environment=os.environ)
 
-    assert process.returncode == 2
-    assert named in err
+    assert refused.returncode == 2
+    assert named in refused.stderr
 
 
 @needs_sample
-def test_the_real_sample_balances(tmp_path: Path) -> None:
+def test_the_real_sample_balances(tmp_path: Path, trained_directory: Path) -> None:
     report = tmp_path / "report.json"
     process = fraudctl(
         *("demo", "--source", str(SAMPLE), "--rate", "0", "--broker", "embedded"),
-        *("--report", str(report), "--work-dir", str(tmp_path / "work")),
+        *("--report", str(report), "--work-dir", str(trained_directory)),
     )
     out, err = process.communicate(timeout=200)
 

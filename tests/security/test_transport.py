@@ -37,14 +37,16 @@ def written(path: Path, properties: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("listener", ["PLAIN", "SCRAM", "MTLS"])
-def test_the_ledger_of_the_demo_balances(tmp_path: Path, secured: SecuredKafka, listener: str) -> None:
+def test_the_ledger_of_the_demo_balances(
+    tmp_path: Path, trained_directory: Path, secured: SecuredKafka, listener: str
+) -> None:
     properties = written(tmp_path / "own.properties", secured.properties(listener))
     report = tmp_path / "report.json"
 
     done = subprocess.run(
         [
             *(sys.executable, "-m", "fraudctl", "demo", "--broker", properties, "--transactions", "300"),
-            *("--rate", "0", "--fraud-rate", "0.05", "--report", str(report), "--work-dir", str(tmp_path / "work")),
+            *("--rate", "0", "--fraud-rate", "0.05", "--report", str(report), "--work-dir", str(trained_directory)),
         ],
         capture_output=True,
         text=True,
@@ -55,7 +57,7 @@ def test_the_ledger_of_the_demo_balances(tmp_path: Path, secured: SecuredKafka, 
     figures = json.loads(report.read_text())
     assert figures["topic_1"] == figures["topic_2"] == figures["rows"] == 300
     assert figures["mailed_frauds"] == figures["predicted_frauds"] > 0
-    for log in (tmp_path / "work" / "logs").iterdir():
+    for log in (trained_directory / "logs").iterdir():
         assert password_of(OWNER) not in log.read_text()
 
 
