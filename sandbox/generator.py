@@ -1,12 +1,14 @@
 """Generates realistic card payments with the payments API's columns. The same seed gives the same rows.
 
-The model covers each category's share before and after noon, the amounts (quantiles of legitimate and of fraudulent
-payments), the hours of frauds, and stolen cards, each of which is used about ten times within a day or two.
+The generator models each category's share before and after noon, the hours of frauds, and the quantiles of legitimate
+and of fraudulent amounts. It also models stolen cards. Each stolen card is used about ten times within a day or two.
 """
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -17,27 +19,27 @@ from shared.records import FEATURES, RAW_COLUMNS, format_time
 if TYPE_CHECKING:
     import pandas as pd
 
-MEAN_GAP_S = 28.0  # the Sparkov test set: 555,719 rows in half a year
+MEAN_GAP_S = 28.0  # as in the Sparkov test set: 555,719 rows in half a year
 FRAUD_RATE = 0.0038
 TRAINING_ROWS = 60_000
-TRAINING_FRAUD_RATE = 0.05  # a threshold only fits the share that it was chosen on: the local stack's
+TRAINING_FRAUD_RATE = 0.05  # for the local stack; a threshold is only valid for the share of frauds in training
 TRAINING_START = datetime(2024, 1, 1, tzinfo=UTC)
 _HITS_A_VICTIM = 9.7
 _DAY_S = 86_400
 
-# Weights of the 24 hours. Those of legitimate payments differ by half-day; those of frauds by night, day and evening.
+# Weights of the 24 hours. For legitimate payments, they differ by half-day. For frauds, by night, day and evening.
 _LEGITIMATE_HOURS = np.repeat([176.0, 242.0], 12)
 FRAUD_HOURS = np.array([0.34 / 4] * 4 + [0.15 / 18] * 18 + [0.51 / 2] * 2)
-ROUND_THE_CLOCK = _LEGITIMATE_HOURS  # as fraud hours: the share of frauds is the same in each hour
+ROUND_THE_CLOCK = _LEGITIMATE_HOURS  # as `fraud_hours`, makes the share of frauds the same in each hour
 _LEVELS = np.array([0.0, 0.01, 0.10, 0.25, 0.50, 0.75, 0.90, 0.99, 1.0])
 
 
 @dataclass(frozen=True)
 class _Category:
     name: str
-    legitimate: tuple[float, float]  # weight in hours 0-11, 12-23
-    fraudulent: tuple[float, float, float]  # weight in hours 0-3, 4-21, 22-23
-    amounts: tuple[float, ...]  # legitimate, at _LEVELS without the two ends
+    legitimate: tuple[float, float]  # weights in hours 0-11 and 12-23
+    fraudulent: tuple[float, float, float]  # weights in hours 0-3, 4-21 and 22-23
+    amounts: tuple[float, ...]  # quantiles of legitimate amounts, at _LEVELS without the two ends
     fraud_amounts: tuple[float, ...]
 
 
@@ -76,7 +78,7 @@ _JOBS = (
     "Film editor|Geologist|Journalist|Lawyer|Librarian|Musician|Nurse|Pharmacist|Physicist|Pilot|Sales executive|"
     "Surveyor|Teacher, primary school|Translator"
 ).split("|")
-# Each state's weight among the customers, and its centre in degrees.
+# The weight of each state among the customers, and the latitude and longitude of its centre in degrees.
 _STATES = {
     "TX": (60, 31.7, -98.2), "NY": (60, 42.4, -75.2), "PA": (52, 40.7, -78.0), "CA": (36, 36.8, -119.8),
     "OH": (35, 40.4, -82.8), "IL": (31, 39.9, -89.2), "FL": (30, 27.9, -82.0), "MI": (30, 43.6, -84.7),
@@ -104,19 +106,18 @@ def transactions(
     cards: int = 1000,
     mean_gap_s: float = MEAN_GAP_S,
 ) -> Iterator[list[Any]]:
-    """An endless stream of rows in RAW_COLUMNS' order, sorted by time, on average `mean_gap_s` seconds apart.
+    """Yield rows without end, sorted by time, and on average `mean_gap_s` seconds apart.
 
-    `fraud_hours` (24,) are the weights of the hours (UTC) of frauds.
+    The values of a row are in the order of RAW_COLUMNS. `fraud_hours` (24,) are the weights of the hours (UTC) at which
+    frauds happen.
     """
-    world = np.random.default_rng(seed)
-    customers = [_customer(world) for _ in range(cards)]
-    merchants = [[_merchant(world) for _ in range(_MERCHANTS_A_CATEGORY)] for _ in _CATEGORIES]
+    drawn, customers, merchants = _population(seed, cards)
+    world = deepcopy(drawn)
     day = start.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     start_ms = int(start.timestamp() * 1000)
     payments_a_day = _DAY_S / mean_gap_s
-    stolen = _hits(
-        world, cards, payments_a_day * fraud_rate
-    )  # cards stolen the day before are used on the first day, too
+    # Cards that were stolen the day before are used on the first day, too.
+    stolen = _hits(world, cards, payments_a_day * fraud_rate)
     while True:
         new = _hits(world, cards, payments_a_day * fraud_rate)
         frauds = np.concatenate([stolen[stolen[:, 1] == 1], new[new[:, 1] == 0]])
@@ -136,9 +137,12 @@ def training_frame(
     fraud_rate: float = TRAINING_FRAUD_RATE,
     fraud_hours: np.ndarray = FRAUD_HOURS,
 ) -> "pd.DataFrame":
-    """`rows` labelled transactions with the training file's columns; by default with more frauds than in reality."""
+    """Generate `rows` labelled transactions with the training file's columns.
+
+    By default, there are more frauds than in reality.
+    """
     made = transactions(seed=seed, start=start, fraud_rate=fraud_rate, fraud_hours=fraud_hours)
-    import pandas as pd  # takes seconds, and is not needed to serve a stream
+    import pandas as pd  # importing pandas takes seconds, and serving a stream does not need it
 
     frame = pd.DataFrame(islice(made, rows), columns=list(RAW_COLUMNS))
     frame["unix_time"] = frame.pop("current_time") // 1000
@@ -155,7 +159,7 @@ def _day(
     day: datetime,
     legitimate: int,
 ) -> Iterator[list[Any]]:
-    """One day's payments, sorted by time. The first column of `frauds` (n, 2) has the card of each fraud."""
+    """Yield one day's payments, sorted by time. The first column of `frauds` (n, 2) has the card of each fraud."""
     count = legitimate + len(frauds)
     is_fraud = np.arange(count) >= legitimate
     hour = np.concatenate([_draw(world, _LEGITIMATE_HOURS, legitimate), _draw(world, fraud_hours, len(frauds))])
@@ -192,7 +196,10 @@ def _day(
 
 
 def _hits(world: np.random.Generator, cards: int, expected: float) -> np.ndarray:
-    """The frauds (n, 2) with the cards stolen on one day: the card's index, and 0 for that day or 1 for the next."""
+    """Draw the frauds (n, 2) with the cards that are stolen on one day.
+
+    The first column is the index of the card. The second column is 0 for a fraud on that day, and 1 for the next day.
+    """
     victims = world.integers(0, cards, world.poisson(expected / _HITS_A_VICTIM))
     hits = np.repeat(victims, world.poisson(_HITS_A_VICTIM, len(victims)))
     return np.column_stack([hits, world.integers(0, 2, len(hits))])
@@ -202,8 +209,16 @@ def _draw(world: np.random.Generator, weights: np.ndarray, count: int) -> np.nda
     return world.choice(len(weights), size=count, p=weights / weights.sum())
 
 
+@cache
+def _population(seed: int, cards: int) -> tuple[np.random.Generator, list[list[Any]], list[list[str]]]:
+    """Draw the customers and, by category, the merchants. Also returns the generator, for further draws."""
+    world = np.random.default_rng(seed)
+    customers = [_customer(world) for _ in range(cards)]
+    return world, customers, [[_merchant(world) for _ in range(_MERCHANTS_A_CATEGORY)] for _ in _CATEGORIES]
+
+
 def _customer(world: np.random.Generator) -> list[Any]:
-    """A random customer: cc_num, first, last, gender, street, city, state, zip, lat, long, city_pop, job, dob."""
+    """Draw a random customer: cc_num, first, last, gender, street, city, state, zip, lat, long, city_pop, job, dob."""
     gender = str(world.choice(["F", "M"]))
     state = list(_STATES)[_draw(world, np.array([weight for weight, _, _ in _STATES.values()], dtype=float), 1)[0]]
     _, latitude, longitude = _STATES[state]
@@ -227,12 +242,12 @@ def _customer(world: np.random.Generator) -> list[Any]:
 
 
 def _between(level: float, quantiles: Sequence[float] | np.ndarray) -> float:
-    """The value at a level (0 to 1), given the distribution's quantiles at _LEVELS without the two ends."""
+    """Return a distribution's value at a level (0 to 1), given its quantiles at _LEVELS without the two ends."""
     return float(np.interp(level, _LEVELS[1:-1], quantiles))
 
 
 def _merchant(world: np.random.Generator) -> str:
-    """A merchant's name. As in the Sparkov set, every name begins with `fraud_`, even for legitimate payments."""
+    """Draw a merchant's name. As in the Sparkov set, every name begins with `fraud_`, even for legitimate payments."""
     a, b, c = world.choice(_LAST, 3, replace=False).tolist()
     return str(world.choice([f"fraud_{a}, {b} and {c}", f"fraud_{a}-{b}", f"fraud_{a} {c} Group", f"fraud_{b} LLC"]))
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import sqlalchemy as sa
 import yaml
@@ -130,6 +129,8 @@ def compose_name(name: str) -> str:
 
 
 def test_every_object_is_what_its_published_schema_allows(objects: list[Object]) -> None:
+    import kubernetes_validate  # which takes seconds
+
     for each in objects:
         if not each["apiVersion"].startswith("keda.sh/"):  # which no package has the schemas of
             kubernetes_validate.validate(each, VERSION, strict=True)
