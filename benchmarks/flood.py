@@ -1,4 +1,4 @@
-"""Send thousands of frauds at once, and count the resulting mails, also when a process fails meanwhile."""
+"""Send thousands of frauds at once, and count the mails. In two variants, the alerter or the mail server fails."""
 
 import time
 import uuid

@@ -1,4 +1,4 @@
-"""How the cost per row changes with the number of partitions and replicas, and the size of backlog and table."""
+"""Measure how the cost per row changes with the numbers of partitions and replicas, and with backlog and table size."""
 
 import math
 import statistics
@@ -13,19 +13,21 @@ from benchmarks.measure import Bar, Figure, Section, side_by_side
 
 PARTITIONS = (1, 3, 6, 12)
 REPLICAS = (1, 2, 3, 4)
-_TOGETHER = 0.9  # share of the backlog to measure; after that, replicas run out of work one by one
+_TOGETHER = 0.9  # share of the backlog to measure; at the end, replicas run out of work one by one
 BACKLOGS = (10_000, 100_000, 1_000_000)
 TABLES = (100_000, 1_000_000, 10_000_000)
 _COLUMNS = ("us a row", "CPU s a million")
 _BUSY = "% of the machine"
 _EXPONENT = "exponent"
+_FIRST = "The first column is the number of"
 
 
 def with_partitions(bench: Bench, *, rounds: int, rows: int) -> Section:
     """Measure one predictor with an increasing number of partitions."""
     sources = {number: bench.backlog(rows, partitions=number) for number in PARTITIONS}
     variants = {number: partial(predictor.drained, bench, source, rows) for number, source in sources.items()}
-    return _grown("Partitions", f"one predictor, exactly once, {rows:,} rows, Apache Kafka", variants, rounds=rounds)
+    settings = f"Conditions: one predictor, exactly-once delivery, {rows:,} rows, Apache Kafka. {_FIRST} partitions"
+    return _grown("Partitions", settings, variants, rounds=rounds)
 
 
 def with_replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
@@ -33,13 +35,21 @@ def with_replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
     source = bench.backlog(rows)
     most = int(_TOGETHER * rows)
     variants = {number: partial(predictor.drained, bench, source, most, replicas=number) for number in REPLICAS}
-    settings = f"6 partitions, exactly once, {_TOGETHER:.0%} of {rows:,} rows, Apache Kafka on the same cores"
+    settings = (
+        f"{_FIRST} predictors. The predictors read {rows:,} rows, of which the first {_TOGETHER:.0%} are measured. "
+        "Conditions: 6 partitions, exactly-once delivery, Apache Kafka on the same cores"
+    )
     section = _grown("Predictors", settings, variants, rounds=rounds)
     one, two = section.rows["1"], section.rows["2"]
     bars = [
-        Bar("two predictors / one", one["us a row"].over(two["us a row"]), 1.5),
-        Bar("two predictors: % of the machine, which bounds them", two[_BUSY], 90),
-        Bar("CPU a row, two / one", two["CPU s a million"].over(one["CPU s a million"]), 1.1, at_most=True),
+        Bar("speed, two predictors / one predictor", one["us a row"].over(two["us a row"]), 1.5),
+        Bar("two predictors: % of the machine", two[_BUSY], 90),
+        Bar(
+            "CPU per row, two predictors / one predictor",
+            two["CPU s a million"].over(one["CPU s a million"]),
+            1.1,
+            at_most=True,
+        ),
     ]
     return replace(section, bars=bars)
 
@@ -48,17 +58,22 @@ def with_backlog(bench: Bench, *, rounds: int) -> Section:
     """Measure one predictor with backlogs of increasing size."""
     sources = {rows: bench.backlog(rows, partitions=6) for rows in BACKLOGS}
     variants = {rows: partial(predictor.drained, bench, source, rows) for rows, source in sources.items()}
-    return _grown("Backlog", "one predictor, exactly once, 6 partitions, Apache Kafka", variants, rounds=rounds)
+    settings = "Conditions: one predictor, exactly-once delivery, 6 partitions, Apache Kafka. "
+    return _grown("Backlog", f"{settings}{_FIRST} rows in the backlog", variants, rounds=rounds)
 
 
 def with_table(bench: Bench, *, rounds: int, rows: int) -> Section:
     """Measure the db_sink with indexed tables of increasing size."""
     with sink.filled(bench, rows, TABLES) as into:
-        return _grown("Rows there", f"db_sink, {rows:,} rows, PostgreSQL 18 with default settings", into, rounds=rounds)
+        settings = f"The db_sink adds {rows:,} rows. PostgreSQL 18 has its default settings. "
+        return _grown("Existing rows", f"{settings}{_FIRST} rows that the table already has", into, rounds=rounds)
 
 
 def draw(sections: Sequence[Section], path: Path) -> None:
-    """Write an SVG chart with one panel per section: the cost per row against the size, both axes logarithmic."""
+    """Write an SVG chart with one panel per section.
+
+    Each panel shows the cost per row against the size. Both axes are logarithmic.
+    """
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -92,7 +107,7 @@ def _grown(
 
 
 def _slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The exponent b of cost = a * size**b, by a least-squares fit. `sizes` are logarithms, `costs` are not."""
+    """Fit cost = a * size**b by least squares, and return the exponent b. `sizes` are logarithms, `costs` are not."""
     return statistics.linear_regression(sizes, [math.log(cost) for cost in costs]).slope
 
 

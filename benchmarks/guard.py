@@ -1,4 +1,4 @@
-"""The guard: measures, in a minute, a few ratios that must not drop, and compares them with guard.json."""
+"""The guard: takes about a minute to measure a few ratios that must not drop, and compares them with guard.json."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -19,15 +19,15 @@ GUARD: dict[str, Suite] = {
     "compiled": lambda bench, rounds: predictor.compiled_scoring(bench, rounds=rounds),
 }
 _COMMITTED = Path(__file__).with_name("guard.json")
-_STILL_GOOD = 0.7  # share of the ratio in guard.json that must be reached
+_STILL_GOOD = 0.7  # share of each ratio in guard.json that must be reached
 _TRIES = 3
 
 
 def guarded(suites: Iterable[Callable[[], Section]], console: Console) -> int:
-    """Run the suites and return the exit code: 0 if each one passes in at least one of three tries, otherwise 1.
+    """Run the suites, and return the exit code: 0 if each suite passes in at least one of three tries, otherwise 1.
 
-    A suite passes if it reaches 70 % of its ratios in guard.json and exceeds no upper limit. A real regression fails
-    every time; a busy machine is unlikely to spoil all three tries.
+    A suite passes if each of its ratios is at least 70 % of the value in guard.json, and no upper limit is exceeded. A
+    real regression makes all three tries fail. A busy machine is unlikely to spoil all three.
     """
     least = {what: _STILL_GOOD * ratio for what, ratio in json.loads(_COMMITTED.read_text()).items()}
     measured: set[str] = set()

@@ -1,4 +1,4 @@
-"""CPU and memory usage of the services while there is nothing to process."""
+"""Measure the CPU and memory usage of the services while there is nothing to process."""
 
 import time
 import uuid
@@ -43,5 +43,8 @@ def idle(bench: Bench, *, rounds: int, seconds: float) -> Section:
             memory_bar(name, row["MB"]),
         )
     ]
-    settings = f"Apache Kafka, 6 partitions, {seconds:.0f} s per round, resident memory at the end of each"
+    settings = (
+        f"Conditions: Apache Kafka, 6 partitions. Each round takes {seconds:.0f} s. "
+        "The memory is the resident memory at the end of the round"
+    )
     return Section("Idle", settings, ("% of a core", "MB"), rows, bars)

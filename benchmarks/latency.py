@@ -1,4 +1,4 @@
-"""Measure the time from topic_1 to a prediction, a mail and a row, and the time to work off a backlog."""
+"""Measure the time from topic_1 to a prediction, to a mail and to a row. Measure the time to work off a backlog."""
 
 import shutil
 import time
@@ -20,7 +20,7 @@ from shared.records import encode_transaction
 _WARM_UP_S = 5.0
 _TICK_S = 0.002
 _PATIENCE_S = 30.0
-_FRAUD_RATE = 0.01  # enough mails to measure at 100 tx/s
+_FRAUD_RATE = 0.01  # causes enough mails to measure at 100 tx/s
 
 
 def latencies(bench: Bench, *, rounds: int, rates: Sequence[int], seconds: float) -> Section:
@@ -36,7 +36,11 @@ def latencies(bench: Bench, *, rounds: int, rates: Sequence[int], seconds: float
     once, least = found.get("500 tx/s, exactly once", {}), found.get("500 tx/s, at least once", {})
     return Section(
         "From topic_1 to a prediction, a mail, a row",
-        f"Apache Kafka, 6 partitions, 1 % frauds, {seconds:.0f} s each after {_WARM_UP_S:.0f} s; ms",
+        "The times are in milliseconds. Each time starts when a transaction is written to `topic_1`. "
+        'The time "topic_2" ends when the prediction is visible on `topic_2`, "mail" when the mail server has accepted '
+        'the mail, and "row" when the row is committed. '
+        f"Each measurement takes {seconds:.0f} s, after a warm-up of {_WARM_UP_S:.0f} s. "
+        "Conditions: Apache Kafka, 6 partitions, 1 % frauds",
         tuple(next(iter(found.values()))),
         found,
         [
@@ -51,7 +55,7 @@ def latencies(bench: Bench, *, rounds: int, rates: Sequence[int], seconds: float
 
 
 def catching_up(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Measure how long predictor and db_sink together take to get a backlog from topic_1 into the table."""
+    """Measure how long the predictor and the db_sink together take to bring a backlog from topic_1 into the table."""
     source = bench.backlog(rows)
     found = side_by_side(
         {
@@ -62,7 +66,9 @@ def catching_up(bench: Bench, *, rounds: int, rows: int) -> Section:
     )
     return Section(
         "Catching up",
-        f"{rows:,} rows, an hour at {rows // 3600} tx/s, from topic_1 into PostgreSQL; Apache Kafka, 6 partitions",
+        "A predictor and a db_sink process a backlog from `topic_1` into PostgreSQL. "
+        f"The backlog of {rows:,} rows is what arrives in an hour at {rows // 3600} tx/s. "
+        "Conditions: Apache Kafka, 6 partitions",
         ("seconds", "rows/s", "CPU s a million"),
         found,
     )
@@ -78,7 +84,7 @@ def _caught_up(bench: Bench, source: str, rows: int, guarantee: str) -> dict[str
             with bench.committed(f"{target}-sink", target) as committed:
                 for each in services:
                     each.spawn()
-                usage = watch(services, committed, rows=rows)  # also counts transaction markers, about 0.5 %
+                usage = watch(services, committed, rows=rows)  # also counts Kafka's transaction markers, about 0.5 %
             wait_until(lambda: _rows(url) == rows, "rows", services)
         finally:
             for each in services:
@@ -126,7 +132,7 @@ def _measure(bench: Bench, rate: int, seconds: float, guarantee: str) -> dict[st
 
 
 def stream(bench: Bench, topic: str, rate: int, rows: int) -> None:
-    """Write the first `rows` of the backlog to the topic, `rate` per second."""
+    """Write the first `rows` rows of the backlog to the topic, at `rate` rows per second."""
     client = producer({**bench.properties, "linger.ms": "0"})
     records = [(encode_transaction(each), each.key) for each in backlog(rows, fraud_rate=_FRAUD_RATE)]
     began, sent = time.monotonic(), 0
@@ -143,7 +149,7 @@ def stream(bench: Bench, topic: str, rate: int, rows: int) -> None:
 def wait_until(
     condition: Callable[[], bool], what: str, services: Sequence[Process], *, patience_s: float = _PATIENCE_S
 ) -> None:
-    """Wait until the condition holds. Raises StandInError if that takes longer than `patience_s`."""
+    """Wait until the condition holds. Raises StandInError if that takes longer than `patience_s` seconds."""
     deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:
@@ -157,7 +163,7 @@ def _rows(url: str) -> int:
 
 
 def _committed(url: str) -> Mapping[tuple[str, int], float]:
-    """When each row's transaction was committed (epoch ms)."""
+    """Return when each row was committed to the database (epoch ms)."""
     query = "SELECT trans_num, unix_time, 1000 * EXTRACT(EPOCH FROM pg_xact_commit_timestamp(xmin)) FROM transactions"
     with sa.create_engine(url).connect() as connection:
         return {(row[0], row[1]): float(row[2]) for row in connection.execute(sa.text(query))}

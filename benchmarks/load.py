@@ -1,4 +1,4 @@
-"""The bench: write a backlog to a broker, have services process it, and measure their speed, CPU and memory."""
+"""The bench: writes a backlog for services to process, and measures the speed, CPU and memory of these services."""
 
 import os
 import time
@@ -42,10 +42,10 @@ class Usage:
     rows_per_s: float
     cpu_s_per_million: float
     peak_rss_mb: float
-    machine_busy: float  # share of all cores that was busy, with any process
+    machine_busy: float  # share of all cores' time that was busy, with any process
 
     def quantities(self) -> dict[str, float]:
-        """The quantities by column name, as in the tables."""
+        """Return the quantities, by the names of the tables' columns."""
         return {
             "rows/s": self.rows_per_s,
             "CPU s a million": self.cpu_s_per_million,
@@ -60,14 +60,14 @@ def _at_once() -> bool:
 
 @cache
 def backlog(rows: int, *, fraud_rate: float = FRAUD_RATE) -> tuple[Transaction, ...]:
-    """Generated transactions, the same ones in each call."""
+    """Return generated transactions. Every call returns the same transactions."""
     stream = transactions(seed=1, start=_START, fraud_rate=fraud_rate)
     table = {"columns": RAW_COLUMNS, "index": [], "data": list(islice(stream, rows))}
     return tuple(read_split(msgspec.json.encode(table)).transactions)
 
 
 def topic_1_records(topic: str, rows: int) -> Iterator[Record]:
-    """The backlog as records on topic_1, as the producer writes them."""
+    """Return the backlog as records on topic_1, as the producer writes them."""
     for transaction in backlog(rows):
         yield Record(topic, encode_transaction(transaction), transaction.key, [])
 
@@ -106,7 +106,7 @@ class Bench:
         return topic
 
     def service(self, name: str, settings: Mapping[str, str], *, replica: int = 1) -> Process:
-        """A process for this service in a new folder, not started yet."""
+        """Create a process for this service in a new folder, without starting the process."""
         directory = self.directory / uuid.uuid4().hex[:8]
         directory.mkdir()
         environment = self.stack.addresses.environment() | {"REPLICA": "one"} | dict(settings)
@@ -115,7 +115,7 @@ class Bench:
     @contextmanager
     def committed(self, group: str, topic: str) -> Iterator[Callable[[], int]]:
         """Yield a function that returns the number of the topic's records that the group has committed."""
-        # Not read_committed: the broker would withhold the offsets while a transaction that changes them is open.
+        # With read_committed, the broker would withhold offsets while an open Kafka transaction changes them.
         reader = Consumer({**self.properties, "group.id": group, "isolation.level": "read_uncommitted"})
         partitions = self._partitions(topic)
         try:
@@ -139,7 +139,7 @@ class Bench:
     def drain(
         self, processes: Sequence[Process], *, group: str, topic: str, rows: int, at_most_s: float = 60.0
     ) -> Usage:
-        """Start the processes, measure how this group consumes the topic, and stop the processes.
+        """Start the processes, measure how their group consumes the topic, and stop the processes.
 
         Raises StandInError if a process fails.
         """
@@ -157,11 +157,11 @@ class Bench:
 
 
 Suite = Callable[[Bench, int], Section]
-"""A function that measures on this bench, this number of rounds."""
+"""A function that measures on the given bench, with the given number of rounds."""
 
 
 def _all_share(client: AdminClient, group: str, members: int) -> bool:
-    """Whether exactly this many members of the group have partitions."""
+    """Return whether exactly `members` members of the group have partitions."""
     (description,) = client.describe_consumer_groups([group]).values()
     try:
         found = description.result().members
@@ -189,10 +189,12 @@ def watch(
     at_most_s: float = 60.0,
     begun: Callable[[], bool] = _at_once,
 ) -> Usage:
-    """Measure the processes from the first rows after `begun` returns True until the last row, or until time is up.
+    """Measure the processes until the last row, or until `at_most_s` seconds have passed.
 
-    `count` returns the number of rows processed so far. Raises StandInError if a process exits or processes nothing, or
-    if all rows were processed before the measurement began.
+    The measurement begins once the first rows are processed and `begun` returns True.
+
+    `count` returns the number of rows processed so far. Raises StandInError if a process exits, if no rows are
+    processed, or if all rows are processed before the measurement begins.
     """
     first, began = _first(processes, count, begun)
     cpu, machine = sum(map(cpu_s, processes)), _machine()
@@ -221,25 +223,25 @@ def _first(processes: Sequence[Process], count: Callable[[], int], begun: Callab
 
 
 def cpu_s(process: Process) -> float:
-    """CPU time that the process has used so far, user and system, in seconds."""
+    """Return the CPU time that the process has used so far, user and system, in seconds."""
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def _machine() -> tuple[int, int]:
-    """Clock ticks since boot, summed over all cores: busy ticks, and all ticks."""
+    """Return the busy clock ticks and all clock ticks since boot, each summed over all cores."""
     user, nice, system, idle, iowait, *others = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     total = user + nice + system + idle + iowait + sum(others)
     return total - idle - iowait, total
 
 
 def memory_bar(service: str, seen: Figure) -> Bar:
-    """The upper limit for a service's memory, in MB."""
+    """Return the bar for a service's memory: an upper limit, in MB."""
     return Bar(f"{service}, MB", seen, 350 if service.startswith("predictor") else 110, at_most=True)
 
 
 def rss_mb(process: Process, *, peak: bool = False) -> float:
-    """Resident memory of a process in MB: the current value or, with `peak`, the highest so far."""
+    """Return the resident memory of a process in MB: the current value or, with `peak`, the highest value so far."""
     wanted = "VmHWM:" if peak else "VmRSS:"
     status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in status if line.startswith(wanted))

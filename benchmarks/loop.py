@@ -24,7 +24,7 @@ _COLUMNS = {BOOSTING: RAW, FOREST: FOREST_COLUMNS}
 
 
 def loops(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Compare stream loops that only decode each record, add a field, and encode it."""
+    """Compare stream loops that only decode each record, add a field, and encode the record."""
     source = bench.backlog(rows)
     ours, alone = ([sys.executable, str(_PEERS / f"{name}.py")] for name in ("stream_loop", "pass_through"))
     found = side_by_side(
@@ -39,7 +39,8 @@ def loops(bench: Bench, *, rounds: int, rows: int) -> Section:
     loop = found["this stream loop"]["rows/s"]
     return Section(
         "A field added to every record",
-        f"{rows:,} rows, Apache Kafka, 6 partitions, at least once",
+        f"Conditions: {rows:,} rows, Apache Kafka, 6 partitions, at-least-once delivery. "
+        "Each program only decodes a record, adds a field and encodes the record, unless the label says otherwise",
         ("rows/s",),
         found,
         [Bar("this stream loop / Quix Streams", loop.over(found["Quix Streams"]["rows/s"]), 4)],
@@ -54,8 +55,8 @@ def scoring(bench: Bench, *, rounds: int, rows: int) -> Section:
             {
                 "predictor, boosting": lambda: _throughput(bench, source, rows, BOOSTING),
                 "Quix Streams, boosting": lambda: _peer(bench, "quix", "predict", source, rows=rows, model=BOOSTING),
-                "MLflow's server, 1,000 rows a call": lambda: _served(url, rows=20_000, batch=1000),
-                "MLflow's server, a row a call": lambda: _served(url, rows=100, batch=1),
+                "MLflow's server, 1,000 rows per call": lambda: _served(url, rows=20_000, batch=1000),
+                "MLflow's server, one row per call": lambda: _served(url, rows=100, batch=1),
                 "predictor, forest": lambda: _throughput(bench, source, rows, FOREST),
                 "one at a time, forest": lambda: _peer(bench, "original", "predict", source, rows=rows, model=FOREST),
             },
@@ -64,7 +65,10 @@ def scoring(bench: Bench, *, rounds: int, rows: int) -> Section:
     boosting, forest = found["predictor, boosting"]["rows/s"], found["predictor, forest"]["rows/s"]
     return Section(
         "The same model, one row at a time",
-        f"up to {rows:,} rows, Apache Kafka; the predictor exactly once in batches of 1,000, the others at least once",
+        f"Conditions: up to {rows:,} rows. The predictor reads batches of 1,000 rows from Apache Kafka, with "
+        'exactly-once delivery. Quix Streams and the program "one at a time" also read from Apache Kafka. They call '
+        "the model once per row, and do not deliver exactly once. MLflow's server receives the rows over HTTP, without "
+        "Kafka",
         ("rows/s",),
         found,
         [
@@ -91,7 +95,7 @@ def _server(bench: Bench) -> Iterator[str]:
 
 
 def _served(url: str, *, rows: int, batch: int) -> dict[str, float]:
-    """The rows per second that MLflow's scoring server handles over HTTP, without Kafka."""
+    """Measure how many rows per second MLflow's scoring server handles over HTTP, without Kafka."""
     values = [[getattr(each, name) for name in RAW] for each in backlog(rows)]
     calls = [{"dataframe_split": {"columns": RAW, "data": values[at : at + batch]}} for at in range(0, rows, batch)]
     with requests.Session() as session:
@@ -115,7 +119,7 @@ def _downloaded(bench: Bench, model: str) -> str:
 
 
 def peers_python() -> Path:
-    """The Python interpreter for the peers. Their virtual environment is created on the first call."""
+    """Return the Python interpreter for the peers. The first call creates the peers' virtual environment."""
     name = "peers-" + hashlib.sha256(_REQUIREMENTS.read_bytes()).hexdigest()[:12]
     home = Path.home() / ".cache" / "fraud-alarm" / name
     interpreter = home / "bin" / "python"
@@ -138,7 +142,10 @@ def _peer(
 
 
 def _run(bench: Bench, command: Sequence[str], source: str, *, rows: int, at_most_s: float = 10.0) -> dict[str, float]:
-    """The rate at which a program writes records to a new topic, measured until all are written or time is up."""
+    """Measure the rate at which a program writes records to a new topic.
+
+    The measurement ends when all records are written, or after `at_most_s` seconds.
+    """
     (target,) = bench.topics("copied")
     broker = bench.properties["bootstrap.servers"]
     arguments = ["--bootstrap", broker, "--group", target, "--source", source, "--target", target]

@@ -1,4 +1,4 @@
-"""Fair comparisons: all variants are measured in every round, and ratios are taken within a round."""
+"""Makes comparisons fair: all variants are measured in every round, and ratios are calculated within a round."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +23,13 @@ class Figure:
         return (max(self.values) - min(self.values)) / 2 / abs(self.median) if self.median else 0.0
 
     def over(self, other: "Figure") -> "Figure":
-        """The ratio of this figure to another one, round by round."""
+        """Return the ratio of this figure to another figure, round by round."""
         return Figure(tuple(mine / its for mine, its in zip(self.values, other.values, strict=True)))
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar that a quantity must reach or, with `at_most`, must not exceed."""
+    """A limit that a quantity must reach or, with `at_most`, must not exceed."""
 
     what: str
     seen: Figure
@@ -53,7 +53,7 @@ class Section:
     bars: Sequence[Bar] = field(default_factory=tuple)
 
     def as_json(self) -> dict[str, Any]:
-        """The section for the JSON report, with the values of every round."""
+        """Return the section for the JSON report, with the values of every round."""
         return {
             "title": self.title,
             "settings": self.settings,
@@ -71,8 +71,8 @@ def side_by_side(
 ) -> dict[str, dict[str, Figure]]:
     """Run all variants in every round and return each variant's figures by name.
 
-    Every other round runs in reverse order, so that a slow minute of the machine affects all variants. A variant
-    returns its quantities by name. A warm-up round comes first and is not counted.
+    Every second round runs in reverse order, so that a slow minute of the machine affects all variants. A variant
+    returns its quantities by name. A warm-up round runs first and is not counted.
     """
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in variants}
     for number in range(-1, rounds):
@@ -87,6 +87,6 @@ def side_by_side(
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """The p50, p99 and p99.9 of two or more values."""
+    """Return the p50, p99 and p99.9 of two or more values."""
     cuts = statistics.quantiles(values, n=1000, method="inclusive")
     return {"p50": cuts[499], "p99": cuts[989], "p99.9": cuts[998]}

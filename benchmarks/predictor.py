@@ -1,4 +1,4 @@
-"""Compare the predictor with its own computation without Kafka, and with itself under different settings."""
+"""Compare the predictor with its computation alone, without Kafka. Compare different settings of the predictor."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ BOOSTING, FOREST = "fraud", "forest"  # the names of the models
 FOREST_COLUMNS = ("amt", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long", "zip")
 BATCH_SIZES = (1, 10, 100, 1000, 5000)
 _START = datetime(2024, 1, 1, tzinfo=UTC)
-_EMBEDDED_ROWS = 80_000  # the embedded broker keeps no more records than this
+_EMBEDDED_ROWS = 80_000  # the embedded broker does not keep many more records
 
 
 def register_forest(tracking_uri: str) -> None:
@@ -50,7 +50,7 @@ def register_forest(tracking_uri: str) -> None:
 
 
 def another_version(bench: Bench) -> str:
-    """Train and register a second version of the boosting model. Returns its version number."""
+    """Train and register a second version of the boosting model. Returns the new version's number."""
     trained = train.fit(training_frame(seed=2), seed=2)
     return train.register(trained, Alias(bench.stack.registry.uri, BOOSTING, "other"))
 
@@ -69,7 +69,7 @@ def load_model(bench: Bench, name: str, *, compiled: bool) -> Model:
 
 
 def consumed(bench: Bench, topic: str) -> list[Message]:
-    """Read all messages of a topic, as the predictor receives them."""
+    """Read all messages of a topic, in the form in which the predictor receives them."""
     ends = topics.ends(bench.properties, [topic])
     reader = consumer(bench.properties, group="ceiling")
     reader.assign([TopicPartition(end.topic, end.partition, 0) for end in ends])
@@ -82,7 +82,7 @@ def consumed(bench: Bench, topic: str) -> list[Message]:
 
 
 def without_kafka(model: Model, messages: Sequence[Message], *, batch_size: int) -> dict[str, float]:
-    """The rate at which batches are decoded, scored and encoded, without Kafka."""
+    """Measure the rate at which batches are decoded, scored and encoded, without Kafka."""
     limit = Limit(ratio=0.5, consecutive=20)
     began = time.monotonic()
     for start in range(0, len(messages), batch_size):
@@ -99,7 +99,7 @@ def drained(
     settings: Mapping[str, str] | None = None,
     at_most_s: float = 60.0,
 ) -> dict[str, float]:
-    """Measure predictors, in a new consumer group, that process the backlog on `source`."""
+    """Measure `replicas` predictors that process the backlog on `source` in a new consumer group."""
     (target,) = bench.topics("predicted")
     own = {"TOPIC_1": source, "TOPIC_2": target, "PREDICTOR_GROUP": target} | dict(settings or {})
     processes = [bench.service("predictor", own, replica=number) for number in range(1, replicas + 1)]
@@ -109,7 +109,7 @@ def drained(
 def against_its_ceiling(
     bench: Bench, *, rounds: int, rows: int = _EMBEDDED_ROWS, guarantee: str = "at_least_once"
 ) -> Section:
-    """Compare the service with decoding, scoring and encoding alone."""
+    """Compare the predictor with decoding, scoring and encoding alone, without Kafka."""
     source = bench.backlog(rows)
     model, messages = load_model(bench, BOOSTING, compiled=False), consumed(bench, source)
     found = side_by_side(
@@ -122,7 +122,8 @@ def against_its_ceiling(
     seen = found["predictor"]["rows/s"].over(found["decode, predict, encode"]["rows/s"])
     return Section(
         "The predictor and its ceiling without Kafka",
-        f"{rows:,} rows, gradient boosting, batches of 1,000, {guarantee.replace('_', ' ')}",
+        f"Conditions: {rows:,} rows, gradient boosting, batches of 1,000, {guarantee.replace('_', '-')} delivery. "
+        "The ceiling is the speed without Kafka",
         ("rows/s",),
         found,
         [Bar(f"predictor, {guarantee.replace('_', ' ')} / its ceiling", seen, 0.5)],
@@ -142,7 +143,7 @@ def guarantees(bench: Bench, *, rounds: int, rows: int) -> Section:
     seen = found["exactly_once"]["rows/s"].over(found["at_least_once"]["rows/s"])
     return Section(
         "What exactly once costs",
-        f"{rows:,} rows, Apache Kafka, 6 partitions, gradient boosting, batches of 1,000",
+        f"Conditions: {rows:,} rows, Apache Kafka, 6 partitions, gradient boosting, batches of 1,000",
         ("rows/s", "CPU s a million", "MB"),
         found,
         [Bar("exactly once / at least once", seen, 0.85), memory_bar("predictor", found["exactly_once"]["MB"])],
@@ -150,7 +151,7 @@ def guarantees(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def batch_sizes(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Measure the predictor with both models at several batch sizes."""
+    """Measure the predictor with both models, at several batch sizes."""
     source = bench.backlog(rows)
     found = side_by_side(
         {
@@ -164,7 +165,8 @@ def batch_sizes(bench: Bench, *, rounds: int, rows: int) -> Section:
     )
     return Section(
         "The predictor at every size of batch",
-        f"up to {rows:,} rows, Apache Kafka, exactly once",
+        f"Conditions: up to {rows:,} rows, Apache Kafka, exactly-once delivery. `{BOOSTING}` is the gradient boosting "
+        f"model, and `{FOREST}` is a random forest of 150 trees",
         ("rows/s", "CPU s a million", "MB"),
         found,
         [memory_bar(f"predictor, {model}", found[f"{model}, batches of 1,000"]["MB"]) for model in (BOOSTING, FOREST)],
@@ -181,7 +183,8 @@ def logging(bench: Bench, *, rounds: int, rows: int) -> Section:
     seen = found["INFO"]["rows/s"].over(found["ERROR"]["rows/s"])
     return Section(
         "What logging costs",
-        f"{rows:,} rows, Apache Kafka, 6 partitions, gradient boosting, exactly once; by LOG_LEVEL",
+        f"Conditions: {rows:,} rows, Apache Kafka, 6 partitions, gradient boosting, exactly-once delivery. "
+        "The first column is LOG_LEVEL",
         ("rows/s", "CPU s a million"),
         found,
         [Bar("predictor, INFO / ERROR", seen, 0.97)],
@@ -189,7 +192,7 @@ def logging(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
-    """Compare scoring with the compiled and the original forest, in batches of 100."""
+    """Compare scoring with the compiled forest and with the original forest, in batches of 100 rows."""
     transactions = backlog(20_000)
     compiled, own = (load_model(bench, FOREST, compiled=flag) for flag in (True, False))
     found = side_by_side(
@@ -200,8 +203,9 @@ def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
     gain = found["compiled"]["rows/s"].over(found["as it is"]["rows/s"])
     return Section(
         "Scoring, compiled",
-        f"random forest of 150 trees, batches of 100; labels of {len(transactions):,} rows "
-        + ("identical" if labels[0] == labels[1] else "DIFFERENT"),
+        f"A random forest of 150 trees scores {len(transactions):,} rows in batches of 100. "
+        + ("All labels are identical" if labels[0] == labels[1] else "Some labels DIFFER")
+        + '. "As it is" means uncompiled',
         ("rows/s",),
         found,
         [

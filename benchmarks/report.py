@@ -1,4 +1,4 @@
-"""Output of the figures: tables, JSON, Markdown, and a chart of how costs grow."""
+"""Writes the figures as tables, JSON and Markdown, and draws a chart of how costs grow."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _PACKAGES = ("confluent-kafka", "msgspec", "numpy", "pandas", "scikit-learn", "p
 
 
 def versions() -> dict[str, str]:
-    """The software versions and the number of cores that the figures depend on."""
+    """Return the software versions and the number of cores, which the figures depend on."""
     return {
         "Python": platform.python_version(),
         "librdkafka": libversion()[0],
@@ -53,7 +53,7 @@ def save(sections: Mapping[str, Section], path: Path) -> None:
 
 
 def markdown(section: Section) -> str:
-    """A section's table and its bars as Markdown."""
+    """Return a section's table and bars as Markdown."""
     lines = [f"### {section.title}", "", f"{section.settings}.", ""]
     lines += ["| | " + " | ".join(section.columns) + " |", "|---|" + "---:|" * len(section.columns)]
     for label, row in section.rows.items():
@@ -61,7 +61,7 @@ def markdown(section: Section) -> str:
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines.append("")
     if section.bars:
-        lines += ["| ratio or time | bar | seen | |", "|---|---|---:|---|"]
+        lines += ["| quantity | target | measured | |", "|---|---|---:|---|"]
         for bar in section.bars:
             sign, verdict = ("<=" if bar.at_most else ">="), ("" if bar.reached else "**not reached**")
             lines.append(

@@ -1,4 +1,7 @@
-"""Compare the db_sink with PostgreSQL alone and with other ways to insert, and measure it on a large table."""
+"""Compare the db_sink with PostgreSQL alone and with other ways to insert rows.
+
+Compare the db_sink on an empty table with the db_sink on a large table.
+"""
 
 import io
 import time
@@ -46,7 +49,7 @@ def throughput(bench: Bench, *, rounds: int, rows: int) -> Section:
             "db_sink": lambda: drained(bench, source, rows),
             "multi-row INSERT": lambda: _timed(bench, _multi_row, rows=20_000),
             "SQLAlchemy, ON CONFLICT": lambda: _timed(bench, _on_conflict, rows=10_000),
-            "pandas to_sql, a row a time": lambda: _timed(bench, _row_by_row, rows=200),
+            "pandas to_sql, one row at a time": lambda: _timed(bench, _row_by_row, rows=200),
         },
         rounds=rounds,
     )
@@ -59,30 +62,34 @@ def throughput(bench: Bench, *, rounds: int, rows: int) -> Section:
         [
             _of_its_limit(found),
             Bar("db_sink / SQLAlchemy, ON CONFLICT", sink.over(found["SQLAlchemy, ON CONFLICT"]["rows/s"]), 6),
-            Bar("db_sink / a row a time", sink.over(found["pandas to_sql, a row a time"]["rows/s"]), 150),
+            Bar(
+                "db_sink / pandas to_sql, one row at a time",
+                sink.over(found["pandas to_sql, one row at a time"]["rows/s"]),
+                150,
+            ),
             memory_bar("db_sink", found["db_sink"]["MB"]),
         ],
     )
 
 
 def full_table(bench: Bench, *, rounds: int, rows: int, there: int) -> Section:
-    """Compare writing to a table that already has millions of rows with writing to an empty table."""
+    """Compare writing to an empty table with writing to a table that already has millions of rows."""
     with filled(bench, rows, [there]) as into:
         source = _predicted(bench, rows)
         found = side_by_side({"0": lambda: drained(bench, source, rows), f"{there:,}": into[there]}, rounds=rounds)
     seen = found[f"{there:,}"]["rows/s"].over(found["0"]["rows/s"])
     return Section(
-        "The db_sink and the rows that are there",
-        _settings(rows),
+        "The db_sink and existing rows",
+        f"{_settings(rows)}. The first column is the number of rows that the table already has",
         ("rows/s", "CPU s a million", "MB"),
         found,
-        [Bar(f"db_sink into {there:,} rows / into none", seen, 0.7)],
+        [Bar(f"db_sink with {there:,} existing rows / with none", seen, 0.7)],
     )
 
 
 @contextmanager
 def filled(bench: Bench, rows: int, sizes: Sequence[int]) -> Iterator[Mapping[int, Callable[[], dict[str, float]]]]:
-    """For each size, a function that measures storing `rows` more rows in a table that already has that many."""
+    """Yield, for each size, a function that times inserting `rows` rows into a table that already has `size` rows."""
     source = _predicted(bench, rows)
     with ExitStack() as databases:
         into = {}
@@ -99,7 +106,8 @@ def _of_its_limit(found: Mapping[str, Mapping[str, Figure]]) -> Bar:
 
 
 def _settings(rows: int) -> str:
-    return f"{rows:,} rows of {len(_COLUMNS)} columns, PostgreSQL 18 with default settings, batches of {_BATCH:,}"
+    columns = len(_COLUMNS)
+    return f"Conditions: {rows:,} rows of {columns} columns, PostgreSQL 18 with default settings, batches of {_BATCH:,}"
 
 
 def _predicted(bench: Bench, rows: int) -> str:
@@ -109,7 +117,7 @@ def _predicted(bench: Bench, rows: int) -> str:
 
 
 def topic_2_records(topic: str, rows: int) -> Iterator[Record]:
-    """The backlog as records on topic_2, as the predictor writes them."""
+    """Return the backlog as records on topic_2, as the predictor writes them."""
     headers = to_headers(_WHO)
     for transaction in backlog(rows):
         yield Record(topic, encode_prediction(encode_transaction(transaction), 0), transaction.key, headers)
@@ -145,7 +153,7 @@ def _into(bench: Bench, url: str, source: str, rows: int) -> dict[str, float]:
 
 
 def _alone(bench: Bench, rows: int, *, bare: bool) -> dict[str, float]:
-    """The rate of the db_sink's SQL statements or, if `bare`, of COPY into a table without an index.
+    """Measure the rate of the db_sink's SQL statements or, if `bare`, of COPY into a table without an index.
 
     The text to copy is prepared beforehand.
     """
@@ -197,13 +205,14 @@ def _on_conflict(engine: sa.Engine, values: Values) -> None:
 def _row_by_row(engine: sa.Engine, values: Values) -> None:
     as_it_comes = sa.create_engine(engine.url)
     for row in values:
-        frame = pd.DataFrame([{**row, "cc_num": str(row["cc_num"])}])  # may be too large for integers in pandas
+        # cc_num may be too large for integers in pandas.
+        frame = pd.DataFrame([{**row, "cc_num": str(row["cc_num"])}])
         frame.to_sql(table.TABLE, as_it_comes, if_exists="append", index=False)
     as_it_comes.dispose()
 
 
 def _fill_table(url: str, rows: int) -> None:
-    """Have PostgreSQL generate rows like those of the backlog, with random transaction numbers and earlier times."""
+    """Make PostgreSQL generate rows like the backlog's rows, with random transaction numbers and earlier times."""
     first = next(iter(_batches(1)))[0]
     with _engine(url) as engine:
         migrate(engine)

@@ -35,7 +35,7 @@ def producing(bench: Bench, *, rounds: int, rows: int) -> Section:
     )
     return Section(
         "The producer, and the client alone",
-        f"{rows:,} rows, Apache Kafka, lz4; the API answers with up to 500 rows",
+        f"Conditions: {rows:,} rows, Apache Kafka, lz4 compression. Each response of the API has up to 500 rows",
         ("rows/s", "CPU s a million", "MB"),
         found,
         [memory_bar("producer", found["producer"]["MB"])],
@@ -43,7 +43,7 @@ def producing(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def alerting(bench: Bench, *, rounds: int, mails: int) -> Section:
-    """Compare the alerter, which sends one mail per record here, with an SMTP session alone."""
+    """Compare the alerter with an SMTP session alone. Here, the alerter sends one mail per record."""
     (source,) = bench.topics("frauds")
     headers = to_headers(_WHO)
     values = [encode_prediction(encode_transaction(each), 1) for each in backlog(mails)]
@@ -52,14 +52,15 @@ def alerting(bench: Bench, *, rounds: int, mails: int) -> Section:
     predictions = list(map(decode_prediction, values))
     found = side_by_side(
         {
-            "one session, mails that are ready": lambda: _sent(bench, predictions),
+            "one SMTP session, prepared mails": lambda: _sent(bench, predictions),
             "alerter": lambda: _alerted(bench, source, mails),
         },
         rounds=rounds,
     )
     return Section(
         "The alerter, and a mail session alone",
-        f"{mails:,} frauds, a mail and a commit each, Apache Kafka, aiosmtpd on the same cores",
+        f"Conditions: {mails:,} frauds, each with its own mail and its own commit. "
+        "Apache Kafka and the mail server (aiosmtpd) run on the same cores",
         ("mails/s", "CPU s a million", "MB"),
         found,
         [memory_bar("alerter", found["alerter"]["MB"])],

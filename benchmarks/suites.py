@@ -1,4 +1,4 @@
-"""Run benchmark suites: print tables, write JSON, and exit with code 1 if a bar is not reached."""
+"""Run benchmark suites, print tables, and write JSON. Exit with code 1 if a bar is not reached."""
 
 import argparse
 import gc
@@ -50,12 +50,14 @@ def main() -> int:
     names = [*EMBEDDED, *APACHE]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"Suites to run: {', '.join(names)}. Default: all.")
-    parser.add_argument("--guard", action="store_true", help="Run only the guard: compare ratios with guard.json.")
+    parser.add_argument(
+        "--guard", action="store_true", help="Run only the guard, which compares ratios with guard.json."
+    )
     parser.add_argument("--rounds", type=int, default=5, help="Number of times each variant is measured. Default: 5.")
     parser.add_argument(
         "--report",
         type=Path,
-        help="JSON file for the measurements. Tables (.md) and a chart (.svg) are saved beside it.",
+        help="JSON file for the measurements. Tables (.md) and a chart (.svg) are saved in the same folder.",
     )
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.suites if name not in names]:
@@ -84,7 +86,7 @@ def main() -> int:
         sys.stderr.write(f"benchmarks: {error}\n")
         return 1
     except KeyboardInterrupt:
-        return 130  # the exit code of a shell after SIGINT; the figures so far are saved
+        return 130  # the exit code of a shell after SIGINT; the figures so far have been saved
     return int(not all(bar.reached for section in sections.values() for bar in section.bars))
 
 

@@ -22,12 +22,12 @@ _EVERY_S = 2.0
 
 
 def swaps(bench: Bench, *, rounds: int, rate: int, moves: int) -> Section:
-    """Measure the latency while the alias stays on one version, and while it alternates between two."""
+    """Measure the latency while the alias stays on one version, and while the alias alternates between two versions."""
     other = another_version(bench)
     found = side_by_side(
         {
             "the alias stays": partial(_streamed, bench, rate, moves, ["1"]),
-            f"it moves {moves} times": partial(_streamed, bench, rate, moves, ["1", other]),
+            f"the alias moves {moves} times": partial(_streamed, bench, rate, moves, ["1", other]),
         },
         rounds=rounds,
     )
@@ -36,7 +36,8 @@ def swaps(bench: Bench, *, rounds: int, rate: int, moves: int) -> Section:
     wrong = [Figure(tuple(sum(each) for each in zip(*(moved[name].values for name in _WRONG), strict=True)))]
     return Section(
         "The champion's alias moves",
-        f"{rate:,} tx/s for {(moves + 1) * _EVERY_S:.0f} s, Apache Kafka, exactly once; ms from topic_1 to topic_2",
+        f"Conditions: {rate:,} tx/s for {(moves + 1) * _EVERY_S:.0f} s, Apache Kafka, exactly-once delivery. "
+        "The times are in milliseconds, from `topic_1` to `topic_2`",
         ("p50", "p99", "p99.9", "swaps", *_WRONG),
         found,
         [

@@ -16,20 +16,20 @@ from shared.errors import Outage, SettingsError
 from shared.privacy import without_digits
 
 _EXIT_CODES = (
-    "Exit codes: 0 success; 1 something is unhealthy or failed a check; 2 wrong usage or setting, or a system cannot be"
-    " reached; 130 Ctrl+C."
+    "Exit codes: 0 success; 1 something is unhealthy or failed a check; 2 the usage or a setting is wrong, or a system"
+    " cannot be reached; 130 interrupted by Ctrl+C."
 )
 
 
 class _Root(CommandGroup):
-    """The error boundary: reports each error as one line on stderr and an exit code, without a traceback."""
+    """Reports every error on stderr, without a traceback, and exits with the error's exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
-        except BrokenPipeError:  # the reader of the pipe has gone; Typer exits quietly
+        except BrokenPipeError:  # the reader closed the pipe; Typer then exits quietly
             raise
         except CallError as error:
             _end(str(error), error.exit_code)
@@ -76,7 +76,10 @@ def _root(
 
 
 def _unforeseen(error: Exception) -> str:
-    """The error's type, where it was raised, and its message, in which digits are masked because it may quote data."""
+    """Describe the error by its type, its place in the code, and its message.
+
+    Digits are masked in the message, because a message may quote data.
+    """
     place = extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}, line {place.lineno}"
     return f"unexpected error, please report it: {type(error).__name__} in {where}: {without_digits(str(error))}"
@@ -88,8 +91,9 @@ def _end(reason: str, exit_code: int) -> NoReturn:
 
 
 def main() -> None:
-    """The entry point."""
-    logging.getLogger("librdkafka").addHandler(logging.NullHandler())  # its errors are also raised as exceptions
+    """Run the command line."""
+    # librdkafka's errors need not be logged, because they are also raised as exceptions.
+    logging.getLogger("librdkafka").addHandler(logging.NullHandler())
     get_command(app)(prog_name="fraudctl")
 
 

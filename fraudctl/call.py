@@ -1,4 +1,4 @@
-"""Times and ages on the command line, and the error for a request that cannot be carried out."""
+"""Parses times and ages on the command line, and defines the error of a command that cannot do what was asked."""
 
 import re
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ _UNIT_MS = {"m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
 class CallError(Exception):
-    """A command cannot do what was asked. The message has a line, or a heading and a line for each problem."""
+    """A command cannot do what was asked. The message is one line, or a heading with a line for each problem."""
 
     exit_code = 2
 
 
 @contextmanager
 def refusing(*errors: type[Exception]) -> Iterator[None]:
-    """Convert these errors of another package, which a wrong call causes, to CallError with the same message."""
+    """Convert these exceptions of other packages to CallError, with the same message."""
     try:
         yield
     except errors as error:
@@ -25,7 +25,9 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
 
 
 def parse_since(text: str, *, now_ms: int, option: str = "--since") -> int:
-    """The epoch ms of an ISO date or time (UTC unless it has an offset), or of an age such as 90m.
+    """Parse an ISO date or time, or an age such as 90m, and return the time in epoch milliseconds.
+
+    An age is counted back from `now_ms`. A time without an offset is in UTC.
 
     Raises CallError for any other text.
     """

@@ -1,6 +1,6 @@
-"""What all commands share: declaring them, printing results, and reporting problems on stderr.
+"""Shared code of all commands: declares commands, prints results, and reports problems on stderr.
 
-Command modules import heavy packages inside functions only, because every `--help` imports all command modules.
+Command modules import heavy packages inside functions only, because even `--help` imports all command modules.
 """
 
 import sys
@@ -19,14 +19,15 @@ console = Console()
 
 
 class _PlainTypes:
-    """Makes `--help` show names of values such as FILE instead of Typer's types, `<bool>` and `<str>`."""
+    """Makes `--help` show the names of values, such as FILE, instead of Typer's types, such as `<str>`."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The command's parameters, including `--help`."""
         parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for parameter in parameters:
             if isinstance(parameter, TyperArgument):
-                parameter.display_type_rich = lambda **_: None  # type: ignore[method-assign]  # shown in its own column
+                # The name of the value has a column of its own.
+                parameter.display_type_rich = lambda **_: None  # type: ignore[method-assign]
             elif parameter.is_flag:
                 parameter.metavar = ""  # a flag takes no value
         return parameters
@@ -47,16 +48,19 @@ class Commands(typer.Typer):
         super().__init__(cls=CommandGroup, no_args_is_help=True, add_completion=False, help=help)
 
     def add(self, name: str, *examples: str) -> Callable[[F], F]:
-        """A decorator that registers a function as command `name`. The help comes from its docstring and parameters."""
+        """Return a decorator that registers a function as command `name`.
+
+        The function's docstring and parameters become the command's help text.
+        """
         epilog = "\n".join((f"Example{'s' * (len(examples) > 1)}:", *(f"  $ fraudctl {each}" for each in examples)))
         return self.command(name, cls=Command, epilog=epilog)
 
 
 def say(text: str) -> None:
-    """Print a line of results, without markup or line breaks."""
+    """Print a line of results as it is, without interpreting markup or breaking the line."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def report(text: str) -> None:
-    """Print a line about a problem on stderr, with credentials removed from the URLs in it."""
+    """Print a line about a problem on stderr, after removing credentials from the URLs in the line."""
     sys.stderr.write(f"fraudctl: {without_credentials(text)}\n")

@@ -1,4 +1,4 @@
-"""Database access without SQLAlchemy, because importing it takes longer than everything `fraudctl status` does."""
+"""Accesses the database without SQLAlchemy, because importing SQLAlchemy takes longer than all of `fraudctl status`."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ _TIMEOUT_S = 10.0
 _MIGRATIONS = Path(services.db_sink.__path__[0]) / "migrations" / "versions"
 _PERMISSION_DENIED, _QUERY_CANCELED = "42501", "57014"  # SQLSTATE
 
-# Accepts what SQLAlchemy accepts for the db_sink: in a password, only @ has to be percent-encoded.
+# Matches the URLs that SQLAlchemy accepts in the db_sink. In a password, only @ must be percent-encoded.
 _URL = re.compile(
     r"(?P<dialect>\w+)(\+\w+)?://((?P<user>[^:/]*)(:(?P<password>[^@]*))?@)?"
     r"(\[(?P<ipv6>[^/?]+)\]|(?P<host>[^/:?]+))?(:(?P<port>\d*))?(/(?P<dbname>[^?]*))?(\?(?P<query>.*))?",
@@ -27,17 +27,17 @@ _URL = re.compile(
 
 
 Query = Callable[..., Any]
-"""A function that runs a query with parameters and returns its first row, or None."""
+"""A function that runs a query with parameters, and returns the first row of the result or None."""
 
 
 class Address:
-    """The database's host, port and name, and the login."""
+    """The host, port and name of the database, and the login for it."""
 
     def __init__(self, url: str) -> None:
         """Parse a database URL. Raises SettingsError if it is not a PostgreSQL URL."""
         found = _URL(url)
         if found is None or "@" in (found["host"] or ""):
-            raise SettingsError("DATABASE_URL: not a database URL; an @ in a password is written as %40")
+            raise SettingsError("DATABASE_URL: not a database URL. In a password, write @ as %40")
         if found["dialect"] not in ("postgresql", "postgres"):
             raise SettingsError("DATABASE_URL: not a PostgreSQL URL")
         self.parameters: dict[str, str] = {name: values[-1] for name, values in parse_qs(found["query"] or "").items()}
@@ -60,10 +60,12 @@ class Address:
 
 @contextmanager
 def transaction(address: Address, *, timeout_s: float = _TIMEOUT_S) -> Iterator[Query]:
-    """Open a transaction, and yield a function that runs a query in it and returns the first row, or None.
+    """Open a database transaction, and yield a function that runs a query in this transaction.
 
-    A statement fails if it takes longer than `timeout_s`, including the time it waits for locks. Raises Outage if the
-    database cannot be reached or a statement fails.
+    The function returns the first row of the result, or None.
+
+    A statement fails if it takes longer than `timeout_s` seconds, which include the time spent waiting for locks.
+    Raises Outage if the database cannot be reached or a statement fails.
     """
     parameters: dict[str, Any] = {"connect_timeout": int(timeout_s), "application_name": "fraudctl"}
     try:
@@ -84,7 +86,7 @@ def transaction(address: Address, *, timeout_s: float = _TIMEOUT_S) -> Iterator[
 
 
 def schema(first: Query) -> str | None:
-    """The version of the schema, or None if the database was never migrated."""
+    """Return the version of the schema, or None if the database was never migrated."""
     if first("SELECT to_regclass('alembic_version') AS found").found is None:
         return None
     row = first("SELECT version_num FROM alembic_version")
@@ -92,15 +94,18 @@ def schema(first: Query) -> str | None:
 
 
 def newest_schema() -> str:
-    """The version that `fraudctl migrate` produces. Each migration's file name begins with its version."""
+    """Return the schema version that `fraudctl migrate` produces.
+
+    The name of each migration's file begins with the version that the migration produces.
+    """
     return max(path.stem.partition("_")[0] for path in _MIGRATIONS.glob("[0-9]*_*.py"))
 
 
-_REMEDY = "Check that it runs, and user, password, host and database name in DATABASE_URL."
+_REMEDY = "Check that it runs, and check the user, password, host and database name in DATABASE_URL."
 
 
 def _refusal(error: Exception) -> str:
-    """Why the connection failed: the first reason in libpq's message, without the address that was tried."""
+    """Return the first reason that libpq's message gives for a failed connection, without the address."""
     text = str(error).strip().partition("\n")[0].rpartition("failed: ")[2].removeprefix("FATAL:").strip()
     if "translate host name" in text:
         return "its host name is unknown"
@@ -109,7 +114,7 @@ def _refusal(error: Exception) -> str:
 
 def _failure(error: psycopg2.Error, address: Address, timeout_s: float) -> str:
     if error.pgcode == _QUERY_CANCELED:
-        return f"did not respond within {timeout_s:.0f} s: a lock on the table, or a slow disk. Check pg_stat_activity."
+        return f"did not respond within {timeout_s:.0f} s. Look for a lock in pg_stat_activity, or for a slow disk."
     said = error.diag.message_primary
     if said is None:
         return "closed the connection. Check the server's log."

@@ -1,4 +1,4 @@
-"""Checks of everything the services need. Each check gives one finding, which says how to fix a failure."""
+"""Checks everything that the services need. If a check fails, its finding says how to fix the problem."""
 
 import email.utils
 import os
@@ -42,7 +42,7 @@ from shared.settings import (
 from shared.variables import OF_LIBRARIES
 
 _TIMEOUT_S = 8.0
-_MAX_SKEW_S = 5.0  # clocks synchronized by NTP differ by milliseconds; ages and limits are in seconds
+_MAX_SKEW_S = 5.0  # NTP keeps clocks within milliseconds of each other; ages and limits are in seconds
 _TABLE = "transactions"
 
 _ON_TOPICS = {
@@ -53,7 +53,7 @@ _ON_TOPICS = {
 _TRANSACTIONAL_ID = "fraudctl-doctor"
 
 Clocks = list[tuple[str, float]]
-"""Names of the systems that reported their time, each with the seconds that its clock is ahead of this machine's."""
+"""The systems that reported their time, each with the seconds by which its clock is ahead of this machine's clock."""
 
 
 class Finding(NamedTuple):
@@ -68,7 +68,11 @@ class Finding(NamedTuple):
 
 
 class Area(NamedTuple):
-    """The checks of one system. They run only if `settings`, of a service that needs the system, are valid."""
+    """The checks of one system.
+
+    `settings` is the settings class of a service that needs the system. The checks run only if these settings are
+    valid.
+    """
 
     name: str
     settings: type[BaseSettings]
@@ -76,7 +80,7 @@ class Area(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """Run all checks, with different systems in parallel. Returns their findings."""
+    """Run all checks, and return their findings. Different systems are checked in parallel."""
     loaded: dict[type[BaseSettings], Any] = {}
     problems: list[str] = []
     kinds: list[type[ServiceSettings]] = [ServiceSettings, *(service.settings for service in catalogue.SERVICES)]
@@ -100,7 +104,7 @@ def examine() -> list[Finding]:
     first = Finding(
         "failed" if problems else "ok",
         "settings",
-        f"{'; '.join(problems)}. Set them in {SECRETS_FILE} or in the environment."
+        f"{'; '.join(problems)}. Fix these settings in {SECRETS_FILE} or in the environment."
         if problems
         else f"the settings of all {len(catalogue.SERVICES)} services are valid",
     )
@@ -108,7 +112,7 @@ def examine() -> list[Finding]:
 
 
 def _areas(clocks: Clocks) -> Iterator[Area]:
-    """The systems other than Kafka that the services need, each listed once."""
+    """Yield, once each, the systems other than Kafka that the services need."""
     names_and_checks: dict[catalogue.Need, tuple[str, Callable[[Any], Iterator[Finding]]]] = {
         "registry": ("MLflow", lambda settings: _mlflow(settings, clocks)),
         "database": ("database", lambda settings: _database(settings, clocks)),
@@ -121,7 +125,7 @@ def _areas(clocks: Clocks) -> Iterator[Area]:
 
 
 def _names() -> Iterator[Finding]:
-    """Findings about variables in `secrets.env` and in the environment that are not settings."""
+    """Yield findings about variables that are not settings, in `secrets.env` and in the environment."""
     try:
         unknown = unknown_variables()
     except SettingsError:  # already reported with the settings
@@ -131,7 +135,8 @@ def _names() -> Iterator[Finding]:
         where = f"in {SECRETS_FILE} or in the environment"
         yield Finding("failed", "settings", f"{name}, {where}, is not a setting.{hint}")
     if strays := sorted({*OF_LIBRARIES} & {*dotenv_values(SECRETS_FILE)} - {*os.environ}):
-        where = "libraries read these from the environment only. Compose puts them there; in a checkout, export them."
+        remedy = "Compose puts them there. In a checkout, export them."
+        where = f"libraries read these variables from the environment only. {remedy}"
         yield Finding("ok", "settings", f"{SECRETS_FILE}: {', '.join(strays)}: {where}")
 
 
@@ -140,7 +145,8 @@ def _kafka(settings: ServiceSettings, loaded: Mapping[type[BaseSettings], Any]) 
     try:
         properties = kafka_properties(settings)
         client = admin(properties, on_error=errors.append)
-        for make in (producer, partial(consumer, group="fraudctl")):  # these clients check more properties
+        # Producers and consumers check properties that the admin client ignores.
+        for make in (producer, partial(consumer, group="fraudctl")):
             make(properties)
     except SettingsError as error:
         what = "credentials" if str(error).startswith("SASL_") else "client.properties"
@@ -151,7 +157,7 @@ def _kafka(settings: ServiceSettings, loaded: Mapping[type[BaseSettings], Any]) 
     try:
         client.list_topics(timeout=_TIMEOUT_S)
     except KafkaException as exception:
-        client.poll(0)  # calls on_error with what happened on the connections
+        client.poll(0)  # calls on_error with the errors of the connections
         yield from _unreached(properties, exception.args[0], errors)
         yield from _skipped(("topics", "ACLs"), "Kafka must be reachable first")
         return
@@ -170,7 +176,7 @@ def _kafka(settings: ServiceSettings, loaded: Mapping[type[BaseSettings], Any]) 
     else:
         yield from (Finding("failed", "topics", line) for line in lines)
         if not lines:
-            yield Finding("ok", "topics", "all exist, with the right settings")
+            yield Finding("ok", "topics", "all topics exist and have the right settings")
     names = [name + suffix for name in (settings.topic_1, settings.topic_2) for suffix in ("", SUFFIX)]
     yield from _acls(client, properties, [*names, settings.challenger_topic], _groups(loaded))
 
@@ -187,7 +193,7 @@ def _unreached(properties: Mapping[str, str], error: KafkaError, errors: list[Ka
         )
     else:
         reason = codes.get(KafkaError._SSL) or codes.get(KafkaError._RESOLVE) or error.str()
-        remedy = "Check that it runs, and bootstrap.servers and security.protocol in client.properties."
+        remedy = "Check that it runs, and check bootstrap.servers and security.protocol in client.properties."
         yield Finding("failed", "Kafka", f"cannot reach {where}: {reason}. {remedy}")
         yield from _skipped(("credentials",), "Kafka must be reachable first")
 
@@ -205,9 +211,7 @@ def _acls(client: AdminClient, properties: Mapping[str, str], names: list[str], 
         return
     if lacking:
         missing = "; ".join(f"{operation} on {', '.join(names)}" for operation, names in lacking.items())
-        remedy = (
-            "Use the operator's login, or grant them: kafka-acls.sh --add --allow-principal ... as in docs/security.md."
-        )
+        remedy = "Use the operator's login, or grant the permissions with kafka-acls.sh --add, as in docs/security.md."
         yield Finding("failed", "ACLs", f"this login lacks {missing}. {remedy}")
     else:
         others = "services with other logins log their missing permissions"
@@ -217,7 +221,7 @@ def _acls(client: AdminClient, properties: Mapping[str, str], names: list[str], 
 def _lacking(
     client: AdminClient, properties: Mapping[str, str], names: list[str], groups: list[str]
 ) -> Iterator[tuple[str, str]]:
-    """Each missing permission, as an operation and a resource.
+    """Yield each missing permission as an operation and a resource.
 
     Raises KafkaException if the permissions cannot be checked.
     """
@@ -231,9 +235,10 @@ def _lacking(
             continue
         existing.append(name)
         allowed = [] if error else answer.result().authorized_operations
-        if allowed is not None:  # None from a broker that does not report them
+        if allowed is not None:  # None if the broker does not report permissions
             yield from ((word, name) for operation, word in _ON_TOPICS.items() if operation not in allowed)
-    # Create may be granted on the cluster or on a topic. Trying to create existing topics shows it and changes nothing.
+    # Create may be granted on the cluster or on a topic. Trying to create an existing topic changes nothing, and shows
+    # whether this login has the permission.
     tried = [NewTopic(name, num_partitions=1) for name in existing]
     created = client.create_topics(tried, validate_only=True, request_timeout=_TIMEOUT_S) if tried else {}
     for name, done in created.items():
@@ -249,7 +254,7 @@ def _lacking(
 
 
 def _expected(ask: Callable[[], object], *codes: int) -> int | None:
-    """Call `ask`; returns the code of its error, or None. Raises KafkaException if the code is not in `codes`."""
+    """Call `ask`, and return the code of its error, or None. Raises KafkaException if the code is not in `codes`."""
     try:
         ask()
     except KafkaException as exception:
@@ -261,7 +266,7 @@ def _expected(ask: Callable[[], object], *codes: int) -> int | None:
 
 
 def _groups(loaded: Mapping[type[BaseSettings], Any]) -> list[str]:
-    """The consumer groups that `status` queries: those of services with valid settings."""
+    """Return the consumer groups that `status` queries, except those of services with invalid settings."""
     services = {service.name: loaded[service.settings] for service in catalogue.SERVICES if service.settings in loaded}
     return [each.group for each in status.configured_groups(services)]
 
@@ -280,7 +285,7 @@ def _mlflow(settings: RegistrySettings, clocks: Clocks) -> Iterator[Finding]:
             began = time.time()
             _note("MLflow", requests.head(uri, timeout=_TIMEOUT_S), began, clocks)
         except requests.RequestException:
-            pass  # MLflow has just responded, so only its clock is unknown
+            pass  # MLflow responded a moment ago, so only its clock remains unknown
     if version is None:
         remedy = "Run `fraudctl train` or `fraudctl promote VERSION`, or change MODEL_NAME."
         yield Finding("failed", alias, f"no version of {name} is {alias}. {remedy}")
@@ -296,7 +301,7 @@ def _mlflow(settings: RegistrySettings, clocks: Clocks) -> Iterator[Finding]:
 
 
 def _read_artifact(settings: RegistrySettings, uri: str) -> None:
-    """Read a file. Raises whatever MLflow, its transport or the artifact store raises."""
+    """Read a file of a model. Raises any exception of MLflow, its transport or the artifact store."""
     registry.limit_mlflow()
     settings.set_up_mlflow()
 
@@ -310,7 +315,7 @@ def _database(settings: DatabaseSettings, clocks: Clocks) -> Iterator[Finding]:
     try:
         address = database.Address(settings.database_url.get_secret_value())
     except SettingsError as error:
-        yield Finding("failed", "database", f"{error}. Write it as postgresql://user:password@host:5432/name.")
+        yield Finding("failed", "database", f"{error}. Write the URL as postgresql://user:password@host:5432/name.")
         yield from _skipped(("migrations", "privileges"), "the database must be reachable first")
         return
     try:
@@ -326,12 +331,14 @@ def _database(settings: DatabaseSettings, clocks: Clocks) -> Iterator[Finding]:
     yield Finding("ok", "database", str(address))
     newest = database.newest_schema()
     if schema != newest:
-        remedy = "Run `fraudctl migrate` as the tables' owner, or restart the db_sink if its role may migrate."
+        remedy = (
+            "Run `fraudctl migrate` as the tables' owner, or restart the db_sink if its role is allowed to migrate."
+        )
         yield Finding("failed", "migrations", f"the schema version is {schema or 'none'}, not {newest}. {remedy}")
         yield from _skipped(("privileges",), "the schema must be migrated first")
         return
     yield Finding("ok", "migrations", f"the schema has the newest version, {newest}")
-    remedy = f"If {address.user} is the db_sink's role, grant it what deploy/grants.sql has."
+    remedy = f"If {address.user} is the db_sink's role, grant it the privileges in deploy/grants.sql."
     try:
         with database.transaction(address) as first:
             row = first(_PRIVILEGES, {"table": _TABLE})
@@ -341,7 +348,7 @@ def _database(settings: DatabaseSettings, clocks: Clocks) -> Iterator[Finding]:
     if lacking := [name for name, granted in zip(_PRIVILEGE_NAMES, row, strict=True) if not granted]:
         yield Finding("failed", "privileges", f"{address.user} lacks {', '.join(lacking)}. {remedy}")
     else:
-        yield Finding("ok", "privileges", f"{address.user} may read, write and use temporary tables")
+        yield Finding("ok", "privileges", f"{address.user} may read and write the table, and use temporary tables")
 
 
 _PRIVILEGE_NAMES = ("SELECT", "INSERT", "UPDATE", "TEMPORARY")
@@ -354,7 +361,7 @@ SELECT has_table_privilege(%(table)s, 'SELECT') AS may_select, has_table_privile
 
 def _smtp(settings: AlerterSettings) -> Iterator[Finding]:
     if not settings.smtp_host:
-        yield Finding("skipped", "SMTP", "SMTP_HOST is not set: alarms are sent by webhook only")
+        yield Finding("skipped", "SMTP", "SMTP_HOST is not set, so alarms are sent by webhook only")
         return
     where = f"the mail server {settings.smtp_host}:{settings.smtp_port}"
     try:
@@ -370,7 +377,7 @@ def _smtp(settings: AlerterSettings) -> Iterator[Finding]:
         reason = f"TLS failed ({error.reason or type(error).__name__})"
         yield Finding("failed", "SMTP", f"{where}: {reason}. {_SMTP_TLS_REMEDY} Check the server's certificate, too.")
     except (smtplib.SMTPException, OSError, UnicodeError) as error:
-        remedy = "Check that it runs, and SMTP_HOST, SMTP_PORT and SMTP_TLS."
+        remedy = "Check that it runs, and check SMTP_HOST, SMTP_PORT and SMTP_TLS."
         yield Finding("failed", "SMTP", f"cannot reach {where}: {_connection_reason(error)}. {remedy}")
     else:
         login = ", login accepted" if settings.smtp_username else ""
@@ -401,7 +408,9 @@ def _api(settings: ProducerSettings, clocks: Clocks) -> Iterator[Finding]:
         rows = read_split(fetch(session, str(settings.api_url), timeout_s=_TIMEOUT_S))
     except Outage as outage:
         if str(outage) == "HTTP 429":
-            yield Finding("skipped", what, "the API limits the rate of calls (HTTP 429). Run this again in a minute.")
+            yield Finding(
+                "skipped", what, "the API limits the rate of calls (HTTP 429). Wait a minute, and run this again."
+            )
         else:
             remedy = f"Check API_URL, and the output of `curl {url}`."
             yield Finding("failed", what, f"cannot fetch transactions from {url}: {outage}. {remedy}")
@@ -430,7 +439,7 @@ def _clock(clocks: Clocks) -> Finding:
 
 
 def _note(who: str, answer: requests.Response, began: float, clocks: Clocks) -> None:
-    """Append the server's clock to `clocks`, from the response's Date header, which has whole seconds."""
+    """Append the server's clock to `clocks`. The clock is read from the response's Date header, in whole seconds."""
     try:
         date = email.utils.parsedate_to_datetime(answer.headers["Date"]).timestamp()
     except (KeyError, ValueError):
@@ -439,7 +448,9 @@ def _note(who: str, answer: requests.Response, began: float, clocks: Clocks) -> 
 
 
 def _ahead(earliest: float, latest: float, began: float) -> float:
-    """The minimum number of seconds by which another clock is ahead of this machine's; negative if it is behind.
+    """Return by how many seconds, at least, another clock is ahead of this machine's clock.
+
+    The number is negative if the other clock is behind.
 
     The other clock showed a time between `earliest` and `latest` at some moment between `began` and now.
     """

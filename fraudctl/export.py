@@ -1,4 +1,4 @@
-"""Export of confirmed transactions as a training file, with the same header, column order and formats."""
+"""Exports confirmed transactions to a file that has a training file's header, column order and formats."""
 
 import csv
 import sqlite3
@@ -26,7 +26,7 @@ _TRANS_NUM, _UNIX_TIME = HEADER.index("trans_num"), HEADER.index("unix_time")
 
 Row = Sequence[Any]
 Progress = Callable[[int, int], None]
-"""Called with the number of rows written so far, and the total."""
+"""A function that is called with the number of rows written so far, and the total number of rows."""
 
 
 def export(
@@ -36,10 +36,11 @@ def export(
 
     Returns the number of rows in the new file.
 
-    With `append`, the rows already in the file are kept; if a transaction is in both, the database's row replaces the
-    file's. The new file has a temporary name until it is complete. Raises CallError if the existing file is not a
-    training file or the folder is missing, Outage if the database or S3 does not respond, and OSError if a file cannot
-    be read or written.
+    With `append`, the rows that are already in the file are kept. If a transaction is in both the file and the
+    database, the database's row is written. The new file has a temporary name until it is complete.
+
+    Raises CallError if the existing file is not a training file, or if the folder is missing. Raises Outage if the
+    database or S3 does not respond, and OSError if a file cannot be read or written.
     """
     with (
         _target(out) as (earlier, partial),
@@ -50,7 +51,7 @@ def export(
         if append and earlier.exists():
             counted = _merged(_read(earlier, out), counted, directory=partial.parent)
         writer = csv.writer(file, lineterminator="\n")
-        careful = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)  # Python 3.11 leaves \r unquoted
+        careful = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)  # Python 3.11 does not quote \r
         writer.writerow(HEADER)
         written = 0
         for row in counted:
@@ -71,7 +72,7 @@ def _confirmed(engine: sa.Engine, *, since: int | None, until: int | None) -> It
     )
     given = {name: bound for name, bound in bounds.items() if bound is not None}
     query = f'SELECT {columns} FROM {TABLE} WHERE {where} ORDER BY unix_time, trans_num COLLATE "C"'  # noqa: S608
-    count = f"SELECT count(*) FROM {TABLE} WHERE {where}"  # noqa: S608 - the same
+    count = f"SELECT count(*) FROM {TABLE} WHERE {where}"  # noqa: S608
     try:
         with engine.connect() as connection:
             connection.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
@@ -110,9 +111,9 @@ def _read(path: Path, name: str) -> Iterator[Row]:
 
 
 def _merged(earlier: Iterable[Row], later: Iterable[Row], *, directory: Path) -> Iterator[Row]:
-    """The rows of both sources, sorted by time. If a transaction is in both, the row of `later` is used.
+    """Yield the rows of both sources, sorted by time. If both have a transaction, only the row of `later` is used.
 
-    SQLite sorts them, because they may not fit into memory.
+    SQLite sorts the rows, because they may not fit into memory.
     """
     with _sorting(directory) as rows:
         columns = ", ".join(f"c{number}" for number in range(len(HEADER)))
@@ -120,7 +121,7 @@ def _merged(earlier: Iterable[Row], later: Iterable[Row], *, directory: Path) ->
         put = f"INSERT OR REPLACE INTO rows VALUES ({', '.join('?' * (len(HEADER) + 1))})"  # noqa: S608 - constants only
         for source in (earlier, later):
             rows.executemany(put, ([*map(str, row), int(row[_UNIX_TIME])] for row in source))
-        yield from rows.execute(f"SELECT {columns} FROM rows ORDER BY at, c{_TRANS_NUM}")  # noqa: S608 - the same
+        yield from rows.execute(f"SELECT {columns} FROM rows ORDER BY at, c{_TRANS_NUM}")  # noqa: S608 - constants only
 
 
 @contextmanager
@@ -130,13 +131,16 @@ def _sorting(directory: Path) -> Iterator[sqlite3.Connection]:
             rows.execute("PRAGMA journal_mode = OFF")
             rows.execute("PRAGMA synchronous = OFF")
             yield rows
-    except sqlite3.Error as error:  # usually a full disk
+    except sqlite3.Error as error:  # usually because the disk is full
         raise OSError(f"cannot sort in {directory}: {error}") from None
 
 
 @contextmanager
 def _target(out: str) -> Iterator[tuple[Path, Path]]:
-    """The path of the existing file, which may be missing, and of the new file, which replaces it at the end."""
+    """Yield the path of the earlier file, which may not exist, and the path to write the new file to.
+
+    At the end, the new file replaces the earlier file.
+    """
     if not out.startswith(_S3):
         path = Path(out)
         if not path.parent.is_dir():
@@ -165,7 +169,7 @@ def _target(out: str) -> Iterator[tuple[Path, Path]]:
 def _reached(out: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # botocore has many classes of errors
+    except Exception as error:  # botocore raises many types of errors
         raise Outage(f"cannot reach {out}: {type(error).__name__}: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""Fraud labels that reviewers confirm. They replace the source's labels, and every change is recorded."""
+"""Stores labels that reviewers confirm. These labels replace the source's labels, and every change is recorded."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -22,22 +22,22 @@ from shared.privacy import mask_card
 from shared.settings import load
 
 _YES, _NO = ("1", "yes", "true"), ("0", "no", "false")
-_MAX_TIMES = 5  # shown if a trans_num is ambiguous
-_LOCK = 4_120_937_718  # an arbitrary number; locking the table would require more privileges
+_MAX_TIMES = 5  # number of times to show for an ambiguous trans_num
+_LOCK = 4_120_937_718  # an arbitrary number for an advisory lock; locking the table would require more privileges
 
 
 class Label(NamedTuple):
-    """A reviewer's label of a transaction; `unix_time` distinguishes transactions with the same trans_num."""
+    """A reviewer's label of a transaction. `unix_time` distinguishes transactions with the same trans_num."""
 
     trans_num: str
     is_fraud: bool
     by: str
     unix_time: int | None = None
-    line: int | None = None  # in the imported file
+    line: int | None = None  # line number in the imported file
 
 
 class Done(NamedTuple):
-    """The number of labels changed, and the number of transactions that already had their label."""
+    """The number of labels that were changed, and the number of transactions that already had the given label."""
 
     changed: int
     confirmed_before: int
@@ -50,14 +50,14 @@ class Performance:
     model: str
     confirmed: int
     frauds: int
-    precision: float | None  # share of its alarms that were fraud
-    recall: float | None  # share of the frauds that it found
+    precision: float | None  # share of the version's alarms that were fraud
+    recall: float | None  # share of the frauds that the version found
 
 
 def read(path: Path, *, by: str | None) -> list[Label]:
-    """The labels in a CSV file with the columns trans_num, is_fraud, and optionally unix_time and by.
+    """Read labels from a CSV file with the columns trans_num, is_fraud, and optionally unix_time and by.
 
-    Raises CallError, with a line for each invalid row, and OSError if the file cannot be read.
+    Raises CallError, whose message has a line for each invalid row, and OSError if the file cannot be read.
     """
     problems: list[str] = []
     labels: list[Label] = []
@@ -83,7 +83,7 @@ def read(path: Path, *, by: str | None) -> list[Label]:
 
 
 def fraud_or_not(text: str) -> bool:
-    """True for yes, true and 1; False for no, false and 0. Raises ValueError for any other text."""
+    """Return True for yes, true and 1, and False for no, false and 0. Raises ValueError for any other text."""
     if (answer := text.strip().lower()) not in (*_YES, *_NO):
         raise ValueError(f"is_fraud: expected 0 or 1, not {answer[:20]!r}")
     return answer in _YES
@@ -92,8 +92,9 @@ def fraud_or_not(text: str) -> bool:
 def confirm(engine: sa.Engine, labels: Sequence[Label], *, overrule: bool = False) -> Done:
     """Write all labels or none, and record the previous labels in label_changes.
 
-    Raises CallError if transactions are unknown or ambiguous or, without `overrule`, have a conflicting confirmed
-    label; the message names each of them. Raises Outage if the database fails.
+    Raises CallError if transactions are unknown or ambiguous. Without `overrule`, also raises CallError if transactions
+    already have a different confirmed label. The message names all these transactions. Raises Outage if the database
+    fails.
     """
     with transaction(engine) as connection:
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})  # serializes confirmations
@@ -134,7 +135,7 @@ SELECT trans_num, unix_time, was_fraud, validated_by, is_fraud, by FROM ({_LAST}
 _WRITTEN = f"""
 UPDATE transactions AS stored SET is_fraud = last.is_fraud, validated_at = clock_timestamp(), validated_by = last.by
 FROM ({_LAST}) AS last WHERE stored.unix_time = last.unix_time AND stored.trans_num = last.trans_num
-"""  # noqa: S608 - the same
+"""  # noqa: S608 - contains no user input
 
 
 def _problems(connection: sa.Connection, labels: Sequence[Label], *, overrule: bool) -> list[str]:
@@ -150,7 +151,7 @@ def _problems(connection: sa.Connection, labels: Sequence[Label], *, overrule: b
     for number, times in connection.execute(sa.text(ambiguous)):
         which = ", ".join(map(str, times[:_MAX_TIMES])) + (", ..." if len(times) > _MAX_TIMES else "")
         found.append(
-            (number, f"{labels[number].trans_num} exists {len(times)} times. Give its unix_time, one of {which}.")
+            (number, f"{labels[number].trans_num} exists {len(times)} times. Add its unix_time, one of {which}.")
         )
     torn = "SELECT max(number) FROM matched GROUP BY unix_time, trans_num HAVING count(DISTINCT is_fraud) > 1"
     for (number,) in connection.execute(sa.text(torn)):
@@ -160,14 +161,18 @@ def _problems(connection: sa.Connection, labels: Sequence[Label], *, overrule: b
         for number, who, was_fraud in connection.execute(sa.text(otherwise)):
             was = "fraud" if was_fraud else "no fraud"
             found.append(
-                (number, f"{labels[number].trans_num} was confirmed as {was} by {who}. Overwrite it with --overrule.")
+                (
+                    number,
+                    f"{labels[number].trans_num} was confirmed as {was} by {who}."
+                    " Use --overrule to overwrite this label.",
+                )
             )
     lines = ("" if labels[number].line is None else f"line {labels[number].line}: " for number, _ in sorted(found))
     return [line + problem for line, (_, problem) in zip(lines, sorted(found), strict=True)]
 
 
 def newest(engine: sa.Engine, *, unreviewed: bool, predicted_fraud: bool, limit: int) -> Table:
-    """A table of the newest transactions, without card numbers. Raises Outage."""
+    """Return a table of the newest transactions, with masked card numbers. Raises Outage."""
     conditions = ["validated_at IS NULL"] * unreviewed + ["prediction = 1"] * predicted_fraud or ["TRUE"]
     query = f"""
         SELECT trans_num, unix_time, trans_date_trans_time, amt, merchant, cc_num, probability, prediction, is_fraud,
@@ -197,7 +202,7 @@ def newest(engine: sa.Engine, *, unreviewed: bool, predicted_fraud: bool, limit:
 
 
 def performance(engine: sa.Engine) -> list[Performance]:
-    """Each model version's performance on confirmed rows, newest version first. Raises Outage."""
+    """Return each model version's performance on confirmed rows, most recently used version first. Raises Outage."""
     query = """
         SELECT model_name, model_version, count(*) AS confirmed, sum(is_fraud) AS frauds, sum(prediction) AS alarms,
           sum(is_fraud * prediction) AS right_alarms
@@ -218,7 +223,7 @@ def performance(engine: sa.Engine) -> list[Performance]:
 
 
 def engine() -> sa.Engine:
-    """The SQLAlchemy engine for DATABASE_URL. Raises SettingsError if the URL is invalid."""
+    """Return the SQLAlchemy engine for DATABASE_URL. Raises SettingsError if the URL is invalid."""
     try:
         return connect(load(DatabaseSettings).database_url.get_secret_value())
     except ValueError as error:
@@ -227,7 +232,7 @@ def engine() -> sa.Engine:
 
 @contextmanager
 def transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Open one transaction. Raises Outage if the database fails."""
+    """Open one database transaction, and yield its connection. Raises Outage if the database fails."""
     try:
         with engine.begin() as connection:
             yield connection
@@ -240,7 +245,7 @@ def _label(row: dict[str, str | None], *, by: str | None, line: int) -> Label:
     if not trans_num or "\0" in f"{trans_num}{who}":
         raise ValueError("trans_num is empty")
     if not (who := who or by or ""):
-        raise ValueError("no reviewer: fill in the column `by`, or give --by")
+        raise ValueError("the reviewer is missing. Fill in the column `by`, or use --by")
     if at and not (at.isascii() and at.isdigit() and len(at) <= 12):
         raise ValueError(f"unix_time: expected epoch seconds, not {at[:20]!r}")
     return Label(trans_num, fraud_or_not(row["is_fraud"] or ""), who, int(at) if at else None, line)

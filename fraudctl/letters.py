@@ -1,7 +1,7 @@
-"""Dead letters: listing them, showing one, and replaying them exactly once.
+"""Lists dead letters, shows them, and replays each of them exactly once.
 
-Records cannot be changed, so a replayed letter is marked by a small record that follows it in the same partition.
-Retention deletes the letter before the mark, because the letter is older.
+Kafka records cannot be changed. Therefore, a replayed letter is marked by a small record that is written to the same
+partition. Retention deletes the letter before the mark, because the letter is older.
 """
 
 import re
@@ -28,7 +28,7 @@ from shared.kafka.topics import ends
 from shared.records import format_time, read_topic_1
 from shared.settings import ServiceSettings
 
-UNCONFIRMED = 1000  # replaying more letters needs --yes
+UNCONFIRMED = 1000  # replaying more letters than this requires --yes
 
 _MARK = "dlq-replayed"
 _TRANSACTIONAL_ID = "fraudctl-dead-letters"
@@ -36,7 +36,7 @@ _GROUP = "fraudctl"
 _TIMEOUT_S = 15.0
 _OPEN_S = 60.0  # brokers abort a service's abandoned transaction within twenty seconds
 _TRANSACTION_LETTERS = 1000
-_TRANSACTION_BYTES = 16 * 1024 * 1024  # the broker aborts a transaction after ten seconds
+_TRANSACTION_BYTES = 16 * 1024 * 1024  # small, because the broker aborts a Kafka transaction after ten seconds
 _FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
 
 _ID = re.compile(r"(.+):(\d{1,10}):(\d{1,19})", re.ASCII).fullmatch
@@ -44,7 +44,7 @@ _EPOCH_MS = re.compile(r"\d{1,13}", re.ASCII).fullmatch
 
 
 class Fenced(CallError):
-    """Another replay has started and fenced this one."""
+    """Another replay has started, and has fenced this replay."""
 
     exit_code = 1
 
@@ -61,13 +61,13 @@ class LetterId(NamedTuple):
 
 
 class Letter(NamedTuple):
-    """A dead letter: the original record, and why, when and by which group the record was rejected."""
+    """A dead letter: the original record, and the reason, the time and the consumer group of its rejection."""
 
     id: LetterId
     value: bytes | None
     key: bytes | None
     headers: Headers
-    at_ms: int  # epoch
+    at_ms: int  # time of the rejection, in epoch milliseconds
     replayed_at_ms: int | None = None
 
     @property
@@ -95,15 +95,15 @@ class Letter(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A filter for dead letters: selects those of `topics` that match all other fields."""
+    """A filter that selects the dead letters of `topics` that match all other fields."""
 
-    topics: Sequence[str]  # original topics
+    topics: Sequence[str]  # topics of the original records
     ids: Collection[LetterId] = ()
     reason: str = ""
-    since_ms: int = 0  # epoch
+    since_ms: int = 0  # in epoch milliseconds
 
     def matches(self, letter: Letter) -> bool:
-        """Whether the letter matches."""
+        """Whether the letter matches all fields except `topics`."""
         return (
             (not self.ids or letter.id in self.ids)
             and self.reason.casefold() in letter.reason.casefold()
@@ -112,10 +112,10 @@ class Selection(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """The result of a replay."""
+    """The number of letters that were replayed, and the number of letters that were skipped."""
 
     replayed: int
-    skipped: int  # already replayed earlier
+    skipped: int  # letters that were replayed before
 
 
 def select(
@@ -126,7 +126,7 @@ def select(
     reason: str = "",
     since: str | None = None,
 ) -> Selection:
-    """The selection for these command-line options. Raises CallError if one is invalid."""
+    """Return the filter for these command-line options. Raises CallError if an option is invalid."""
     known = (settings.topic_1, settings.topic_2)
     if ids:
         wanted = {parse_id(each, known) for each in ids}
@@ -139,15 +139,15 @@ def select(
 
 
 def parse_id(text: str, topics: Sequence[str]) -> LetterId:
-    """Parse an ID such as `topic_1.dlq:3:17`. Raises CallError if it is malformed or names an unknown topic."""
+    """Parse an ID such as `topic_1.dlq:3:17`. Raises CallError if the ID is malformed or names an unknown topic."""
     found = _ID(text)
     if not found:
-        raise CallError(f"{text!r} is not the ID of a dead letter, for example {topics[0]}{SUFFIX}:3:17")
+        raise CallError(f"{text!r} is not the ID of a dead letter. An example of an ID is {topics[0]}{SUFFIX}:3:17.")
     return LetterId(parse_topic(found[1], topics) + SUFFIX, int(found[2]), int(found[3]))
 
 
 def parse_topic(text: str, topics: Sequence[str]) -> str:
-    """The topic's name, from that name or its dead-letter topic's. Raises CallError if the topic is unknown."""
+    """Return a topic's name, without the suffix of a dead-letter topic. Raises CallError if the topic is unknown."""
     name = text.removesuffix(SUFFIX)
     if name not in topics:
         raise CallError(f"there is no topic {text!r}. Choose from: {', '.join(topics)}")
@@ -155,7 +155,7 @@ def parse_topic(text: str, topics: Sequence[str]) -> str:
 
 
 def read(properties: Mapping[str, str], selection: Selection) -> list[Letter]:
-    """The selected dead letters, oldest first.
+    """Return the selected dead letters, oldest first.
 
     Raises CallError if a topic or an ID does not exist, and Outage if Kafka does not respond.
     """
@@ -188,19 +188,21 @@ def replay(
 ) -> Replayed:
     """Put the selected dead letters back on their topics, each exactly once, and mark them as replayed.
 
-    Letters that are marked already are skipped. At most `limit` letters are replayed, oldest first; replaying more than
-    `UNCONFIRMED` requires `confirmed`. `corrected` replaces the letters' value. Raises Fenced if another replay has
-    started, Outage if Kafka fails, and any other CallError only before anything is written.
+    Letters that are already marked are skipped. At most `limit` letters are replayed, oldest first. Replaying more than
+    `UNCONFIRMED` letters requires `confirmed`. If `corrected` is given, it replaces the value of each letter.
+
+    Raises Fenced if another replay has started, and Outage if Kafka fails. Any other CallError is raised before
+    anything is written.
     """
     names = [topic + SUFFIX for topic in selection.topics]
     _ends(properties, [*names, *selection.topics])
     client = producer(properties, transactional_id=_TRANSACTIONAL_ID)
-    # 1. Fence any other replay; the broker aborts its open transaction.
+    # 1. Fence any other replay. The broker then aborts the open transaction of that replay.
     try:
         client.init_transactions(_TIMEOUT_S)
     except KafkaException as exception:
         raise _verdict(exception, [_TRANSACTIONAL_ID]) from None
-    # 2. Read all marks, including those behind an open transaction.
+    # 2. Wait for open Kafka transactions, because records behind them are invisible. Then read all letters and marks.
     _wait_for_open_transactions(properties, names)
     letters = read(properties, selection)
     waiting = [letter for letter in letters if letter.replayed_at_ms is None]
@@ -211,7 +213,7 @@ def replay(
         )
     if corrected is not None:
         chosen = [_corrected(letter, corrected) for letter in chosen]
-    # 3. Write each record and its mark in the same transaction.
+    # 3. Write each record and its mark in the same Kafka transaction.
     replayed = 0
     for batch in batches(chosen):
         _write(client, batch, done=replayed)
@@ -220,7 +222,7 @@ def replay(
 
 
 def batches(letters: Iterable[Letter]) -> Iterator[list[Letter]]:
-    """The letters in order, split into batches that are small enough for one transaction each."""
+    """Split the letters, in their order, into batches that are each small enough for one Kafka transaction."""
     batch: list[Letter] = []
     size = 0
     for letter in letters:
@@ -246,7 +248,7 @@ def save(letter: Letter, path: Path) -> None:
 
 
 def overview(letters: Iterable[Letter]) -> Table:
-    """A table of the letters."""
+    """Return a table of the letters."""
     table = Table()
     table.add_column("id", no_wrap=True)
     table.add_column("when (UTC)")
@@ -267,7 +269,7 @@ def overview(letters: Iterable[Letter]) -> Table:
 
 
 def totals(letters: Sequence[Letter]) -> list[str]:
-    """Lines of text: the number of letters and, if there are several reasons, the number of letters per reason."""
+    """Return the number of letters as a line of text. If there are several reasons, a line for each reason follows."""
     if not letters:
         return ["no dead letters"]
     reasons = Counter(map(_reason, letters))
@@ -276,12 +278,12 @@ def totals(letters: Sequence[Letter]) -> list[str]:
 
 
 def counted(number: int) -> str:
-    """The number with its noun: `1 dead letter`, `2 dead letters`."""
+    """Return the number with its noun: `1 dead letter`, `2 dead letters`."""
     return f"{number:,} dead letter{'' if number == 1 else 's'}"
 
 
 def description(letter: Letter) -> str:
-    """A letter as lines of text, without card number and birth date."""
+    """Describe a letter in lines of text, with card numbers and birth dates masked."""
     replayed = "no" if letter.replayed_at_ms is None else f"{_time(letter.replayed_at_ms)} UTC"
     size = "" if letter.value is None else f" ({len(letter.value):,} bytes)"
     return "\n".join(
@@ -310,7 +312,9 @@ def _letter(message: Message) -> Letter:
 
 
 def _write(client: Producer, letters: Sequence[Letter], *, done: int) -> None:
-    """Write the letters and their marks in one transaction. `done` letters were replayed before, for the error message.
+    """Write the letters and their marks in one Kafka transaction.
+
+    The error message contains `done`, the number of letters that were replayed before.
 
     Raises Fenced if another replay has started, and Outage if Kafka fails.
     """
@@ -342,7 +346,7 @@ def _enqueue(
     key: bytes | None,
     headers: Headers,
     *,
-    partition: int = -1,  # -1: chosen by the key
+    partition: int = -1,  # -1: the record's key decides
 ) -> None:
     while True:
         try:
@@ -362,9 +366,9 @@ def _verdict(exception: KafkaException, used: Sequence[str], *, replayed: int = 
 
 
 def _wait_for_open_transactions(properties: Mapping[str, str], names: Sequence[str]) -> None:
-    """Wait until every record written so far is committed or aborted. Raises Outage if that takes too long.
+    """Wait until every record written so far is committed or aborted. Raises Outage if the wait takes too long.
 
-    Records behind an open transaction are invisible.
+    Consumers do not see records behind an open Kafka transaction.
     """
     partitions = [TopicPartition(end.topic, end.partition) for end in ends(properties, names)]
     written = offsets.ends(properties, partitions, committed=False)
@@ -379,19 +383,24 @@ def _wait_for_open_transactions(properties: Mapping[str, str], names: Sequence[s
 
 
 def _ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicPartition]:
-    """The end of the committed records in every partition.
+    """Return the end of the committed records in every partition of these topics.
 
-    Raises CallError if a topic is missing or this login may not see it, and Outage if Kafka does not respond.
+    Raises CallError if a topic is missing or is hidden from this login, and Outage if Kafka does not respond.
     """
     found = ends(properties, names)
     for name in names:
         if not any(end.topic == name for end in found):
-            raise CallError(f"there is no topic {name}, or this login may not see it. Run `fraudctl topics check`.")
+            raise CallError(
+                f"there is no topic {name}, or this login has no access to it. Run `fraudctl topics check`."
+            )
     return found
 
 
 def _corrected(letter: Letter, value: bytes) -> Letter:
-    """The letter with its value replaced. If it has no key, it gets the value's key, if that is one transaction."""
+    """Return the letter with its value replaced.
+
+    If the letter has no key and the new value is a single valid transaction, the letter gets this transaction's key.
+    """
     key = letter.key
     if key is None:
         with suppress(Poison):

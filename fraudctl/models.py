@@ -1,4 +1,4 @@
-"""Promotion of a model version, after a test prediction, and its comparison with the current version."""
+"""Promotes a model version after a test prediction, and compares this version with the current one."""
 
 import tempfile
 import time
@@ -18,21 +18,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trial:
-    """A version's predictions for the recorded transactions. The version was loaded as the predictor loads it."""
+    """A version's predictions for the recorded transactions.
+
+    The version is loaded in the same way as in the predictor.
+    """
 
     version: str
     predictions: np.ndarray  # (n,)
-    probabilities: np.ndarray  # (n,), NaN if the model has no probabilities
-    ms: float  # for all rows
+    probabilities: np.ndarray  # (n,), all NaN if the model returns no probabilities
+    ms: float  # time to score all rows
 
 
 def promote(of: "Alias", version: str) -> tuple[Trial, Trial | None]:
-    """Move the alias to a version that can be served. Returns its trial, and that of the version with the alias before.
+    """Move the alias to `version`. Returns the trial of this version and the trial of the alias's previous version.
 
-    The second trial is None if there was no other version, or that version cannot be loaded. Raises NoSuchVersion if
-    `version` does not exist, UnusableModel if it cannot be served, and Outage if the registry does not respond.
+    The second trial is None if the alias was on no other version, or if that version cannot be loaded. Raises
+    NoSuchVersion if `version` does not exist, UnusableModel if it cannot be served, and Outage if the registry does not
+    respond.
     """
-    # Not imported at the top: importing MLflow and scikit-learn changes os.environ, and importing our modules must not.
+    # These imports change os.environ, through MLflow and scikit-learn. Importing fraudctl.models must not change it.
     from services.predictor.model import UnusableModel
     from services.predictor.registry import Found, Registry
     from training import aliases
@@ -52,7 +56,7 @@ def promote(of: "Alias", version: str) -> tuple[Trial, Trial | None]:
 
 
 def comparison(candidate: Trial, champion: Trial | None) -> Table:
-    """A table that compares both trials, which used the same rows."""
+    """Return a table that compares the trials, which scored the same rows."""
     table = Table("recorded transactions", *(f"version {each.version}" for each in (champion, candidate) if each))
     trials = [each for each in (champion, candidate) if each]
     table.add_row("rows", *(f"{len(each.predictions):,}" for each in trials))

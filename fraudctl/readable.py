@@ -1,7 +1,7 @@
-"""Keys, values and headers as text for people: card numbers and birth dates are masked, even in malformed records.
+"""Formats keys, values and headers for people, and masks card numbers and birth dates, even in malformed records.
 
-The field's name decides what is masked. Without a name (in broken JSON), or under a name that is not a transaction
-field's, everything that might be a card number or a birth date is masked.
+A field's name decides how its value is masked. In broken JSON, and in fields that a transaction does not have,
+everything that might be a card number or a birth date is masked.
 """
 
 import json
@@ -18,7 +18,7 @@ _SHOWN = frozenset(FEATURES) - {_CARD, _BIRTH} | {"current_time", "prediction"}
 
 
 def readable_value(value: bytes | None, *, indent: int | None = 2) -> str:
-    """A record's value without card number and birth date. JSON is indented; anything else is shown as text."""
+    """Return a record's value as text, with card numbers and birth dates masked. Only JSON is indented."""
     if value is None:
         return "none"
     text = _decoded(value)
@@ -33,7 +33,7 @@ def readable_value(value: bytes | None, *, indent: int | None = 2) -> str:
 
 
 def readable_key(key: bytes | None) -> str:
-    """A record's key. A key of digits only is a card number and is masked."""
+    """Return a record's key as text, with personal data masked. A key that consists of digits is a card number."""
     if key is None:
         return "none"
     text = _decoded(key)
@@ -41,7 +41,10 @@ def readable_key(key: bytes | None) -> str:
 
 
 def readable_header(name: str, value: str | bytes | None) -> str:
-    """A header's value, masked. In the project's own headers, times in ms stay readable."""
+    """Return a header's value as text, with personal data masked.
+
+    In this project's own headers, times in milliseconds stay readable.
+    """
     if value is None:
         return "none"
     text = value if isinstance(value, str) else _decoded(value)
@@ -50,7 +53,7 @@ def readable_header(name: str, value: str | bytes | None) -> str:
 
 
 def _hidden(value: Any, field: str = "") -> Any:
-    """The JSON value with card numbers and birth dates masked."""
+    """Return the JSON value with card numbers and birth dates masked."""
     if value is None or isinstance(value, bool):
         return value
     if field.lower() == _CARD:
@@ -79,14 +82,17 @@ def _hidden_object(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hidden_row(columns: list[Any], row: Any) -> Any:
-    """A row of the split form, masked. If it has too few or too many cells, they are masked as unknown fields."""
+    """Mask a row in pandas' split form.
+
+    If the row has too few or too many cells, each cell is masked like an unknown field.
+    """
     if isinstance(row, list) and len(row) == len(columns):
         return [_hidden(cell, str(column)) for column, cell in zip(columns, row, strict=True)]
     return _hidden(row)
 
 
 def _parsed(text: str) -> Any:
-    """The JSON object or list in the text, which may be encoded as JSON twice; None for anything else."""
+    """Return the JSON object or list in the text, or None if there is neither. The JSON may be encoded twice."""
     try:
         parsed = json.loads(text)
         if isinstance(parsed, str):
@@ -101,7 +107,7 @@ def _decoded(raw: bytes) -> str:
 
 
 def _printable(text: str) -> str:
-    """The text with control characters escaped, so that a terminal does not interpret them."""
+    """Escape the text's control characters, so that a terminal does not interpret them."""
     return "".join(
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
     )

@@ -1,4 +1,4 @@
-"""What `fraudctl status` shows. It queries Kafka, MLflow and the database, and works even if every service is down."""
+"""Queries Kafka, MLflow and the database for `fraudctl status`, which works even if every service is down."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from shared.records import format_time
 from shared.settings import RegistrySettings, ServiceSettings, kafka_properties, load
 
 _TIMEOUT_S = 10.0
-COORDINATOR_S = 20.0  # a new broker creates its internal topics when the first group or transaction needs them
+COORDINATOR_S = 20.0  # a new broker creates its internal topics only for the first group or Kafka transaction
 _PARALLEL = 10
 _GROUP = "fraudctl"
 _MAX_LETTERS_READ = 10_000
@@ -35,8 +35,8 @@ _MAX_LETTERS_READ = 10_000
 PASSING = frozenset(
     {KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS, KafkaError.NOT_COORDINATOR}
 )
-_QUIET_S = 900.0  # the same as in the alert NoTransactions
-_MAX_ROWS_COUNTED = 1_000_000  # counting more takes longer than an operator waits
+_QUIET_S = 900.0  # as in the alert rule NoTransactions
+_MAX_ROWS_COUNTED = 1_000_000  # counting more rows takes longer than an operator waits
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class Settings(NamedTuple):
     common: ServiceSettings
     registry: RegistrySettings
     database: DatabaseSettings
-    services: Mapping[str, ServiceSettings]  # by name; only services with a consumer group
+    services: Mapping[str, ServiceSettings]  # by service name; only services with a consumer group
 
 
 class ConfiguredGroup(NamedTuple):
@@ -59,7 +59,7 @@ class ConfiguredGroup(NamedTuple):
 
 
 def configured_groups(services: Mapping[str, ServiceSettings]) -> list[ConfiguredGroup]:
-    """The consumer groups in these services' settings, in the order of the data flow."""
+    """Return the consumer groups in these services' settings, in the order of the data flow."""
     return [
         ConfiguredGroup(service.name, getattr(settings, group.setting), getattr(settings, group.topic))
         for service, group in catalogue.readers()
@@ -73,7 +73,7 @@ class Partition:
     """A group's progress in a partition, and the member that the partition is assigned to."""
 
     partition: int
-    lag: int  # offsets from the first unprocessed record to the end
+    lag: int  # number of offsets from the first unprocessed record to the end
     oldest_seconds: float  # age of the first unprocessed record
     member: str | None
 
@@ -101,13 +101,17 @@ class Reader:
 
 @dataclass(frozen=True)
 class Topic:
-    """A topic's state. Only a dead-letter topic has `dead_letters`: the number not replayed yet."""
+    """A topic's state.
+
+    `dead_letters` is the number of letters not replayed yet. `dead_letters` is None for topics that are not dead-letter
+    topics.
+    """
 
     name: str
     partitions: int
     leaderless: Sequence[int] = ()  # partitions without a leader; nothing else is known about them
-    records: int = 0  # number of offsets, some of which may be transaction markers
-    newest_seconds: float | None = None  # age of the newest record, if there is one
+    records: int = 0  # number of offsets, including the offsets of transaction markers
+    newest_seconds: float | None = None  # age of the newest record; None if there is no record
     dead_letters: int | None = None
     counted: bool = True  # False: dead_letters is an upper bound
 
@@ -125,7 +129,7 @@ class Database:
 
 @dataclass(frozen=True)
 class Models:
-    """The model's versions with the champion and challenger aliases."""
+    """The model versions that have the aliases champion and challenger."""
 
     name: str
     champion: str | None
@@ -134,7 +138,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Alert:
-    """The newest fraud in the database that the alerter has processed."""
+    """The newest predicted fraud that the database has and that the alerter has processed."""
 
     trans_num: str
     unix_time: int
@@ -143,7 +147,7 @@ class Alert:
 
 @dataclass(frozen=True)
 class Status:
-    """What was found. A field is None if its system did not respond."""
+    """The result of `look`. A field is None if the system that it describes did not respond."""
 
     topics: Sequence[Topic] | None
     readers: Sequence[Reader] | None
@@ -153,12 +157,12 @@ class Status:
     problems: Sequence[str]
 
     def report(self) -> dict[str, object]:
-        """The status as JSON."""
+        """Return the status as a dictionary for JSON."""
         return {"healthy": not self.problems, **asdict(self)}
 
 
 def load_settings() -> Settings:
-    """The settings that `look` needs. Raises SettingsError if one is missing or invalid."""
+    """Return the settings that `look` needs. Raises SettingsError if a setting is missing or invalid."""
     services = {service.name: load(service.settings) for service, _ in catalogue.readers()}
     return Settings(load(ServiceSettings), load(RegistrySettings), load(DatabaseSettings), services)
 
@@ -207,14 +211,14 @@ def look(settings: Settings) -> Status:
 
 
 def _topic_names(settings: ServiceSettings) -> list[str]:
-    """Every topic that a service writes or reads, in the order of the data flow."""
+    """Return every topic that a service writes or reads, in the order of the data flow."""
     written = [service.writes for service in catalogue.SERVICES if service.writes]
     read = [group.topic for _, group in catalogue.readers()]
     return [getattr(settings, topic) for topic in dict.fromkeys((*written, *read))]
 
 
 def _sources(settings: ServiceSettings) -> dict[str, str]:
-    """The names of the services that fetch transactions from outside, by the topic that each writes."""
+    """Return the names of the services that fetch transactions from outside, by the topic that each service writes."""
     return {
         getattr(settings, service.writes): service.name
         for service in catalogue.SERVICES
@@ -223,7 +227,7 @@ def _sources(settings: ServiceSettings) -> dict[str, str]:
 
 
 def show(status: Status) -> RenderableType:
-    """The status for a terminal. Problems come first, because the rest may not fit on the screen."""
+    """Format the status for a terminal. Problems are shown first, because the rest may not fit on the screen."""
     parts: list[RenderableType] = [Text(f"unhealthy: {problem}") for problem in status.problems] or [Text("healthy")]
     if status.readers:
         table = Table("group", "topic", "partition", "lag", "oldest", "assigned to")
@@ -284,8 +288,11 @@ def _problems(status: Status, *, sources: Mapping[str, str], stall_seconds: floa
 
 
 def _known(properties: Mapping[str, str], names: Sequence[str]) -> dict[str, TopicMetadata]:
-    """Each topic's metadata. Requested by name, because a full list omits topics with denied access. Raises Outage."""
-    client = consumer(properties, group=_GROUP)  # a consumer's request does not create missing topics
+    """Return each topic's metadata. Raises Outage.
+
+    Topics are requested by name, because a list of all topics omits those that this login has no access to.
+    """
+    client = consumer(properties, group=_GROUP)  # unlike a producer, a consumer does not create missing topics
     try:
         return {name: client.list_topics(name, timeout=_TIMEOUT_S).topics[name] for name in names}
     except KafkaException as error:
@@ -306,14 +313,14 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _led(name: str, found: TopicMetadata) -> list[TopicPartition]:
-    """The partitions that have a leader."""
+    """Return the partitions that have a leader."""
     return [TopicPartition(name, each) for each in sorted(found.partitions) if found.partitions[each].leader >= 0]
 
 
 def _reader(
     properties: Mapping[str, str], configured: ConfiguredGroup, found: TopicMetadata, *, now_ms: float
 ) -> Reader:
-    """The group's members, and its progress in each partition that has a leader. Raises Outage."""
+    """Query the group's members, and the group's progress in each partition that has a leader. Raises Outage."""
     service, group, topic = configured
     client = admin(properties)
     places = _led(topic, found)
@@ -343,7 +350,10 @@ def _reader(
 
 
 def _with_coordinator(ask: Callable[[], T]) -> T:
-    """The result of `ask`, which is retried while the group's coordinator is not ready. Raises KafkaException."""
+    """Return the result of `ask`, which is called again while the group's coordinator is not ready.
+
+    Raises KafkaException for any other error, and if the coordinator takes too long.
+    """
     deadline = time.monotonic() + COORDINATOR_S
     while True:
         try:
@@ -355,7 +365,9 @@ def _with_coordinator(ask: Callable[[], T]) -> T:
 
 
 def answered(future: Future[T]) -> T:
-    """The result of a request about a group. Raises KafkaException if the request fails or takes too long.
+    """Wait for the result of a request about a group.
+
+    Raises KafkaException if the request fails or takes too long.
 
     The time limit is enforced here because librdkafka aborts the process if its own `request_timeout` expires while it
     looks for the group's coordinator.
@@ -367,7 +379,7 @@ def answered(future: Future[T]) -> T:
 
 
 def _committed(client: AdminClient, group: str, places: list[TopicPartition]) -> dict[int, int]:
-    """The group's committed offset in each partition, or 0 if it has none. Raises KafkaException."""
+    """Return the group's committed offset in each partition, or 0 if nothing is committed. Raises KafkaException."""
     asked = client.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group, places)])
     try:
         found = {place.partition: place.offset for place in answered(asked[group]).topic_partitions}
@@ -379,7 +391,10 @@ def _committed(client: AdminClient, group: str, places: list[TopicPartition]) ->
 
 
 def _firsts(properties: Mapping[str, str], places: Collection[TopicPartition]) -> dict[int, Message]:
-    """The first record at or after each offset, by partition; absent if only transaction markers follow."""
+    """Return the first record at or after the offset of each of `places`, by partition.
+
+    A partition is left out if only Kafka's transaction markers follow the offset.
+    """
     reader = consumer({**properties, "enable.partition.eof": "true"}, group=_GROUP)
     unread = {place.partition for place in places}
     firsts: dict[int, Message] = {}
@@ -407,7 +422,10 @@ def _firsts(properties: Mapping[str, str], places: Collection[TopicPartition]) -
 
 
 def _topic(properties: Mapping[str, str], name: str, found: TopicMetadata, *, now_ms: float) -> Topic:
-    """The topic's state. If there are too many dead letters to read, their number is an upper bound. Raises Outage."""
+    """Query the topic's state. Raises Outage.
+
+    The number of dead letters is an upper bound if there are too many to read, or if a partition has no leader.
+    """
     if found.error and found.error.code() in DENIED:
         raise Outage(f"Kafka: {name}: {found.error.str()}")
     places = _led(name, found)
@@ -418,7 +436,7 @@ def _topic(properties: Mapping[str, str], name: str, found: TopicMetadata, *, no
     with _naming(name):
         topic = replace(topic, records=_records(properties, places))
         newest = None
-        with suppress(Outage):  # Kafka may not know this for a new topic yet
+        with suppress(Outage):  # Kafka may not know the newest time of a new topic yet
             newest = newest_ms(properties, places)
         if newest is not None:
             topic = replace(topic, newest_seconds=round(max(0.0, now_ms - newest) / 1000, 1))
@@ -431,7 +449,7 @@ def _topic(properties: Mapping[str, str], name: str, found: TopicMetadata, *, no
 
 
 def _records(properties: Mapping[str, str], places: Sequence[TopicPartition]) -> int:
-    """The number of offsets in these partitions. Raises KafkaException."""
+    """Return the number of offsets in these partitions. Raises KafkaException."""
     client = consumer(properties, group=_GROUP)
     try:
         marks = [client.get_watermark_offsets(place, timeout=_TIMEOUT_S) for place in places]

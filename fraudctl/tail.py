@@ -1,4 +1,4 @@
-"""A topic's last records, or its new records as they arrive, without card numbers and birth dates."""
+"""Reads a topic's last records, or new records as they arrive, and masks card numbers and birth dates."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +18,12 @@ from shared.records import format_time
 _GROUP = "fraudctl"
 _POLL_S = 0.1
 _TIMEOUT_S = 10.0
-# Errors to ignore: a consumer with assigned partitions also looks up its group, but `follow` does not need a group.
+# Errors to ignore. A consumer with assigned partitions also looks up its group, but `follow` does not need a group.
 _HARMLESS = frozenset({KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError._PARTITION_EOF})
 
 
 def last(properties: Mapping[str, str], topic: str, count: int) -> list[Message]:
-    """The last `count` records, oldest first.
+    """Return the last `count` records, oldest first.
 
     Raises CallError if the topic is missing, and Outage if Kafka does not respond.
     """
@@ -35,8 +35,8 @@ def last(properties: Mapping[str, str], topic: str, count: int) -> list[Message]
             TopicPartition(topic, end.partition, max(first[topic, end.partition], end.offset - reach)) for end in places
         ]
         found = list(read_to_end(properties, starts, group=_GROUP))
-        # Transaction markers have offsets too, so `reach` offsets may hold too few records. All of the last records may
-        # be in one partition, so each partition needs `count` of them.
+        # Transaction markers have offsets, too, so `reach` offsets may contain too few records. All of the last records
+        # may be in one partition, so each partition needs `count` records.
         behind = [start.partition for start in starts if start.offset > first[topic, start.partition]]
         if all(sum(message.partition() == each for message in found) >= count for each in behind):
             return sorted(found, key=lambda message: (message.timestamp()[1], coordinates(message)))[-count:]
@@ -44,7 +44,7 @@ def last(properties: Mapping[str, str], topic: str, count: int) -> list[Message]
 
 
 def follow(properties: Mapping[str, str], topic: str, *, report: Callable[[str], None]) -> Iterator[Message]:
-    """New records as they arrive; never ends.
+    """Yield new records as they arrive, and never return.
 
     Calls `report` with each problem, but only once per kind of problem until the next record arrives. Raises CallError
     if the topic is missing, and Outage if Kafka does not respond or denies access.
@@ -66,7 +66,7 @@ def follow(properties: Mapping[str, str], topic: str, *, report: Callable[[str],
         while True:
             message = reader.poll(0)
             if message is None:
-                time.sleep(_POLL_S)  # Ctrl+C is handled here: the callbacks of a blocking poll may swallow it
+                time.sleep(_POLL_S)  # not a blocking poll, whose callbacks may swallow Ctrl+C
                 continue
             error = message.error()
             if error is None:
@@ -84,7 +84,7 @@ def follow(properties: Mapping[str, str], topic: str, *, report: Callable[[str],
 
 
 def description(message: Message) -> str:
-    """A record as a few lines of text, without card number and birth date."""
+    """Describe a record in a few lines of text, with card numbers and birth dates masked."""
     topic, partition, offset = coordinates(message)
     found = headers(message)
     provenance = from_headers(found)

@@ -1,7 +1,7 @@
-"""Fault campaigns: run the whole pipeline on a real Apache Kafka while its parts are killed, stopped or misbehave.
+"""Runs the whole pipeline on a real Apache Kafka while parts of the pipeline are killed or stopped, or misbehave.
 
-Each scenario streams transactions at a steady rate, injects faults chosen by its seed, and repairs everything. When all
-transactions are processed, it draws up the ledger and checks every guarantee, transaction by transaction.
+Each scenario streams transactions at a steady rate, injects faults that depend on the seed, and repairs everything.
+When all transactions are processed, the scenario draws up the ledger and checks every guarantee for every transaction.
 """
 
 import random
@@ -45,7 +45,7 @@ class Result:
     broken: Sequence[str]
 
     def report(self) -> dict[str, object]:
-        """The outcome as an entry of the report file."""
+        """Return the outcome as an entry of the report file."""
         named = {
             name: getattr(self, name) for name in ("scenario", "seed", "rubbish", "evictions", "figures", "broken")
         }
@@ -55,7 +55,7 @@ class Result:
 def campaign(
     names: Sequence[str], *, seed: int, minutes: float | None, work_dir: Path, console: Console
 ) -> Iterator[Result]:
-    """Run these scenarios one after another, and yield each one's outcome.
+    """Run these scenarios one after another, and yield the outcome of each scenario.
 
     Raises StandInError if a process fails, Outage if Kafka does not respond, and SettingsError for invalid settings.
     """
@@ -69,11 +69,11 @@ def _play(name: str, *, seed: int, minutes: float | None, work_dir: Path, consol
     runs = []
 
     def steps(scene: Scene) -> Iterator[None]:
-        yield  # the services start
+        yield  # the services start now
         seconds = 60 * (scenario.minutes if minutes is None else minutes)
         run = Run(
             scene=scene,
-            broker=cast(ApacheKafka, scene.stack.broker),  # not None: the options below start both
+            broker=cast(ApacheKafka, scene.stack.broker),  # never None, because the options below start both
             database=cast(Postgres, scene.stack.database),
             dice=random.Random(f"{name} {seed}"),  # noqa: S311 - only chooses faults
             rate=_RATE,
@@ -113,7 +113,7 @@ def _play(name: str, *, seed: int, minutes: float | None, work_dir: Path, consol
 
 
 def broken_promises(run: Run, ledger: Ledger, logs: Sequence[str]) -> list[str]:
-    """One line for each guarantee that did not hold, with the identities of the transactions affected."""
+    """Return one line for each guarantee that did not hold, with the identities of the affected transactions."""
     broken = [f"{what}: {_some(identities)}" for what, identities in ledger.suspects.items()]
     if ledger.mailed_frauds != ledger.predicted_frauds and not broken:
         broken.append(f"{ledger.mailed_frauds} of {ledger.predicted_frauds} frauds mailed")

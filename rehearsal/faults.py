@@ -35,11 +35,11 @@ class Run:
     database: Postgres
     dice: random.Random
     rate: float  # transactions per second
-    ends: float  # time.monotonic() at which no more faults are due
+    ends: float  # time.monotonic() after which no new fault is injected
     least_kills: int
     work_dir: Path
     kills: Counter[str] = field(default_factory=Counter)  # by service
-    faults: Counter[str] = field(default_factory=Counter)  # by their names in the report
+    faults: Counter[str] = field(default_factory=Counter)  # by the faults' names in the report
     bad_stops: list[str] = field(default_factory=list)  # services that exited with an error or too late after SIGTERM
     rubbish: set[Place] = field(default_factory=set)
     fixed: str | None = None  # trans_num of the dead letter that was replayed with a corrected value
@@ -48,28 +48,31 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """True if no more faults are due: time is up and there were enough kills, or the run was interrupted."""
+        """True if the run was interrupted, or if the time is up and there were enough kills."""
         done = time.monotonic() >= self.ends and self.kills.total() >= self.least_kills
         return done or self.scene.enough.is_set()
 
     def kill(self, process: Process) -> None:
-        """SIGKILL the process and count it."""
+        """Kill the process with SIGKILL, and count the kill."""
         process.kill()
         self.kills[process.name.partition("-")[0]] += 1
 
     def pause(self, least_s: float, most_s: float | None = None) -> Iterator[None]:
-        """Yield for `least_s` to `most_s` seconds, chosen at random, or until the run is over."""
+        """Yield for a random time between `least_s` and `most_s` seconds, or until the run is over."""
         until = time.monotonic() + self.dice.uniform(least_s, least_s if most_s is None else most_s)
         while time.monotonic() < until and not self.over:
             yield
 
 
 Faults = Callable[[Run], Iterator[None]]
-"""Injects faults until the run is over, then repairs the damage. The iterator is advanced four times per second."""
+"""A function that injects faults until the run is over, then repairs the damage.
+
+The function's iterator is advanced four times per second.
+"""
 
 
 def kills(name: str, *, pause_s: float = 3.0) -> Faults:
-    """SIGKILL a service at random moments, sometimes during startup, and restart it at once."""
+    """Kill a service with SIGKILL at random moments, sometimes during startup, and restart the service at once."""
 
     def faults(run: Run) -> Iterator[None]:
         while not run.over:
@@ -89,7 +92,7 @@ def kills(name: str, *, pause_s: float = 3.0) -> Faults:
 
 
 def stops(*, pause_s: float = 3.0) -> Faults:
-    """SIGTERM the services in turn, at random moments, and restart each at once."""
+    """Stop the services in turn with SIGTERM, at random moments, and restart each service at once."""
 
     def faults(run: Run) -> Iterator[None]:
         order: list[str] = []
@@ -112,7 +115,7 @@ def stops(*, pause_s: float = 3.0) -> Faults:
 
 
 def scaling(*, pause_s: float = 8.0) -> Faults:
-    """Scale the predictor to three replicas and back to one, ending one replica with SIGTERM and one with SIGKILL."""
+    """Scale the predictor to three replicas and back to one. One replica gets SIGTERM, and one gets SIGKILL."""
 
     def faults(run: Run) -> Iterator[None]:
         services = run.scene.services
@@ -135,7 +138,7 @@ def scaling(*, pause_s: float = 8.0) -> Faults:
 
 
 def broker_restarts(*, pause_s: float = 8.0) -> Faults:
-    """Stop or kill the broker, and restart it after up to 2 s, or after a consumer's session has expired."""
+    """Stop or kill the broker. Restart the broker within 2 s, or after the consumers' sessions have expired."""
 
     def faults(run: Run) -> Iterator[None]:
         broker = run.broker
@@ -176,7 +179,7 @@ def database_away(*, seconds: tuple[float, float], pause_s: float) -> Faults:
 
 
 def connection_kills(run: Run) -> Iterator[None]:
-    """Make PostgreSQL close all connections of the services, again and again."""
+    """Repeatedly make PostgreSQL close all connections of the services."""
     database = run.database
     while not run.over:
         yield from run.pause(0.2, 2.0)
@@ -192,7 +195,7 @@ def connection_kills(run: Run) -> Iterator[None]:
 
 
 def mail_server_away(run: Run) -> Iterator[None]:
-    """Stop the mail server and restart it, again and again."""
+    """Repeatedly stop the mail server and restart it."""
     mailbox = run.scene.stack.mailbox
     yield from run.pause(1.0, 5.0)
     while not run.over:
@@ -204,7 +207,7 @@ def mail_server_away(run: Run) -> Iterator[None]:
 
 
 def mail_troubles(*kinds: str, rest_s: float = 6.0) -> Faults:
-    """Alternate between a mail server that misbehaves in one of these ways, and one that works for up to `rest_s`."""
+    """Make the mail server alternate between one of these faults and up to `rest_s` seconds of normal operation."""
 
     def faults(run: Run) -> Iterator[None]:
         mailbox = run.scene.stack.mailbox
@@ -220,7 +223,7 @@ def mail_troubles(*kinds: str, rest_s: float = 6.0) -> Faults:
 
 
 def registry_away(run: Run) -> Iterator[None]:
-    """Stop the registry once the predictor has a model, and restart the predictor three times before the registry."""
+    """Stop the registry once the predictor has a model. Restart the predictor three times, and then the registry."""
     registry, predictor = run.scene.stack.registry, run.scene.services["predictor"]
     while not run.over and not predictor.ready:
         yield
@@ -241,7 +244,7 @@ def registry_away(run: Run) -> Iterator[None]:
 
 
 def api_troubles(run: Run) -> Iterator[None]:
-    """Make the payments API misbehave in 30 % of the calls, each time in one of its known ways."""
+    """Make the payments API simulate faults of all kinds, in 30 % of the calls."""
     api = run.scene.stack.api
     api.misbehave(*FAULTS, share=0.3, seed=run.dice.randrange(2**32))
     run.faults["API misbehaves"] += 1
@@ -270,7 +273,7 @@ def poison(run: Run) -> Iterator[None]:
 
 
 def _replay(run: Run, letter: Place, value: bytes) -> str:
-    """Replay a dead letter with this value, as an operator would. Returns the transaction's trans_num."""
+    """Replay a dead letter with this value, as an operator does. Returns the transaction's trans_num."""
     path = run.work_dir / "fixed.json"
     path.write_bytes(value)
     topic, partition, offset = letter

@@ -1,6 +1,6 @@
-"""The ledger: tracks every transaction by identity through the topics, the mailbox and the table.
+"""The ledger: tracks every transaction, by its identity, through the topics, the mailbox and the table.
 
-All figures are counted in the topics, the mailbox and the table themselves; none is reported by a service.
+All figures are counted in the topics, in the mailbox and in the table. No figure is reported by a service.
 """
 
 import time
@@ -50,26 +50,23 @@ class Topics:
 
     records_1: int = 0
     records_2: int = 0
-    repeated: list[Identity] = field(default_factory=list)  # on either topic; one entry for each repetition
+    repeated: list[Identity] = field(default_factory=list)  # one entry for each repetition on either topic
     misplaced: list[Identity] = field(default_factory=list)  # predicted after a later transaction of the same card
-    dead_letters: defaultdict[Place, list[Place]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # by the place of the original record
-    refused_rows: int = 0  # dead letters of the producer, for invalid rows from the API
+    # The places of the dead letters, by the place of the original record.
+    dead_letters: defaultdict[Place, list[Place]] = field(default_factory=lambda: defaultdict(list))
+    refused_rows: int = 0  # number of the producer's dead letters, for invalid rows from the API
     produced_ms: dict[Identity, int] = field(default_factory=dict)  # timestamp of the record on topic_1
-    visible_ms: dict[Identity, float] = field(
-        default_factory=dict
-    )  # when a read_committed consumer received it from topic_2
+    # When a read_committed consumer received the record from topic_2.
+    visible_ms: dict[Identity, float] = field(default_factory=dict)
     frauds: set[Identity] = field(default_factory=set)
     dead: set[Identity] = field(default_factory=set)
-    last_source: dict[int, int] = field(
-        default_factory=dict
-    )  # by card, the topic_1 offset of its last predicted transaction
+    # For each card, the topic_1 offset of its last predicted transaction.
+    last_source: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """The figures of a run. It balances if nothing was lost or duplicated."""
+    """The figures of a run. The ledger balances if nothing was lost or duplicated."""
 
     served: int
     fetched: int
@@ -88,23 +85,23 @@ class Ledger:
     seconds: float
     latency_ms: Mapping[str, Mapping[str, float | None]]
     suspects: Mapping[str, list[Identity]]  # by kind of problem, the identities of the transactions affected
-    mail_delays: list[tuple[int, float]]  # per fraud: time on topic_1 (epoch ms), delay until its mail (ms)
+    mail_delays: list[tuple[int, float]]  # per fraud: time on topic_1 (epoch ms), time from topic_1 to the mail (ms)
     dead_letter_places: Mapping[Place, Sequence[Place]]  # by the place of the original record
 
     @property
     def balanced(self) -> bool:
-        """True if every transaction arrived everywhere once, in the order of its card, and every fraud was mailed."""
+        """True if no transaction is missing, repeated on a topic, or out of order, and if every fraud was mailed."""
         return not self.suspects and self.mailed_frauds == self.predicted_frauds
 
     def report(self) -> dict[str, object]:
-        """The figures for the report file."""
+        """Return the figures for the report file."""
         return {name: value for name, value in asdict(self).items() if name not in _NOT_REPORTED}
 
 
 class TopicReader:
     """Reads both topics and their dead letters continuously in a thread.
 
-    It cannot wait and read everything at the end, because the embedded broker drops old records.
+    Reading everything at the end is not possible, because the embedded broker drops old records.
     """
 
     def __init__(self, properties: Mapping[str, str], *, topic_1: str) -> None:
@@ -115,7 +112,8 @@ class TopicReader:
         self._thread = Thread(target=self._read, name="ledger", daemon=True)
         self.topics = Topics()
         self._next: dict[tuple[str, int], int] = {}
-        self.positions: dict[tuple[str, int], int] = {}  # offset after the last record read, ignoring markers
+        # The offset after the last record that was read, even if Kafka's transaction markers follow.
+        self.positions: dict[tuple[str, int], int] = {}
 
     def start(self, starts: Iterable[TopicPartition]) -> None:
         """Start reading at these offsets."""
@@ -133,9 +131,9 @@ class TopicReader:
             self._read_until_silence()
 
     def _read_until_silence(self) -> None:
-        """Read until no record has arrived for a while. The caller then retries with a new client.
+        """Read until no record has arrived for a while.
 
-        After a broker outage, a client may hang.
+        The caller then retries with a new client, because a client may hang after a broker outage.
         """
         reader = consumer(self._properties, group="ledger")
         reader.assign([TopicPartition(*place, offset) for place, offset in (self._next | self.positions).items()])
@@ -191,7 +189,7 @@ class TopicReader:
 
 
 def _origin(letter: Message) -> Place | None:
-    """The place of a dead letter's original record, or None if the message is only a replay marker."""
+    """Return the place of a dead letter's original record, or None if the message is only the mark of a replay."""
     found = {name: content for name, content in headers(letter) if isinstance(content, bytes)}
     if "dlq-replayed" in found:
         return None
@@ -213,7 +211,7 @@ def draw_up(
 ) -> Ledger:
     """Compare the transactions that the source served with the topics, the mailbox and the table.
 
-    `repeats` is the number of transactions that the source served more than once, each repetition counted.
+    `repeats` is the number of repetitions: how often the source served a transaction that it had served before.
     """
     produced, predicted = topics.produced_ms.keys(), topics.visible_ms.keys()
     mailed_ms, emails = mailed(mailbox, predicted, since_ms=since_ms, sender=sender)
@@ -257,7 +255,7 @@ def draw_up(
 def mailed(
     mailbox: Path, identities: Iterable[Identity], *, since_ms: int, sender: str
 ) -> tuple[dict[Identity, float], int]:
-    """When each of these transactions was first mailed (epoch ms), and the total number of mails."""
+    """Return when each of these transactions was first mailed (epoch ms), and the total number of mails."""
     by_message_id = {message_id(identity, sender=sender): identity for identity in identities}
     first: dict[Identity, float] = {}
     emails = 0
@@ -272,9 +270,9 @@ def mailed(
 
 
 def _stored(engine: sa.Engine, identities: Iterable[Identity], *, since_ms: int) -> dict[Identity, float]:
-    """When each of these transactions was first stored (epoch ms), if it was predicted at or after `since_ms`.
+    """Return when each transaction was first stored (epoch ms), for transactions predicted at or after `since_ms`.
 
-    If an earlier run inserted the row, the time is from that run: an upsert only updates the prediction time.
+    If an earlier run inserted the row, the time is from that run, because an upsert does not change `ingested_at`.
     """
     wanted = set(identities)
     query = sa.text("""
@@ -287,11 +285,13 @@ def _stored(engine: sa.Engine, identities: Iterable[Identity], *, since_ms: int)
 
 
 def _latency(begin: Mapping[Identity, float], end: Mapping[Identity, float]) -> dict[str, float | None]:
-    """Median and 99th percentile of the time from `begin` to `end` (ms), over the transactions in both."""
+    """Return the median and 99th percentile of the time from `begin` to `end` (ms).
+
+    Only transactions that have both times are counted.
+    """
     both = begin.keys() & end.keys()
-    spans = [
-        span for identity in both if (span := end[identity] - begin[identity]) >= 0
-    ]  # negative if an earlier run stored the row
+    # A span is negative if an earlier run stored the row.
+    spans = [span for identity in both if (span := end[identity] - begin[identity]) >= 0]
     if not spans:
         return {"p50": None, "p99": None}
     p50, p99 = np.percentile(spans, (50, 99))

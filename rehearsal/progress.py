@@ -1,4 +1,4 @@
-"""The progress of a demo: controls the stream, shows what each service has done, and waits until all is processed."""
+"""Controls a demo's stream, shows what each service has done, and waits until all transactions are processed."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ _EMBEDDED_WINDOW = KEPT_RECORDS_A_PARTITION // 2
 
 
 class GroupProgress:
-    """The progress of a consumer group, by its committed offsets."""
+    """The progress of a consumer group, measured by the group's committed offsets."""
 
     def __init__(self, properties: Mapping[str, str], name: str, topic: str, run_id: str) -> None:
         """Create a group for the service `name`, starting at the current end of the topic.
@@ -53,9 +53,9 @@ class GroupProgress:
         self._client.close()
 
     def done_and_lag(self, positions: Mapping[tuple[str, int], int]) -> tuple[int, int]:
-        """The number of records committed since the start, and of records before `positions` not committed yet.
+        """Return how many records were committed since the start, and how many up to `positions` are uncommitted.
 
-        While the broker does not respond, these are the last known figures.
+        While the broker does not respond, returns the last known numbers.
         """
         wanted = [TopicPartition(topic, partition) for topic, partition in self._starts]
         try:
@@ -104,7 +104,7 @@ class Progress:
         self._last_alert = "none yet"
 
     def stream(self, interrupted: Event, steps: Iterator[None]) -> None:
-        """Let transactions stream until the scenario is over and the source is exhausted or interrupted."""
+        """Let transactions stream until the scenario is over, and the source is exhausted or the stream interrupted."""
         over = object()
         while True:
             stepped = next(steps, over)
@@ -129,7 +129,7 @@ class Progress:
             produced = len(seen.produced_ms) + seen.refused_rows
             predicted = len(seen.visible_ms.keys() | seen.dead) + seen.refused_rows
             lags = [row.lag for row in self._rows.values()]
-            unconfirmed = self._status["in_flight"] + self._status["put_back"]  # a producer will fetch these
+            unconfirmed = self._status["in_flight"] + self._status["put_back"]  # a producer will fetch these rows
             if not unconfirmed and served <= produced <= predicted and not any(lags):
                 return
             if (now := (unconfirmed, served, produced, predicted, lags)) != before:

@@ -1,4 +1,4 @@
-"""Rubbish for topic_1: many kinds of values that are not valid transactions."""
+"""Writes rubbish to topic_1: many kinds of values that are not valid transactions."""
 
 import logging
 import random
@@ -15,10 +15,10 @@ from shared.records import REFERENCE
 
 
 class Rubbish:
-    """Writes records that no service can decode, each with a different value.
+    """Writes records that no service can decode, with values of many kinds.
 
-    `places` are the places of the acknowledged records. `cut_off` has the values, by place, of those records that would
-    be valid if their last character were not missing.
+    `places` has the place of each acknowledged record. `cut_off` has, by place, the values of the records that would be
+    valid if their last character were not missing.
     """
 
     def __init__(self, properties: Mapping[str, str], topic: str, dice: random.Random) -> None:
@@ -34,7 +34,7 @@ class Rubbish:
         )
 
     def write(self) -> None:
-        """Write one more record. The first one is always valid except for its missing last character."""
+        """Write one more record. The first record is always a valid transaction without its last character."""
         number = next(self._numbers)
         kind, value_of = _CUT_OFF if number == 1 else self._dice.choice(_KINDS)
         self._producer.produce(self._topic, value_of(number), on_delivery=partial(self._delivered, kind))
@@ -54,7 +54,7 @@ class Rubbish:
 
 
 def _flawed(number: int, **flaws: object) -> bytes:
-    """A transaction that is valid except for these fields."""
+    """Return an encoded transaction that is valid except for these fields."""
     valid = msgspec.structs.asdict(REFERENCE) | {"trans_num": f"rubbish-{number}"}
     return msgspec.json.encode(valid | flaws)
 

@@ -1,4 +1,4 @@
-"""The scenarios of the fault campaign: their faults, their length, and their checks in addition to the ledger."""
+"""Defines the scenarios of the fault campaign: their faults, length, and checks beyond those of the ledger."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -52,7 +52,7 @@ def _mails_as_fast(run: Run, ledger: Ledger) -> list[str]:
     during = [delay for at, delay in ledger.mail_delays if any(begin <= at <= end for begin, end in outages)]
     outside = [delay for at, delay in ledger.mail_delays if all(at < begin or at > end for begin, end in outages)]
     if not during or not outside:
-        return ["no mails were sent during a database outage, or none at other times: nothing to compare"]
+        return ["no mails were sent during a database outage, or none at other times, so there is nothing to compare"]
     run.figures["mail, ms, database there"] = round(median(outside))
     run.figures["mail, ms, database away"] = round(median(during))
     added_ms = median(during) - median(outside)

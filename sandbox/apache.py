@@ -1,7 +1,7 @@
-"""A real Apache Kafka (KRaft, one node) as a child process, run with the installed Java.
+"""Runs a real Apache Kafka (KRaft, one node) as a child process, with the installed Java.
 
-The jars come from KAFKA_HOME, or are downloaded once with Maven into a cache. `python -m sandbox.apache` downloads them
-in advance.
+Kafka's jars come from KAFKA_HOME, or are downloaded once with Maven into a cache. `python -m sandbox.apache` downloads
+the jars in advance.
 """
 
 import os
@@ -19,7 +19,7 @@ from confluent_kafka.admin import AdminClient
 from sandbox.processes import Process, StandInError, free_port, port_open
 
 VERSION = "4.3.1"
-_LOG4J = "2.25.4"  # the version that Kafka's jars use, which lack the adapter from SLF4J
+_LOG4J = "2.25.4"  # the version in Kafka's jars; the jars lack Log4j's adapter for SLF4J
 _CLUSTER_ID = "ZnJhdWQtYWxhcm0tZGVtbw"  # any 16 bytes in base64
 _OLDEST_JAVA = 17
 _LISTENER = "PLAINTEXT"
@@ -45,9 +45,9 @@ Configuration:
 
 
 class ApacheKafka(Process):
-    """One broker and controller on 127.0.0.1. Its port and its records survive stop, kill and restart.
+    """A broker, which is also its own controller, on 127.0.0.1. Its port and records survive stop, kill and restart.
 
-    `settings` override its server.properties.
+    `settings` override the broker's server.properties.
     """
 
     _release = "of KAFKA_HOME" if os.environ.get("KAFKA_HOME") else VERSION
@@ -70,7 +70,7 @@ class ApacheKafka(Process):
         return f"127.0.0.1:{self._port}"
 
     def spawn(self) -> None:
-        """Start the broker, and format its storage the first time."""
+        """Start the broker. Before the first start, format the broker's storage."""
         self._directory.mkdir(parents=True, exist_ok=True)
         (self._directory / "log4j2.yaml").write_text(_LOGGING)
         properties = "".join(f"{name}={value}\n" for name, value in self._properties.items())
@@ -90,7 +90,7 @@ class ApacheKafka(Process):
 
 
 def missing() -> str | None:
-    """A phrase that says what is missing to run Apache Kafka on this machine, or None."""
+    """Return a phrase that says what this machine lacks to run Apache Kafka, or None if it lacks nothing."""
     if (version := _java_version()) is None or version < _OLDEST_JAVA:
         return f"Java {_OLDEST_JAVA} or newer is missing"
     if _jars().is_dir():
@@ -101,7 +101,10 @@ def missing() -> str | None:
 
 
 def fetch() -> Path:
-    """The folder of Kafka's jars, downloaded with Maven if it does not exist yet. Raises StandInError if that fails."""
+    """Return the folder of Kafka's jars. If it does not exist, download the jars with Maven.
+
+    Raises StandInError if Kafka cannot run on this machine, or if the download fails.
+    """
     if reason := missing():
         raise StandInError(f"Apache Kafka cannot run here: {reason}")
     jars = _jars()
@@ -124,7 +127,7 @@ def fetch() -> Path:
             raise StandInError(f"Maven could not fetch Apache Kafka {VERSION}: {first}")
         try:
             Path(workshop, "libs").rename(jars)
-        except OSError:  # another process has downloaded them in the meantime
+        except OSError:  # another process has downloaded the jars in the meantime
             if not jars.is_dir():
                 raise
     return jars
@@ -151,7 +154,7 @@ def _java(directory: Path) -> list[str]:
         "java",
         "-Xmx512m",
         "-Xshare:auto",
-        "-XX:TieredStopAtLevel=1",  # starts faster, and leaves the cores to the services
+        "-XX:TieredStopAtLevel=1",  # Kafka starts faster, and leaves the cores to the services
         "-XX:+UseSerialGC",
         f"-Dlog4j2.configurationFile={directory / 'log4j2.yaml'}",
         "-cp",

@@ -1,16 +1,17 @@
-"""The embedded broker: librdkafka's mock cluster in a process of its own, for machines without Java.
+"""Runs the embedded broker: librdkafka's mock cluster in a process of its own, for machines without Java.
 
-It speaks Kafka's protocol and keeps nothing on disk. Its measured limits, with librdkafka 2.16:
+The broker speaks Kafka's protocol and stores nothing on disk. These limits were measured with librdkafka 2.16:
 
-- it keeps about 5 MB (some 24,000 lz4 records) per partition and silently drops older records, so the source must be
-  throttled;
-- topics are created on first use, with 4 partitions; administrative calls fail or time out;
-- transactions are accepted but fake (aborted records are visible, offsets sent with a transaction are lost), so
-  services need `DELIVERY=at_least_once`;
-- the cooperative-sticky assignor leaves partitions unowned for many seconds; `range` works;
-- it does not wake a waiting fetch, so a consumer sees a record only at the end of its `fetch.wait.max.ms`;
-- after a member joins or leaves, the group waits for its other members for the session timeout minus one second, even
-  if there are none.
+- It keeps about 5 MB (some 24,000 lz4 records) per partition, and silently drops older records. Therefore, the source
+  must be throttled.
+- Topics are created on first use, with 4 partitions. Administrative calls fail or time out.
+- Kafka transactions do not work, although the broker accepts them: aborted records are visible, and offsets sent with a
+  transaction are lost. Therefore, services need `DELIVERY=at_least_once`.
+- The assignor `cooperative-sticky` leaves partitions unowned for many seconds. The assignor `range` works.
+- A new record does not end a waiting fetch. Therefore, a consumer sees a record only at the end of its
+  `fetch.wait.max.ms`.
+- After a member joins or leaves a group, the group waits for other members, even if there are none. The wait lasts for
+  the session timeout minus one second.
 """
 
 import argparse
@@ -59,7 +60,7 @@ class EmbeddedBroker(Process):
 
 
 def main() -> int:
-    """Run a mock cluster until SIGTERM. Writes its address to the file once it accepts connections."""
+    """Run a mock cluster until SIGTERM. Writes the cluster's address to the file once it accepts connections."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address-file", type=Path, required=True)
     arguments = parser.parse_args()
@@ -77,12 +78,12 @@ def main() -> int:
 
 
 def _start() -> str:
-    """Start a mock cluster of one broker for as long as this process lives. Returns its HOST:PORT.
+    """Start a mock cluster of one broker for as long as this process lives. Returns the broker's HOST:PORT.
 
-    Uses librdkafka's C interface: the Python clients can start a mock cluster, too, but its groups would wait 3 s for
-    their first members.
+    Uses librdkafka's C interface. The Python clients can start a mock cluster, too, but the groups of that cluster
+    would wait 3 s for their first members.
     """
-    c = ctypes.CDLL(cimpl.__file__)  # also gives access to the librdkafka that the clients use
+    c = ctypes.CDLL(cimpl.__file__)  # gives access to the librdkafka that the clients use
     pointer = ctypes.c_void_p
     c.rd_kafka_new.restype = c.rd_kafka_mock_cluster_new.restype = pointer
     c.rd_kafka_mock_cluster_bootstraps.restype = ctypes.c_char_p

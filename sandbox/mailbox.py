@@ -1,7 +1,7 @@
-"""A mail server that stores what it receives, and simulates faults on request.
+"""A mail server that stores the messages it receives, and simulates faults on request.
 
-Each message is an .eml file whose name begins with the time of receipt and whose first line, `X-Envelope-To`, lists the
-recipients.
+Each message is stored as an .eml file. The name of the file begins with the time of receipt. The first line of the
+file, `X-Envelope-To`, lists the recipients.
 """
 
 import argparse
@@ -47,7 +47,10 @@ class ReceivedMail:
 
     @property
     def alarms(self) -> list[tuple[str, int]]:
-        """The trans_num and unix_time of each alarm in the mail, from the attached table or else the Message-ID."""
+        """Return the trans_num and unix_time of each alarm in the mail.
+
+        The values come from the attached table or, without a table, from the Message-ID.
+        """
         attached = next(self.message.iter_attachments(), None)
         if attached is not None:
             rows = csv.DictReader(io.StringIO(str(attached.get_content())))
@@ -58,9 +61,10 @@ class ReceivedMail:
 
 
 class Mailbox(Process):
-    """The mail server on 127.0.0.1. Its port and its messages survive stop, kill and restart.
+    """The mail server on 127.0.0.1. Its port and messages survive stop, kill and restart.
 
-    With a login, it accepts mail only after AUTH. With a certificate (PEM with the key), it requires STARTTLS.
+    With `login`, the server accepts mail only after AUTH. With `certificate`, a PEM file that includes the key, the
+    server requires STARTTLS.
     """
 
     def __init__(
@@ -88,10 +92,11 @@ class Mailbox(Process):
     def misbehave(self, kind: str | None) -> None:
         """Simulate this fault until the next call or restart. None means that the server works normally.
 
-        - `4xx` refuses every mail temporarily, at varying stages with varying codes; 421 closes the connection;
-        - `5xx-one-recipient` permanently refuses only the recipients whose local part begins with "gone";
-        - `hang` accepts connections and commands but never responds. When the fault changes, hanging sessions are
-          closed and their mails are not stored, since their clients may have given up.
+        - `4xx`: the server refuses every mail temporarily, at varying stages and with varying codes. Code 421 closes
+          the connection.
+        - `5xx-one-recipient`: the server permanently refuses only the recipients whose local part begins with "gone".
+        - `hang`: the server accepts connections and commands but never responds. When the fault changes, hanging
+          sessions are closed. Their mails are not stored, because their clients may have given up.
 
         Raises ValueError for any other fault.
         """
@@ -104,12 +109,12 @@ class Mailbox(Process):
 
 
 def messages(directory: Path) -> Iterator[ReceivedMail]:
-    """The received messages, oldest first."""
+    """Yield the received messages, oldest first."""
     yield from map(read_mail, sorted(directory.glob("*.eml")))
 
 
 def repeated_mails(mails: Sequence[ReceivedMail]) -> set[int]:
-    """The indices of mails with an alarm that a later mail repeats. `mails` must be sorted, oldest first."""
+    """Return the indices of the mails with an alarm that a later mail repeats. `mails` must be sorted, oldest first."""
     first: dict[tuple[str, int], int] = {}
     found = set()
     for place, mail in enumerate(mails):
@@ -120,7 +125,7 @@ def repeated_mails(mails: Sequence[ReceivedMail]) -> set[int]:
 
 
 def read_mail(path: Path) -> ReceivedMail:
-    """Read one message. Its time of receipt comes from the file's name."""
+    """Read one message. The time of receipt comes from the name of the file."""
     parser = BytesParser(_class=EmailMessage, policy=policy.default)
     return ReceivedMail(int(path.name.partition("-")[0]), parser.parsebytes(path.read_bytes()), path)
 
@@ -165,7 +170,8 @@ class _Keeper:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._numbers = count(len(list(directory.glob("*.eml"))) + 1)
-        self._refusals = zip(cycle(_STAGES), cycle(_TEMPORARY), strict=False)  # 3 and 4: all combinations occur
+        # There are 3 stages and 4 codes, so all combinations occur.
+        self._refusals = zip(cycle(_STAGES), cycle(_TEMPORARY), strict=False)
 
     async def handle_MAIL(
         self, server: _Session, _session: Session, envelope: Envelope, address: str, options: list[str]
@@ -191,22 +197,22 @@ class _Keeper:
 
     async def handle_DATA(self, server: _Session, _session: Session, envelope: Envelope) -> str:
         if server.fault == "hang":
-            return "451 Not stored"  # `push` never sends it
+            return "451 Not stored"  # `push` never sends this response
         if refusal := _refusal(server, "DATA"):
             return refusal
         name = f"{time.time_ns() // 1_000_000}-{next(self._numbers):07d}"
-        partial = self.directory / f"{name}.partial"  # so that a listing shows complete messages only
+        partial = self.directory / f"{name}.partial"  # so that only complete messages are listed
         content = envelope.content or b""
         recipients = f"X-Envelope-To: {', '.join(envelope.rcpt_tos)}\r\n"
         partial.write_bytes(recipients.encode() + (content.encode() if isinstance(content, str) else content))
         partial.rename(partial.with_suffix(".eml"))
         # Nothing is awaited from here to the response. SIGTERM ends sessions only between two steps of the event loop,
-        # so a mail is either stored and acknowledged, or neither.
+        # so a mail is either both stored and acknowledged, or neither.
         return "250 OK"
 
 
 def _refusal(server: _Session, stage: str) -> str | None:
-    """The temporary refusal to send at this stage, or None. It is sent at DATA at the latest."""
+    """Return the temporary refusal to send at this stage, or None. A refusal is sent at DATA at the latest."""
     due, reply = server.refusal
     return reply if server.fault == "4xx" and stage in (due, "DATA") else None
 
@@ -247,7 +253,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
 
     server = await loop.create_server(session, "127.0.0.1", arguments.port)
     await stop.wait()
-    server.close()  # not wait_closed(), which waits for clients that keep their connections open
+    server.close()  # wait_closed() would wait for clients that keep their connections open
 
 
 def main() -> int:
@@ -260,7 +266,7 @@ def main() -> int:
     parser.add_argument("--certificate", type=Path)
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    (arguments.directory / _ORDER).unlink(missing_ok=True)  # left by an earlier run
+    (arguments.directory / _ORDER).unlink(missing_ok=True)  # an earlier run may have left this file
     asyncio.run(_serve(arguments))
     return 0
 

@@ -1,10 +1,14 @@
-"""A simulator of the payments API that follows the real API's contract and simulates faults on request.
+"""Simulates the payments API. The simulator follows the real API's contract, and simulates faults on request.
 
 GET /current-transactions returns a JSON string that contains JSON in pandas' split form, with one or more rows. Each
-row is served once, in order. Like the real API, the simulator has no acknowledgements: a row counts as served once its
-response is written. With --confirmed, a row counts once its client calls again on the same connection, and is served
-again if the connection ends first, so exactly the rows that the client has received are counted. Without --rate, each
-call returns one new transaction with the current time, and frauds are as frequent at noon as at night.
+row is served once, in order. Like the real API, the simulator has no acknowledgements. Therefore, a row counts as
+served once its response is written.
+
+With --confirmed, a row counts as served once the client calls again on the same connection. If the connection ends
+before that call, the row is served again. Therefore, exactly the rows that clients have received are counted.
+
+Without --rate and --source, each call returns one new transaction with the current time. Frauds are then as frequent at
+noon as at night.
 """
 
 import argparse
@@ -37,7 +41,7 @@ from shared.records import FEATURES, RAW_COLUMNS, TIME_FORMAT
 PATH = "/current-transactions"
 Fault = Literal["5xx", "429", "timeout", "html", "broken-json", "repeats"]
 FAULTS: tuple[str, ...] = get_args(Fault)
-_DEFAULT_START = datetime(2024, 5, 17, 20, 0, tzinfo=UTC)  # shortly before the hours with most frauds
+_DEFAULT_START = datetime(2024, 5, 17, 20, 0, tzinfo=UTC)  # shortly before the hours with the most frauds
 _LONGEST_WAIT_S = 0.25
 _HANG_S = 3.0
 _INTEGERS = {"cc_num", "zip", "city_pop"}
@@ -46,7 +50,7 @@ _ROWS_REMEMBERED = 1000
 _REPEATED_ROWS = 5
 
 Row = Sequence[Any]
-Numbered = tuple[int, Row]  # numbered in the order in which they are first served
+Numbered = tuple[int, Row]  # rows are numbered in the order in which they are first served
 
 
 class SourceError(Exception):
@@ -55,10 +59,10 @@ class SourceError(Exception):
 
 @dataclass
 class Queue:
-    """The rows to serve, and what has been served."""
+    """The rows to serve, and a record of the rows that were served."""
 
     rows: Iterator[Row]
-    rate: float | None  # rows due per second; 0: all at once; None: one per call, with the time of the call
+    rate: float | None  # rows due per second; 0: all at once; None: one row per call, with the time of the call
     limit: float = float("inf")  # maximum number of rows to serve in total
     numbers: Iterator[int] = field(default_factory=count)
     returned: list[Numbered] = field(default_factory=list)  # a heap
@@ -72,13 +76,14 @@ class Queue:
     lock: Lock = field(default_factory=Lock)
 
     def take(self, most: int) -> list[Numbered]:
-        """Take up to `most` of the rows that are due. Pass each of them to `done` or `put_back` later.
+        """Take up to `most` of the rows that are due. The caller must later pass each row to `done` or `put_back`.
 
-        Rows that were put back come first, and ignore the limit, because a client may already have received them.
+        Rows that were put back come first. The limit does not apply to these rows, because a client may already have
+        received them.
         """
         with self.lock:
             now = time.monotonic()
-            if self.limit > 0:  # the clock starts with the first limit above 0: no burst after a hold
+            if self.limit > 0:  # the clock starts with the first limit above 0, so a hold causes no burst
                 self.began = self.began or now
             if self.rate is None:
                 most = min(most, 1)
@@ -97,7 +102,7 @@ class Queue:
             return [*again, *zip(self.numbers, fresh, strict=False)]
 
     def done(self, rows: Sequence[Numbered], repeats: int) -> None:
-        """Count a response's new rows as served. The response also contained older rows; `repeats` is how many."""
+        """Count a response's new rows as served. `repeats` is the number of older rows in the same response."""
         with self.lock:
             known = len(self.identities)
             self.identities.update((row[-5], row[-1] // 1000) for _, row in rows)
@@ -107,19 +112,19 @@ class Queue:
             self.remembered.extend(row for _, row in rows)
 
     def put_back(self, rows: Sequence[Numbered]) -> None:
-        """Serve these rows again before any new ones, in their order, because their client disconnected."""
+        """Take back rows whose client disconnected. These rows are served again, in order, before any new rows."""
         with self.lock:
             for each in rows:
                 heappush(self.returned, each)
             self.in_flight -= len(rows)
 
     def earlier(self, most: int) -> list[Row]:
-        """Up to `most` rows that were served before."""
+        """Return up to `most` rows that were served before."""
         with self.lock:
             return list(islice(self.remembered, most))
 
     def all_served(self) -> list[tuple[str, int]]:
-        """The identities of all rows that were served."""
+        """Return the identities of all rows that were served."""
         with self.lock:
             return list(self.identities)
 
@@ -129,10 +134,15 @@ class Queue:
             self.limit = limit
 
     def status(self) -> dict[str, int | bool | None]:
-        """The state that GET /status returns.
+        """Return the state that GET /status reports.
 
-        Numbers of rows: `served` (distinct rows), `sent` (including the repeated rows), `repeats` (only those),
-        `in_flight` (in responses that do not count yet), and `put_back` (to be served again).
+        These entries are numbers of rows:
+
+        - `served`: distinct rows that were served;
+        - `sent`: all rows that were served, including repeated rows;
+        - `repeats`: repeated rows;
+        - `in_flight`: rows in responses that are not counted as served yet;
+        - `put_back`: rows to be served again.
         """
         with self.lock:
             return {
@@ -155,7 +165,7 @@ class Misbehaviour:
     dice: random.Random = field(default_factory=random.Random)
 
     def draw(self) -> str | None:
-        """A fault for this call, or None for a normal response."""
+        """Choose a fault for this call, or None for a normal response."""
         return self.dice.choice(self.kinds) if self.kinds and self.dice.random() < self.share else None
 
 
@@ -188,7 +198,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection."""
+    """Handles one connection of a client."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # otherwise a body waits 40 ms for the acknowledgement of its header
@@ -257,12 +267,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self._count_answer()
 
     def _count_answer(self) -> None:
-        """Count the last response if it is not counted yet. A client that calls again has read it."""
+        """Count the last response if it is not counted yet. A client that calls again has read the last response."""
         (rows, repeats), self._answered = self._answered, ((), 0)
         self.server.queue.done(rows, repeats)
 
     def _check_client(self) -> None:
-        """Raise OSError if the client has disconnected. Writing the response would not raise it."""
+        """Raise OSError if the client has disconnected. Writing the response would not raise an error."""
         with suppress(BlockingIOError):
             if not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
                 raise ConnectionAbortedError
@@ -293,10 +303,10 @@ def _encode(rows: Sequence[Row]) -> bytes:
 
 
 def read_csv(path: Path) -> Iterator[Row]:
-    """The rows of a training file (with or without its unnamed first column) in RAW_COLUMNS' order.
+    """Yield the rows of a training file, with the values in the order of RAW_COLUMNS.
 
-    `current_time` is computed from `trans_date_trans_time`, since the file's own `unix_time` is seven years off. Raises
-    SourceError if the file cannot be read or has an invalid row.
+    The file's unnamed first column is optional. `current_time` is computed from `trans_date_trans_time`, because the
+    file's own `unix_time` is seven years off. Raises SourceError if the file cannot be read or has an invalid row.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -346,12 +356,12 @@ class PaymentsApi(Process):
         return f"http://127.0.0.1:{self._port}{PATH}"
 
     def status(self) -> dict[str, Any]:
-        """The fields of `Queue.status`."""
+        """Return the fields of `Queue.status`."""
         answer: dict[str, Any] = requests.get(f"http://127.0.0.1:{self._port}/status", timeout=10).json()
         return answer
 
     def identities(self) -> set[tuple[str, int]]:
-        """`trans_num` and `unix_time` (seconds) of every row served so far."""
+        """Return `trans_num` and `unix_time` (seconds) of every row served so far."""
         answer = requests.get(f"http://127.0.0.1:{self._port}/served", timeout=30).json()
         return {(trans_num, unix_time) for trans_num, unix_time in answer}
 
@@ -360,7 +370,10 @@ class PaymentsApi(Process):
         self._order("limit", {"rows": rows})
 
     def misbehave(self, *kinds: str, share: float = 0.2, seed: int = 0) -> None:
-        """From now on, simulate one of these faults in this share of the calls. Without kinds, simulate none."""
+        """From now on, simulate one of the faults `kinds` in this share of the calls.
+
+        Without `kinds`, no faults are simulated.
+        """
         self._order("misbehave", {"kinds": kinds, "share": share, "seed": seed})
 
     def _order(self, path: str, order: dict[str, Any]) -> None:
@@ -386,15 +399,15 @@ def _rows(options: _Options) -> Iterator[Row]:
             seed=seed,
             start=options.start or _DEFAULT_START,
             fraud_rate=options.fraud_rate,
-            fraud_hours=ROUND_THE_CLOCK if now else FRAUD_HOURS,  # so that frauds can be seen at noon, too
+            fraud_hours=ROUND_THE_CLOCK if now else FRAUD_HOURS,  # so that there are frauds at noon, too
         )
-        if now:  # only rows of the current hour: purchases depend on it
+        if now:  # only rows of the current hour, because purchases depend on the hour
             rows = (row for row in rows if _hour(row[-1]) == _hour(time.time_ns() // 1_000_000))
     return islice(rows, options.transactions)
 
 
 def _hour(epoch_ms: int) -> int:
-    """The hour of the day, UTC."""
+    """Return the hour of the day, in UTC."""
     return epoch_ms // 3_600_000 % 24
 
 
@@ -407,28 +420,34 @@ def main() -> int:
     """Serve until SIGTERM. Raises SourceError if the file is unusable, and OSError if the address is in use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on. Default: 127.0.0.1.")
-    parser.add_argument("--port", type=int, default=8080, help="Port to listen on; 0: any free port. Default: 8080.")
-    parser.add_argument("--source", type=Path, help="CSV in the training format. Default: generated.")
+    parser.add_argument(
+        "--port", type=int, default=8080, help="Port to listen on; 0 means any free port. Default: 8080."
+    )
+    parser.add_argument("--source", type=Path, help="CSV file in the training format. Default: generated rows.")
     parser.add_argument("--seed", type=int, help="Seed for the generated rows. Default: random.")
-    parser.add_argument("--start", type=_utc, help="Time of the first generated row, in UTC unless it has an offset.")
+    parser.add_argument(
+        "--start", type=_utc, help="Time of the first generated row; UTC, unless the time has an offset."
+    )
     parser.add_argument(
         "--fraud-rate", type=float, default=FRAUD_RATE, help="Share of frauds among generated rows. Default: 0.0038."
     )
     parser.add_argument(
-        "--rate", type=float, help="Rows per second; 0 means as fast as they are fetched. Default: one per call."
+        "--rate",
+        type=float,
+        help="Rows per second; 0 means as fast as rows are fetched. Default: one row per call; with --source, 0.",
     )
     parser.add_argument("--transactions", type=int, help="Number of rows to serve. Default: no limit.")
-    parser.add_argument("--held", action="store_true", help="Serve nothing until a limit is set.")
+    parser.add_argument("--held", action="store_true", help="Serve no rows until POST /limit sets a limit.")
     parser.add_argument(
         "--confirmed",
         action="store_true",
-        help="Count a response's rows as served once the client calls again on the same connection, and serve them "
-        "again if the connection ends first.",
+        help="Count a response's rows as served once the client calls again on the same connection. Serve the rows "
+        "again if the connection ends before that.",
     )
     parser.add_argument("--max-rows", type=int, default=500, help="Maximum number of rows per response. Default: 500.")
     parser.add_argument("--misbehave", default="", help=f"Faults to simulate, comma-separated: {', '.join(FAULTS)}.")
     parser.add_argument(
-        "--misbehave-share", type=float, default=0.2, help="Share of the calls with a fault. Default: 0.2."
+        "--misbehave-share", type=float, default=0.2, help="Share of calls with a simulated fault. Default: 0.2."
     )
     parser.add_argument("--misbehave-seed", type=int, default=0, help="Seed for the faults. Default: 0.")
     options = parser.parse_args()
@@ -452,7 +471,9 @@ def main() -> int:
 
 
 def check_source(path: Path, *, rows: int | None = None) -> None:
-    """Check that the file, or its first `rows` rows, can be served. Raises SourceError if a row is invalid or missing.
+    """Check that the file, or its first `rows` rows, can be served.
+
+    Raises SourceError if a row is invalid, or if the file has no rows.
 
     Reads 100,000 rows per second. Without this check, a file with an invalid row in the middle would look as if it had
     been served completely.

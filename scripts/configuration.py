@@ -30,13 +30,13 @@ _AROUND = {
         Variable(
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
             "whole number",
-            "`0`; `fraudctl train`, `promote`, `rollback`: `2`",
+            "`0`, but `2` for `fraudctl train`, `promote` and `rollback`",
             "Number of retries of a failed call to the registry",
         ),
         Variable(
             "MLFLOW_HTTP_REQUEST_TIMEOUT",
             "seconds",
-            "`5`; `fraudctl train`, `promote`, `rollback`: `120`",
+            "`5`, but `120` for `fraudctl train`, `promote` and `rollback`",
             "Timeout of a call to the registry",
         ),
         Variable("MLFLOW_TRACKING_TOKEN", "secret", "", "Token for the registry, instead of a user name and password"),
@@ -46,13 +46,13 @@ _AROUND = {
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT",
             "true or false",
             "`true`",
-            "fraudctl: do not print the URLs of MLflow runs",
+            "Stops fraudctl from printing the URLs of MLflow runs",
         ),
         Variable(
             "AWS_ACCESS_KEY_ID",
             "text",
             "",
-            "S3 access key, for `fraudctl export`, `fraudctl train` and models in S3",
+            "S3 access key for `fraudctl export`, `fraudctl train` and models in S3",
         ),
         Variable("AWS_SECRET_ACCESS_KEY", "secret", "", "S3 secret key"),
         Variable("AWS_SESSION_TOKEN", "secret", "", "S3 session token, for temporary credentials"),
@@ -71,19 +71,26 @@ _AROUND = {
         Variable(
             "CLIENT_PROPERTIES",
             "path",
-            "`./client.properties.example`; with docker-compose.cloud.yml `./client.properties`",
-            "File on the host that compose mounts into the containers",
+            "`./client.properties.example`, but `./client.properties` with `docker-compose.cloud.yml`",
+            "Host path of the file that compose mounts into the containers",
         ),
-        Variable("EXTRA_PACKAGES", "text", "", "Python packages to add for your own models, such as `lightgbm==4.6.0`"),
+        Variable("EXTRA_PACKAGES", "text", "", "Python packages that your own models need, such as `lightgbm==4.6.0`"),
         Variable(
-            "EXTRA_DEBIAN_PACKAGES", "text", "", "Debian packages that those Python packages need, such as `libgomp1`"
+            "EXTRA_DEBIAN_PACKAGES",
+            "text",
+            "",
+            "Debian packages that the packages in `EXTRA_PACKAGES` need, such as `libgomp1`",
         ),
     ),
     "Read by the local stack, the tests and the benchmarks": (
         Variable("KAFKA_HOME", "path", "", "Folder of an installed Apache Kafka; if not set, Kafka is downloaded once"),
         Variable("XDG_CACHE_HOME", "path", "`~/.cache`", "Folder in which the downloaded Kafka is cached"),
-        Variable("FRAUD_ALARM_SAMPLE", "path", "", "CSV file with real labelled rows, for the tests that need them"),
-        Variable("CI", "text", "", "If set, tests that need Apache Kafka fail instead of being skipped"),
+        Variable(
+            "FRAUD_ALARM_SAMPLE", "path", "", "CSV file with real labelled rows, for the tests that need such rows"
+        ),
+        Variable(
+            "CI", "text", "", "If set, tests that need Apache Kafka fail where it is missing, instead of being skipped"
+        ),
     ),
 }
 
@@ -92,35 +99,37 @@ _INTRODUCTION = """\
 
 Generated from the settings classes by `make configuration`. A test fails if this page is out of date.
 
-A service reads its settings from the environment and from a file `secrets.env` in its working directory; the
+A service reads its settings from the environment and from the file `secrets.env` in its working directory. The
 environment takes precedence. With Docker, compose reads `secrets.example.env` and then `secrets.env`, and passes the
 values to the containers as environment variables. An empty value counts as not set. If a required setting is missing
 or a value is invalid, the service prints one line that names the setting, and exits with code 2.
 
-**Secrets in files.** Each setting can also be read from a file: append `_FILE` to its name, and set it to the path of a
-UTF-8 text file with the value. A newline at the end of the file is ignored.
-For example, `DATABASE_URL_FILE=/run/secrets/database_url` keeps the login out of the environment, which everybody who
-may inspect the container can read. Set only one of the two variables: an empty `DATABASE_URL=` in `secrets.env` cancels
-the value in `secrets.example.env`. The file is read once, when the service starts.
+**Secrets in files.** Each setting can also be read from a UTF-8 text file that contains only the value. To do this,
+append `_FILE` to the setting's name, and set this variable to the path of the file. A newline at the end of the file is
+ignored. For example, `DATABASE_URL_FILE=/run/secrets/database_url` keeps the database login out of the environment.
+Everybody who is allowed to inspect the container can read the environment. Set either `DATABASE_URL_FILE` or
+`DATABASE_URL`, but not both. An empty `DATABASE_URL=` in `secrets.env` cancels the value in `secrets.example.env`. The
+file is read once, when the service starts.
 
-**Unknown names.** A variable in `secrets.env` that no service and no library reads is ignored. A service that reads the
-file logs a warning when it starts, with the variable's name and the setting that was probably meant, but never the
-value. Most environment variables belong to other programs, so for these the warning is limited to names of more than
-ten letters that differ from a setting's name by about one letter. This limit also applies with Docker, where the
-content of `secrets.env` arrives in the environment. To find all unknown names, run `fraudctl doctor` in the folder of
-`secrets.env`.
+**Unknown names.** A variable in `secrets.env` that no service and no library reads is ignored. A service that reads
+`secrets.env` logs a warning about the variable when the service starts. The warning has the variable's name and the
+setting that was probably meant, but never the value. Most environment variables belong to other programs. Therefore, a
+service warns about an environment variable only if its name has more than ten letters and differs from a setting's name
+by about one letter. With Docker, this limit also applies to the variables in `secrets.env`, because compose passes them
+on as environment variables. To find all unknown names, run `fraudctl doctor` in the folder of `secrets.env`.
 
-`fraudctl` reads the same settings. `train`, `promote` and `rollback` read the predictor's registry settings, which
-their options override. `labels`, `export` and `migrate` read only the database settings, and `alert-test` reads the
-alerter's settings. Every command that uses Kafka reads the settings that all services read.
+`fraudctl` reads the same settings as the services. `train`, `promote` and `rollback` read the predictor's registry
+settings, and the options of these commands override the settings. `labels`, `export` and `migrate` read only the
+database settings, and `alert-test` reads the alerter's settings. Every command that uses Kafka reads the settings that
+all services read.
 
 Secrets never appear in logs, errors or the `repr` of the settings. Logins in URLs (`https://user:password@host/`) are
-removed from logs and errors as well.
+also removed from logs and errors.
 """
 
 
 def document() -> str:
-    """The text of docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     parts = [_INTRODUCTION]
     for readers, variables in _by_readers().items():
         of_all = len(readers) == len(READERS)
@@ -133,7 +142,7 @@ def document() -> str:
 
 
 def names() -> str:
-    """The text of shared/variables.py."""
+    """Return the text of shared/variables.py."""
     settings = {field.upper() for settings in READERS.values() for field in settings.model_fields}
     of_libraries = {variable.name for variable in _AROUND[_BY_LIBRARIES]}
     listed = [
@@ -148,12 +157,15 @@ def _with_cloud(others: tuple[Variable, ...]) -> str:
     text = (ROOT / "docker-compose.cloud.yml").read_text()
     taken = dict.fromkeys(re.findall(r"(?<!\$)\$\{(\w+)", text))  # in the order of the file
     listed = _listed([f"`{name}`" for name in taken if name not in {each.name for each in others}])
-    lead = "With `docker-compose.cloud.yml`, compose reads these in the same way, and they override `secrets.env`"
+    lead = "With `docker-compose.cloud.yml`, compose also reads these variables, which override `secrets.env`"
     return "\n".join(textwrap.wrap(f"{lead}: {listed}.", 120, break_on_hyphens=False)) + "\n"
 
 
 def _by_readers() -> Mapping[tuple[str, ...], list[Variable]]:
-    """Variables by the services that read them, most services first. One that differs between services is repeated."""
+    """Return variables by the services that read them, most services first.
+
+    A variable whose documentation differs between services is repeated.
+    """
     readers: dict[Variable, list[str]] = {}
     for service, settings in READERS.items():
         for variable in _variables(settings):
@@ -175,7 +187,7 @@ def _variables(settings: type[Settings]) -> Iterator[Variable]:
 
 
 def _type(field: Mapping[str, Any]) -> str:
-    """The type of a JSON schema's field in words."""
+    """Return the type of a JSON schema's field in words."""
     form = next((each for each in field.get("anyOf", ()) if each["type"] != "null"), field)
     if "enum" in form:
         return _listed([f"`{each}`" for each in form["enum"]], "or")

@@ -1,7 +1,7 @@
 """Writes hash-locked requirements: requirements.txt for a checkout, and services/requirements/ for the images.
 
-`python -m scripts.lock` keeps the locked versions, and adds or removes packages as pyproject.toml and the catalogue
-require. With `--upgrade`, it resolves every version again.
+`python -m scripts.lock` keeps the locked versions, and adds or removes packages as pyproject.toml and the service
+catalogue require. With `--upgrade`, it resolves every version again.
 """
 
 import argparse
@@ -14,22 +14,22 @@ from pathlib import Path
 from services.catalogue import BY_NAME
 
 ROOT = Path(__file__).parents[1]
-BASE = "base"  # the dependencies that all services have, for images without their own extras
+BASE = "base"  # the dependencies of all services; for images without extras of their own
 LOCKS: Mapping[str, Sequence[str]] = {
     **{service.name: service.extras for service in BY_NAME.values() if service.extras},
     BASE: (),
     "tools": ("tools",),
 }
-"""The files in services/requirements, by name, with the extras of pyproject.toml that each file locks."""
+"""The extras of pyproject.toml that each file in services/requirements locks, by the name of the file."""
 
 
 def lock_of(image: str) -> Path:
-    """The requirements file that the image installs."""
+    """Return the requirements file that the image installs."""
     return ROOT / "services" / "requirements" / f"{image if image in LOCKS else BASE}.txt"
 
 
 def main() -> int:
-    """Write every requirements file. Returns 1 if the dependencies cannot be resolved; uv then prints why."""
+    """Write every requirements file. Returns 1 if the dependencies cannot be resolved; uv then prints the reason."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upgrade", action="store_true", help="Upgrade every locked version.")
     upgrade = ["--upgrade"] if parser.parse_args().upgrade else []

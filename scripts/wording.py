@@ -1,6 +1,9 @@
-"""Finds words to avoid, in prose and in names. `python -m scripts.wording` prints `path:line: word: use X` for each.
+"""Finds words to avoid, in prose and in names.
 
-In Python files, it checks comments, strings and names; in other text files, everything. A phrase may span lines.
+`python -m scripts.wording` prints `path:line: word: use X` for each word.
+
+In Python files, it checks comments, strings and names. In other text files, it checks everything. A phrase may span
+lines.
 """
 
 import ast
@@ -48,7 +51,7 @@ EXCEPTIONS = (
     ("CHANGELOG.md", "| `mended and replayed` |", "an earlier name"),
 )
 
-_GAP = r"[\s#/*>_-]+"  # what may separate the words of a phrase, including a line break and a comment or quote mark
+_GAP = r"[\s#/*>_-]+"  # what may separate the words of a phrase, for example a line break and a comment sign
 _PATTERNS = {
     re.compile(rf"(?<![a-z])(?:{words.replace(' ', _GAP)})(?![a-z])", re.IGNORECASE): advice
     for words, advice in AVOID.items()
@@ -56,7 +59,7 @@ _PATTERNS = {
 
 
 class Finding(NamedTuple):
-    """A word to avoid, the line that has it, counted from 1, and what to use instead."""
+    """A word to avoid, the number of its line (from 1), and what to use instead."""
 
     line: int
     word: str
@@ -104,7 +107,7 @@ def in_file(path: str, text: str) -> Iterator[Finding]:
 
 
 def main() -> int:
-    """Check every file that git tracks or would add. Returns 1 if anything is to be avoided."""
+    """Check every file that git tracks or would add. Returns 1 if a word to avoid is found."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     wrong = 0

@@ -1,7 +1,7 @@
-"""The list of all services. Every other list of services is derived from this one, or a test compares the two.
+"""Lists all services. Every other list of services is derived from this list, or a test compares it with this list.
 
-This module imports only settings classes, so it loads fast. No service may import it, because the image of a service
-contains no other service.
+This module imports only settings classes, so it loads fast. No service may import this module, because the image of a
+service does not contain the other services.
 """
 
 from collections.abc import Iterator
@@ -20,25 +20,25 @@ Need = Literal["payments API", "registry", "database", "mail server"]
 class Group(NamedTuple):
     """The names of the settings that configure a consumer group."""
 
-    setting: str  # holds the name of the group
-    topic: Topic  # holds the name of the topic that the group reads
-    only_with: str | None = None  # the group has no members unless this setting is set
+    setting: str  # the setting with the group's name
+    topic: Topic  # the setting with the name of the topic that the group reads
+    only_with: str | None = None  # a setting without which the group has no members
 
 
 class Service(NamedTuple):
-    """What the rest of the project needs to know about a service."""
+    """Describes a service to the rest of the project."""
 
-    name: str  # also the name of its package, container and Prometheus job
+    name: str  # the service's package, container and Prometheus job have the same name
     settings: type[ServiceSettings]
     groups: tuple[Group, ...] = ()
     writes: Topic | None = None
-    needs: tuple[Need, ...] = ()  # the external systems that it uses besides Kafka
-    extras: tuple[str, ...] = ()  # pyproject.toml extras that its image installs besides the base dependencies
-    core: bool = True  # whether the demo and every deployment include it
+    needs: tuple[Need, ...] = ()  # the external systems, besides Kafka, that the service uses
+    extras: tuple[str, ...] = ()  # extras of pyproject.toml that the service's image installs
+    core: bool = True  # whether the demo and every deployment include the service
 
     @property
     def module(self) -> str:
-        """The module to run with `python -m`."""
+        """The module that `python -m` runs to start the service."""
         return f"services.{self.name}"
 
 
@@ -81,7 +81,7 @@ CORE = tuple(service.name for service in SERVICES if service.core)
 
 
 def readers() -> Iterator[tuple[Service, Group]]:
-    """Each consumer group and its service, in the order in which records pass through the services."""
+    """Yield each consumer group with its service, in the order in which records pass through the services."""
     for service in SERVICES:
         for group in service.groups:
             yield service, group

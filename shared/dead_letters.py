@@ -1,4 +1,4 @@
-"""Dead letters: bad messages, kept on `<topic>.dlq` with their original bytes and where they came from."""
+"""Dead letters: bad messages, kept on `<topic>.dlq` with their original bytes, their origin and the reason."""
 
 import time
 from collections import deque
@@ -21,10 +21,10 @@ R = TypeVar("R")
 
 
 class Limit:
-    """Distinguishes bad rows from a broken model, table or mail server, which refuses row after row.
+    """Detects that rows are refused because the model, table or mail server is broken, not because the rows are bad.
 
-    The limit is exceeded if `consecutive` rows in a row are refused, or a larger share than `ratio` of the last
-    thousand rows. A refused row is one that could be read, but was not accepted.
+    The limit is exceeded if `consecutive` rows in succession are refused, or if the refused share of the last thousand
+    rows exceeds `ratio`. A row counts as refused if it could be read but was not accepted.
     """
 
     def __init__(self, *, ratio: float, consecutive: int) -> None:
@@ -38,9 +38,9 @@ class Limit:
         return cls(ratio=settings.dead_letter_limit_ratio, consecutive=settings.dead_letter_limit_consecutive)
 
     def check(self, results: Sequence[object]) -> None:
-        """Count the results of a batch, in order; a result that is Poison is a refused row.
+        """Count the results of a batch, in order. A result that is a Poison means a refused row.
 
-        Raises Outage if the limit is exceeded. The batch is then not counted, since it will be redelivered.
+        Raises Outage if the limit is exceeded. The batch is then not counted, because it will be redelivered.
         """
         refused = [isinstance(result, Poison) for result in results]
         if not any(refused):
@@ -50,12 +50,13 @@ class Limit:
         longest = max(len(list(run)) for was_refused, run in groupby(seen) if was_refused)
         if longest >= self._consecutive or (len(seen) >= self._consecutive and sum(seen) > self._ratio * len(seen)):
             first = next(result for result in results if isinstance(result, Poison))
-            raise Outage(f"{sum(refused)} of {len(refused)} rows refused, too many to be bad rows: {first}")
+            counts = f"{sum(refused)} of {len(refused)} rows refused"
+            raise Outage(f"{counts}, too many for bad rows to be the cause. First refusal: {first}")
         self._refused.extend(refused)
 
 
 def refusal(topic: str, reason: str, *, by: str) -> Headers:
-    """Headers for a dead letter: the record's topic, the group that refused the record, the reason and the time."""
+    """Make the headers of a dead letter: the topic, the group that refused the record, the reason and the time."""
     return [
         ("dlq-reason", reason[:_MAX_REASON].encode()),
         ("dlq-topic", topic.encode()),
@@ -65,13 +66,16 @@ def refusal(topic: str, reason: str, *, by: str) -> Headers:
 
 
 def reason_of(letter: Record) -> str:
-    """Why a record became a dead letter, as its headers say."""
+    """Return why a record became a dead letter, according to the headers of the dead letter."""
     found = dict(letter.headers)["dlq-reason"]
     return found.decode() if isinstance(found, bytes) else str(found)
 
 
 def dead_letter(message: Message, reason: str, *, group: str) -> Record:
-    """Make a dead letter of `message`: its value, key, headers and coordinates, the refusing group, and the reason."""
+    """Make a dead letter of `message`.
+
+    The dead letter has the message's value, key, headers and coordinates, the group that refused it, and the reason.
+    """
     topic, partition, offset = coordinates(message)
     original = [header for header in headers(message) if not header[0].startswith("dlq-")]
     return Record(
@@ -89,10 +93,10 @@ def dead_letter(message: Message, reason: str, *, group: str) -> Record:
 
 
 def isolate(rows: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) -> list[R | Poison]:
-    """Call `work` on all rows at once; if it raises Poison, halve the rows until each bad row is alone.
+    """Call `work` on all rows at once. If `work` raises Poison, halve the rows until each bad row is alone.
 
-    Returns one entry per row, in order: the result or the Poison. n rows with one bad row among them cost about
-    2 log2(n) calls. Any other exception is passed on.
+    Returns one entry per row, in order: either the row's result or its Poison. If one of n rows is bad, `work` is
+    called about 2 log2(n) times. Exceptions other than Poison are not caught.
     """
     try:
         return list(work(rows))

@@ -1,17 +1,18 @@
-"""Exceptions by what happens next.
+"""Exceptions for three kinds of problem, which differ in what happens next.
 
-Poison: dead-letter this record. Outage: wait and retry the batch. SettingsError: exit 2; the operator fixes it.
+After Poison, the record becomes a dead letter. After Outage, the service waits and retries the batch. After
+SettingsError, the program exits with code 2, and the operator must fix a setting.
 """
 
 
 class Poison(Exception):
-    """This record can never be processed: it becomes a dead letter, and the records around it are processed."""
+    """A record can never be processed. It becomes a dead letter, and the other records of its batch are processed."""
 
 
 class Outage(Exception):
-    """Something that the service needs is unavailable. Nothing is lost or dead-lettered; the work is retried later.
+    """Something that the service needs is unavailable. Nothing is lost or dead-lettered. The work is retried later.
 
-    `retry_after_s` is the wait that the payments API asked for; 0 if it did not.
+    `retry_after_s` is the number of seconds that the payments API asked the producer to wait, or 0.
     """
 
     def __init__(self, reason: str, *, retry_after_s: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""Logging a flow of records: at most one line per second, however fast they arrive."""
+"""Logs a flow of records: at most one line per second, however fast the records arrive."""
 
 import time
 from collections import Counter
@@ -10,9 +10,9 @@ log = structlog.get_logger()
 
 
 class Flow:
-    """Adds up counts and logs them as one `event`.
+    """Adds up counts, and logs the sums as one `event`.
 
-    Each line also has the rate and the running total of the first count, the values from `levels()`, and `names`.
+    Each line also has the first count's rate and running total, the values that `levels()` returns, and `names`.
     """
 
     def __init__(self, event: str, *, levels: Callable[[], Mapping[str, int]] = dict, **names: str) -> None:
@@ -25,7 +25,7 @@ class Flow:
         self._total = 0
 
     def add(self, *, ages_ms: Iterable[float] = (), **counts: int) -> None:
-        """Add counts, such as `records=1000, dead_letters=2`, and the ages of some of the records when done."""
+        """Add counts, such as `records=1000, dead_letters=2`, and the current ages of some of the records."""
         self._counts.update(counts)
         self._ages_ms += ages_ms
         self._total += next(iter(counts.values()))
@@ -50,5 +50,5 @@ class Flow:
 
 
 def _p99(values: list[float]) -> float:
-    """The 99th percentile: the smallest of the values that at least 99 % of them do not exceed (nearest rank)."""
+    """Return the 99th percentile (nearest rank): the smallest value that at least 99 % of the values do not exceed."""
     return sorted(values)[-(-99 * len(values) // 100) - 1]

@@ -1,4 +1,4 @@
-"""The endpoints /live, /ready and /metrics: whether the service is alive, what it waits for, and its metrics."""
+"""Serves /live (whether a loop or call has stalled), /ready (what the service waits for) and /metrics."""
 
 import time
 from collections.abc import Iterator
@@ -20,25 +20,26 @@ log = structlog.get_logger()
 _CLIENT_TIMEOUT_S = 10.0
 _WATCH_S = 1.0
 
-# Shared by the whole process, like the metrics. Several threads write here, each under its own names.
-_turns: dict[str, float] = {}  # monotonic: when a loop last turned or a call began
+# Like the metrics, these variables are shared by the whole process. Several threads write here, each under its own
+# names.
+_turns: dict[str, float] = {}  # monotonic time at which a loop last made progress, or a call began
 _waiting_for: dict[str, str] = {}
 _was_ready = Event()
 
 
 def turned(loop: str) -> None:
-    """Report that the loop has turned. If it does not turn again soon, it counts as stalled."""
+    """Report that the loop has made progress. If this is not reported again soon, the loop counts as stalled."""
     _turns[loop] = time.monotonic()
 
 
 def ended(loop: str) -> None:
-    """Report that the loop has ended and will not turn again."""
+    """Report that the loop has ended, so that it does not count as stalled."""
     _turns.pop(loop, None)
 
 
 @contextmanager
 def call(name: str) -> Iterator[None]:
-    """Watch the call in the `with` block. If it does not return soon, it counts as stalled."""
+    """Watch the call in the `with` block. If the call does not return soon, it counts as stalled."""
     turned(name)
     try:
         yield
@@ -47,28 +48,32 @@ def call(name: str) -> Iterator[None]:
 
 
 def slow(longer_than_s: float = 0.0) -> dict[str, float]:
-    """Seconds, by name, since loops last turned and running calls began, where that is longer than `longer_than_s`."""
+    """Return, by name, the seconds since each loop last made progress, or each running call began.
+
+    Loops and calls with at most `longer_than_s` seconds are left out.
+    """
     now = time.monotonic()
     return {name: now - at for name, at in list(_turns.items()) if now - at > longer_than_s}
 
 
 def waits_for(what: str, reason: str) -> None:
-    """Mark the service not ready until `has(what)` is called.
+    """Mark the service as not ready until `has(what)` is called.
 
-    The reason is shown on /ready, which is unauthenticated, so credentials and card numbers are removed.
+    The reason is shown on /ready, which requires no login. Credentials and card numbers are therefore removed from
+    the reason.
     """
     _waiting_for[what] = without_cards(without_credentials(reason))
 
 
 def has(what: str) -> None:
-    """Clear what `waits_for(what)` reported. The service is ready once nothing is left to wait for."""
+    """Clear what `waits_for(what)` reported. The service is ready once it waits for nothing."""
     _waiting_for.pop(what, None)
     if not _waiting_for:
         _was_ready.set()
 
 
 def serve(service: str, settings: ServiceSettings) -> None:
-    """Serve the endpoints on METRICS_PORT until the process ends. Raises SettingsError if the port is taken."""
+    """Serve the endpoints on METRICS_PORT until the process ends. Raises SettingsError if the port cannot be used."""
     stall_s = settings.stall_seconds
     metrics.LOOP_AGE.set_function(lambda: max(slow().values(), default=0.0))
     Thread(target=_watch, args=[stall_s], daemon=True, name="watch").start()
@@ -107,7 +112,7 @@ def serve(service: str, settings: ServiceSettings) -> None:
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, request: object, client_address: object) -> None:
-            """Do not log clients that disconnect before the response."""
+            """Do not log that a client disconnected before the response."""
 
     try:
         server = Server((settings.metrics_host, settings.metrics_port), Answers)
@@ -118,7 +123,7 @@ def serve(service: str, settings: ServiceSettings) -> None:
 
 
 def _watch(stall_s: float) -> None:
-    """Log when a loop or call stalls, and when it continues."""
+    """Log when a loop or call stalls, and when a stalled loop or call continues."""
     said: set[str] = set()
     while True:
         stalled = slow(stall_s)

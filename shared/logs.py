@@ -1,4 +1,4 @@
-"""Logs for operators: one line per event, as `key=value` or JSON, without full card numbers and logins."""
+"""Formats logs: one line per event, as `key=value` pairs or JSON, without full card numbers or logins."""
 
 import logging
 import re
@@ -16,9 +16,9 @@ _REMINDER_S = 60.0
 
 
 def configure(service: str, settings: ServiceSettings) -> None:
-    """Write the lines of structlog and of the standard library (including librdkafka's) to stdout in one format."""
+    """Write all log lines to stdout in one format, whether from structlog, the standard library or librdkafka."""
     shared_steps: list[Processor] = [
-        lambda _logger, _method, event: {"service": service, **event},  # added in every thread
+        lambda _logger, _method, event: {"service": service, **event},  # applies to lines from every thread
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.stdlib.PositionalArgumentsFormatter(),
@@ -56,7 +56,7 @@ def configure(service: str, settings: ServiceSettings) -> None:
 
 
 class Sparingly(logging.Filter):
-    """Passes each kind of line once per minute: in an outage, librdkafka repeats its lines many times per second."""
+    """Passes each kind of line once per minute, because librdkafka repeats lines many times per second in an outage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Sparingly(logging.Filter):
 
 
 def mask_cards(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Mask card numbers (11 to 19 digits that pass the Luhn test) and logins in URLs, whoever logged the line."""
+    """Mask card numbers (11 to 19 digits that pass the Luhn test) and logins in URLs, in every log line."""
     return {key: _masked(value) for key, value in event.items()}
 
 

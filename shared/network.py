@@ -1,4 +1,7 @@
-"""Why a connection failed, in plain words. Client libraries hide the system's error, and quote URLs with logins."""
+"""Describes in plain words why a connection failed.
+
+The messages of client libraries hide the operating system's error, and quote URLs with logins.
+"""
 
 import http.client
 import re
@@ -7,10 +10,11 @@ import ssl
 
 
 def why_unreachable(error: BaseException, *, default: str | None = None) -> str:
-    """The reason from the first system error among `error` and its causes, for example `connection refused`.
+    """Return why a connection failed, for example `connection refused`.
 
-    If there is no system error, returns `default`, or else the words in the name of the error's type. Never returns a
-    library's message, which may contain a secret.
+    The reason is that of the first system error among `error` and its causes. If there is no system error, the
+    reason is `default`. If there is no `default` either, the reason is the name of the error's type, in words. The
+    reason is never a library's message, because a message may contain a secret.
     """
     at: BaseException | None = error
     while at is not None:

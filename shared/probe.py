@@ -1,6 +1,6 @@
 """A container's health check: `python -m shared.probe` checks that the service in this container is live.
 
-`python -m shared.probe ready` checks that the service is ready, and prints what it waits for.
+`python -m shared.probe ready` checks that the service is ready, and prints what the service waits for.
 """
 
 import sys
@@ -13,7 +13,7 @@ _TIMEOUT_S = 5.0
 
 
 def main() -> int:
-    """Print the service's response. Returns 0 if the check passes, or if METRICS_PORT is 0 and so there is no check."""
+    """Print the service's response. Returns the exit code, which is 0 if the check passes or METRICS_PORT is 0."""
     what = sys.argv[1] if len(sys.argv) > 1 else "live"
     try:
         settings = load(ServiceSettings)

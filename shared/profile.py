@@ -1,8 +1,10 @@
-"""The distribution of a model's features in training. It is logged with the model, and live data is compared with it.
+"""Makes profiles, which are the distributions of a model's features in the training data.
 
-Distributions depend on the hour: people do not buy at night what they buy at noon. So a profile has separate shares
-for each quarter of the day. It covers only legitimate payments, because frauds are far more frequent in training data
-than in live data.
+A profile is logged with its model. The predictor compares live data with the profile.
+
+Distributions depend on the hour, because people do not buy at night what they buy at noon. A profile therefore has
+separate shares for each quarter of the day (six hours). A profile covers only legitimate payments, because frauds are
+far more frequent in training data than in live data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,33 +20,35 @@ _PRIOR_ROWS = 100
 
 
 class Numbers(msgspec.Struct, frozen=True):
-    """A numeric feature's distribution over BINS bins, divided by `edges`, with about a tenth of the rows in each bin.
+    """A numeric feature's distribution over BINS bins, each with about a tenth of the rows.
 
-    There are fewer bins if a value is so frequent that edges coincide.
+    `edges` separate the bins. There are fewer bins if a value is so frequent that several edges coincide.
     """
 
     low: float
     high: float
     edges: list[float]
-    shares: list[list[float]]  # (quarters of the day, len(edges) + 1)
+    shares: list[list[float]]  # shape: (quarters of the day, len(edges) + 1)
 
 
 class Names(msgspec.Struct, frozen=True):
     """A categorical feature's distribution over its known values."""
 
     known: list[str]
-    shares: list[list[float]]  # (quarters of the day, len(known))
+    shares: list[list[float]]  # shape: (quarters of the day, len(known))
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """The distribution of each feature in training, by name."""
+    """The distribution of each feature in the training data, by the feature's name."""
 
     numbers: dict[str, Numbers]
     names: dict[str, Names]
 
 
 def make_profile(columns: Mapping[str, Sequence[Any]], times: Sequence[str]) -> Profile:
-    """Make a profile of legitimate payments, from their raw `columns` and their trans_date_trans_time (n values each).
+    """Make a profile of n legitimate payments.
+
+    `columns` has the n raw values of each feature, and `times` has the n values of trans_date_trans_time.
 
     For a date of birth, the year is used. Text columns with many different values, such as names, are left out.
     """
@@ -64,18 +68,18 @@ def make_profile(columns: Mapping[str, Sequence[Any]], times: Sequence[str]) -> 
 
 
 def quarters_of(times: Sequence[str]) -> np.ndarray:
-    """The quarter of the day, from 0 to 3, for each time written as `YYYY-MM-DD HH:MM:SS` (n,)."""
+    """Return the quarter of the day (n,), from 0 to 3, of each time. Times are written as `YYYY-MM-DD HH:MM:SS`."""
     return np.array([int(time[11:13]) * QUARTERS // 24 for time in times])
 
 
 def numbers_of(feature: str, values: Sequence[Any]) -> np.ndarray:
-    """A feature's values as numbers (n,); for dates of birth, their years."""
+    """Return a feature's values as numbers (n,). A date of birth becomes its year."""
     return np.array([int(value[:4]) for value in values] if feature == "dob" else values, dtype=float)
 
 
 def _shares(bins: np.ndarray, quarters: np.ndarray, count: int) -> list[list[float]]:
-    """The share of each bin in each quarter of the day, smoothed by _PRIOR_ROWS rows of the whole day."""
+    """Return each bin's share in each quarter of the day, smoothed by _PRIOR_ROWS rows with the whole day's shares."""
     whole = np.bincount(bins, minlength=count)
     found = [np.bincount(bins[quarters == quarter], minlength=count) for quarter in range(QUARTERS)]
-    mixed = [each + _PRIOR_ROWS * whole / whole.sum() for each in found]  # a few rows say little about their quarter
+    mixed = [each + _PRIOR_ROWS * whole / whole.sum() for each in found]  # a few rows may differ from their quarter
     return [np.round(each / each.sum(), 5).tolist() for each in mixed]

@@ -1,4 +1,7 @@
-"""Where a prediction comes from. This is a header of the topic_2 record, since the value has only the N+2 features."""
+"""The provenance of a prediction is a header of the topic_2 record.
+
+The value of the topic_2 record has only the N+2 features.
+"""
 
 from typing import Annotated
 
@@ -15,8 +18,8 @@ class Provenance(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
     model_name: str | None = None
     model_version: str | None = None
-    probability: Annotated[float, Meta(ge=0, le=1)] | None = None  # of fraud
-    predicted_at_ms: Annotated[int, Meta(ge=0, lt=253_402_300_800_000)] | None = None  # epoch, up to the year 9999
+    probability: Annotated[float, Meta(ge=0, le=1)] | None = None  # probability of fraud
+    predicted_at_ms: Annotated[int, Meta(ge=0, lt=253_402_300_800_000)] | None = None  # up to the year 9999
     source_partition: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
     source_offset: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
 
@@ -27,12 +30,12 @@ _NONE = Provenance()
 
 
 def to_headers(provenance: Provenance) -> Headers:
-    """The headers for a topic_2 record. Fields that are None are left out."""
+    """Make the headers of a topic_2 record. Fields of `provenance` that are None are left out."""
     return [(HEADER, _encode(provenance))]
 
 
 def from_headers(headers: Headers) -> Provenance:
-    """Read the provenance. If it is missing or unreadable, every field is None; the prediction is still valid."""
+    """Read the provenance. If it is missing or unreadable, every field is None, but the prediction is still valid."""
     for name, raw in headers:
         if name == HEADER and isinstance(raw, bytes):
             try:

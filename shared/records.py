@@ -1,8 +1,8 @@
-"""The records of topic_1 (N+1 features) and topic_2 (N+2 features), and how their bytes are read and written.
+"""Reads and writes the records of topic_1 (N+1 features) and topic_2 (N+2 features).
 
-Canonical values are flat JSON objects. The payments API and older topic_1 messages use pandas "split" form
-(`{"columns": ..., "index": ..., "data": ...}`), often as a JSON string inside JSON. `read_split` and `read_topic_1`
-turn that form into transactions.
+The canonical value of a record is a flat JSON object. The payments API and older topic_1 messages use the "split" form
+of pandas (`{"columns": ..., "index": ..., "data": ...}`), often as a JSON string inside JSON. `read_split` and
+`read_topic_1` turn split form into transactions.
 """
 
 import re
@@ -25,11 +25,11 @@ Text = Annotated[str, Meta(max_length=1000)]
 Key = Annotated[str, Meta(max_length=200)]  # short enough for a database index
 
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
-_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000").search  # an escaped NUL, not an escaped backslash followed by u0000
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000").search  # finds an escaped NUL, but no escaped backslash before u0000
 MAX_CARD_DIGITS = 19
 _END_OF_CARDS = 10**MAX_CARD_DIGITS
-# Larger epochs are in milliseconds: as seconds, they would be later than the year 5138. Smaller ones are in seconds: as
-# milliseconds, they would be earlier than March 1973.
+# A larger epoch must be in milliseconds, because in seconds it would be later than the year 5138. A smaller epoch must
+# be in seconds, because in milliseconds it would be earlier than March 1973.
 _LARGEST_SECONDS = 10**11
 
 
@@ -37,7 +37,7 @@ class Transaction(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """One card payment, as written to topic_1: N features and the source's label."""
 
     trans_date_trans_time: Annotated[str, Meta(max_length=19)]  # YYYY-MM-DD HH:MM:SS, UTC
-    cc_num: Annotated[int, Meta(ge=1)]  # up to 19 digits, too many for float64 and int64
+    cc_num: Annotated[int, Meta(ge=1)]  # up to 19 digits, which may be too many for float64 and int64
     merchant: Text
     category: Text
     amt: float
@@ -61,12 +61,12 @@ class Transaction(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
     @property
     def identity(self) -> tuple[str, int]:
-        """What identifies the transaction. A `trans_num` alone is not enough: the source may reuse it hours later."""
+        """What identifies the transaction. A `trans_num` alone is not unique, because the source may reuse it later."""
         return self.trans_num, self.unix_time
 
     @property
     def key(self) -> bytes:
-        """The record key: the card number, so that all transactions of a card share a partition and stay in order."""
+        """The record key. It is the card number, so all transactions of a card share a partition and stay in order."""
         return str(self.cc_num).encode()
 
 
@@ -116,18 +116,18 @@ _decode_prediction = msgspec.json.Decoder(Prediction).decode
 
 
 class NotJson(Poison):
-    """The value is not JSON at all; usually it is an error page."""
+    """The value is not JSON. Usually, such a value is an error page."""
 
 
 class BadRow(NamedTuple):
-    """A row that could not be read: the reason, and a value in split form with only this row."""
+    """A row that could not be read, and the reason. `value` is in split form and has only this row."""
 
     reason: str
     value: bytes
 
 
 class Rows(msgspec.Struct, frozen=True, gc=False):
-    """What was read from a value: its transactions, and the rows that could not be read."""
+    """The result of reading a value: its transactions, and the rows that could not be read."""
 
     transactions: Sequence[Transaction]
     bad: Sequence[BadRow] = ()
@@ -141,7 +141,7 @@ def encode_transaction(transaction: Transaction) -> bytes:
 
 
 def encode_prediction(value: bytes, label: int) -> bytes:
-    """Make a topic_2 value: the canonical `value` of a transaction, byte for byte, with `prediction` appended."""
+    """Make a topic_2 value: copy the bytes of a transaction's canonical `value`, and append the field `prediction`."""
     return value.rstrip()[:-1] + (b',"prediction":1}' if label else b',"prediction":0}')
 
 
@@ -156,7 +156,7 @@ def decode_prediction(value: bytes | None) -> Prediction:
 
 
 def read_topic_1(value: bytes | None) -> Rows:
-    """Read a topic_1 value, canonical or in the older split form. Raises Poison if it is neither."""
+    """Read a topic_1 value, in canonical or in the older split form. Raises Poison if it has another form."""
     if not value:
         raise Poison("empty value")
     try:
@@ -176,17 +176,20 @@ def read_topic_1(value: bytes | None) -> Rows:
 
 
 def read_split(body: bytes) -> Rows:
-    """Read a payments API response in split form, JSON-encoded once or twice. Raises Poison if it has another form."""
+    """Read a response of the payments API: split form, JSON-encoded once or twice. Raises Poison for other forms."""
     return _rows(_parse(body))
 
 
 def to_seconds(epoch: int) -> int:
-    """Convert an epoch to seconds if it is in milliseconds."""
+    """Convert an epoch in milliseconds to seconds. An epoch in seconds stays as it is."""
     return epoch // 1000 if epoch > _LARGEST_SECONDS else epoch
 
 
 def format_time(unix_time: int) -> str:
-    """Format epoch seconds as `YYYY-MM-DD HH:MM:SS` in UTC. Raises ValueError or OverflowError if out of range."""
+    """Format epoch seconds as `YYYY-MM-DD HH:MM:SS` in UTC.
+
+    Raises ValueError or OverflowError if the time is out of range.
+    """
     return time.strftime(TIME_FORMAT, time.gmtime(unix_time))
 
 
@@ -201,7 +204,7 @@ def _parse(body: bytes) -> Any:
 def _checked(transaction: _T) -> _T:
     """Return the transaction if it passes the checks that msgspec's types cannot make. Otherwise, raises Poison.
 
-    Times are checked because PostgreSQL would also accept words such as `yesterday`.
+    Times are checked here because PostgreSQL would also accept words such as `yesterday` as times.
     """
     moment = transaction.trans_date_trans_time
     if transaction.cc_num >= _END_OF_CARDS:
@@ -210,7 +213,7 @@ def _checked(transaction: _T) -> _T:
         datetime.fromisoformat(moment)
     except ValueError:
         moment = ""
-    if moment[4::3] != "-- ::":  # check the separators: ISO 8601 allows other forms too
+    if moment[4::3] != "-- ::":  # check the separators, because ISO 8601 also allows other forms
         raise Poison("Expected YYYY-MM-DD HH:MM:SS - at `$.trans_date_trans_time`")
     if not _is_date(transaction.dob):
         raise Poison("Expected YYYY-MM-DD - at `$.dob`")
@@ -253,7 +256,7 @@ def _rows(payload: Any) -> Rows:
 
 
 def _in_milliseconds(columns: list[Any], data: list[Any]) -> int:
-    """The number of rows with `unix_time` in milliseconds instead of seconds. Rows with `current_time` do not count."""
+    """Count the rows whose `unix_time` is in milliseconds. Rows that have a `current_time` are not counted."""
     if "current_time" in columns:
         return 0
     at = columns.index("unix_time")

@@ -1,7 +1,7 @@
-"""Waiting out an outage: capped exponential backoff, half of it jitter, and a log of how long the outage lasted.
+"""Retries during an outage, with capped exponential backoff, and logs how long the outage lasted.
 
-Formula: "Equal Jitter" in https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/. It keeps the
-many clients of a failed dependency from all retrying at the same moment.
+Up to half of each wait is random, so that the clients of a failed dependency do not all retry at the same moment. The
+formula is "Equal Jitter" in https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/.
 """
 
 import random
@@ -23,34 +23,35 @@ T = TypeVar("T")
 
 
 def delay_s(attempt: int, *, initial_s: float, max_s: float) -> float:
-    """Seconds to wait after try number `attempt`, counted from 0, has failed."""
+    """Return the seconds to wait after try number `attempt` has failed. The first try has the number 0."""
     ceiling = min(max_s, initial_s * 2.0 ** min(attempt, 30))
     return random.uniform(ceiling / 2, ceiling)  # noqa: S311 - spreads load, not for security
 
 
 class OutageLog:
-    """Logs an outage when it starts, every minute while it lasts, and when it ends, and updates the outage metrics.
+    """Logs an outage when it starts, every minute while it lasts, and when it ends. Also updates the outage metrics.
 
-    If the service cannot work during the outage, `waits_for` is what it waits for, as shown on /ready. `waiting()`
-    returns the size of the backlog; the largest size is logged at the end. `names` are repeated on each line.
+    If the service cannot work during the outage, `waits_for` is shown on /ready as what the service waits for.
+    `waiting()` returns the size of the backlog. The backlog's largest size is logged when the outage ends.
+    `names` are added to each log line.
     """
 
     def __init__(self, waits_for: str | None = None, *, waiting: Callable[[], int] | None = None, **names: str) -> None:
         self._waits_for = waits_for
         self._waiting = waiting
         self._names = names
-        self._began: float | None = None  # monotonic, like the next two
+        self._began: float | None = None  # monotonic time, like _counted and _reminded
         self._counted = self._reminded = 0.0
         self._failures = self._most_waiting = 0
         self._reason = ""
 
     @property
     def under_way(self) -> bool:
-        """Whether an outage has started and not ended."""
+        """Whether an outage has started and has not ended yet."""
         return self._began is not None
 
     def failed(self, reason: str, **more: object) -> None:
-        """Record a failed try: an outage starts or continues. `more` is added to the line, if one is logged."""
+        """Record a failed try, which starts or continues an outage. If a line is logged, it includes `more`."""
         now = time.monotonic()
         if self._began is None:
             self._began = self._counted = now
@@ -65,7 +66,7 @@ class OutageLog:
         self.remind(**more)
 
     def remind(self, **more: object) -> None:
-        """Log an outage under way again, if a minute has passed since the last line."""
+        """If an outage is under way and was last logged a minute ago, log the outage again."""
         if self._began is None:
             return
         now = time.monotonic()
@@ -75,7 +76,7 @@ class OutageLog:
             log.warning("outage", reason=self._reason, seconds=round(now - self._began, 1), **self._names, **more)
 
     def over(self) -> None:
-        """Record a successful try: an outage under way ends."""
+        """Record a successful try, which ends the outage if one is under way."""
         if self._began is None:
             return
         now = time.monotonic()
@@ -103,9 +104,9 @@ def retry_outages(
     wait: Callable[[float], object] | None = None,
     outage_log: OutageLog,
 ) -> T:
-    """Call `step` until it does not raise Outage, and return its result. Once shutdown is set, the Outage is raised.
+    """Call `step` until it does not raise Outage, and return its result. After `shutdown` is set, raises the Outage.
 
-    `wait(seconds)` is called between tries. Default: wait for the shutdown event.
+    Between tries, `wait(seconds)` is called. The default `wait` returns when the time has passed or `shutdown` is set.
     """
     attempt = 0
     while True:

@@ -1,4 +1,4 @@
-"""How each service starts and ends: settings, logs, SIGTERM, exit codes."""
+"""Starts and ends a service: loads the settings, sets up the logs, handles SIGTERM and sets the exit code."""
 
 import gc
 import os
@@ -22,10 +22,10 @@ log = structlog.get_logger()
 
 
 def run(name: str, settings: type[S], serve: Callable[[S, Event], None]) -> NoReturn:
-    """Run `serve(settings, shutdown)` until it returns. It must return soon after `shutdown` is set.
+    """Run `serve(settings, shutdown)` until it returns. `serve` must return soon after `shutdown` is set.
 
-    Exit codes: 0 after SIGTERM or SIGINT, 2 for a missing or wrong setting (one line on stderr names it), 1 for any
-    other error.
+    The exit code is 0 after SIGTERM or SIGINT, 2 if a setting is missing or wrong, and 1 after any other error. If a
+    setting is missing or wrong, one line on stderr names the setting.
     """
     shutdown = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -52,13 +52,13 @@ def run(name: str, settings: type[S], serve: Callable[[S, Event], None]) -> NoRe
 
 def _tune() -> None:
     """Tune the interpreter for threads that often wait for each other, and for short-lived batches."""
-    sys.setswitchinterval(0.0002)  # a thread that returns from the broker or the database continues at once
-    gc.freeze()  # what is loaded by now is never freed, so the collector need not look at it
-    gc.set_threshold(50_000)  # batches contain no reference cycles, so collecting rarely is enough
+    sys.setswitchinterval(0.0002)  # after a call to the broker or the database, a thread continues at once
+    gc.freeze()  # objects loaded by now stay in use, so the garbage collector can ignore them
+    gc.set_threshold(50_000)  # batches contain no reference cycles, so rare collections are enough
 
 
 def _log_crash(error: BaseException | None) -> None:
-    """Log the error's traceback, type and message. The message's digits are masked, since it may quote values."""
+    """Log the error's traceback, type and message. The message's digits are masked, since messages may quote values."""
     if error:
         where = "".join(traceback.format_tb(error.__traceback__))
         reason = f"{type(error).__name__}: {without_digits(str(error))}"
@@ -66,7 +66,10 @@ def _log_crash(error: BaseException | None) -> None:
 
 
 def _exit(code: int) -> NoReturn:
-    """Exit without finalising the interpreter, during which threads in C libraries may crash and change the code."""
+    """Exit without finalising the interpreter.
+
+    While the interpreter is finalised, threads in C libraries may crash, which would change the exit code.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

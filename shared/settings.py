@@ -1,4 +1,4 @@
-"""Settings from the environment, `secrets.env` and `client.properties`. All wrong ones are reported in one line."""
+"""Reads settings from the environment, `secrets.env` and `client.properties`. One line reports all wrong settings."""
 
 import difflib
 import os
@@ -28,7 +28,7 @@ Backoff = Annotated[float, Field(gt=0)]  # with 0, a consumer would retry withou
 
 
 def matching(pattern: str, problem: str) -> AfterValidator:
-    """A validator that accepts text only if all of it matches `pattern`. For any other text, it reports `problem`."""
+    """Make a validator that accepts text only if the whole text matches `pattern`, and otherwise reports `problem`."""
     matches = re.compile(pattern).fullmatch
 
     def check(text: str) -> str:
@@ -40,25 +40,27 @@ def matching(pattern: str, problem: str) -> AfterValidator:
 
 
 Replica = Annotated[
-    str, matching(r"[A-Za-z0-9._-]{1,200}", "must have 1 to 200 characters: letters, digits, dots, _ and -")
+    str, matching(r"[A-Za-z0-9._-]{1,200}", "must have 1 to 200 characters, and only letters, digits, dots, _ and -")
 ]
 Milliseconds = Annotated[int, Field(ge=0)]
 DeliveryGuarantee = Literal["exactly_once", "at_least_once"]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
 LogFormat = Literal["console", "json"]
 
-# Messages quote only names of this form: any other line may begin with a secret.
+# Messages quote only names of this form, because any other line of a file may begin with a secret.
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{1,39}").fullmatch
 _PROPERTY = re.compile(r"[a-z0-9._-]+").fullmatch
 
-# Files from Confluent Cloud's console contain these for other clients; librdkafka refuses to start with them.
+# Files from Confluent Cloud's console contain properties with these prefixes for other clients. librdkafka refuses to
+# start with them.
 _FOREIGN_PROPERTIES = ("schema.registry.", "basic.auth.")
 
 
 class Settings(BaseSettings):
-    """Each field is read from the environment variable with its name in capitals, or from the file in NAME_FILE.
+    """Each field is read from the environment variable with the field's name in capitals, or from a file.
 
-    `repr` does not show fields that may hold a secret.
+    The variable NAME_FILE has the path of the file with the value of NAME. `repr` does not show fields that may be
+    secret.
     """
 
     model_config = SettingsConfigDict(env_file=SECRETS_FILE, env_ignore_empty=True, extra="ignore", frozen=True)
@@ -72,9 +74,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's secrets folder, which is not used
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment, `secrets.env`, and the files that NAME_FILE variables in either of them name.
+        """Return the sources of settings: the environment, `secrets.env`, and the files that NAME_FILE variables name.
 
-        Raises SettingsError if such a file cannot be used.
+        Raises SettingsError if one of these files cannot be used.
         """
         given: dict[str, str | None] = {}
         for source in (dotenv_settings, env_settings):
@@ -87,7 +89,7 @@ class Settings(BaseSettings):
 class ServiceSettings(Settings):
     """The settings that every service reads."""
 
-    client_properties: Path = Field(Path("client.properties"), description="Path of the Kafka client's settings file")
+    client_properties: Path = Field(Path("client.properties"), description="Path of the file with the Kafka settings")
     sasl_username: str | None = Field(None, repr=False, description="Overrides sasl.username in client.properties")
     sasl_password: SecretStr | None = Field(None, description="Overrides sasl.password in client.properties")
     topic_1: str = Field("topic_1", min_length=1, description="Topic for the transactions")
@@ -101,7 +103,7 @@ class ServiceSettings(Settings):
     stall_seconds: float = Field(
         120.0,
         gt=0,
-        description="Time after which a loop, or a call to the model, database or mail server, counts as stalled",
+        description="Seconds after which a loop, or a call to the model, database or mail server, counts as stalled",
     )
 
     @property
@@ -111,14 +113,14 @@ class ServiceSettings(Settings):
 
 
 class StreamSettings(ServiceSettings):
-    """The settings that every consumer reads, for its name, batches, dead letters and backoff."""
+    """The settings that every consumer reads: the replica's name, batches, dead letters and backoff."""
 
     replica: Replica = Field(
         default_factory=socket.gethostname,
-        description="Name of this replica: the same after a restart, and unique among the replicas of a service",
+        description="Name of this replica; must stay the same after a restart and be unique among a service's replicas",
     )
     max_batch_size: int = Field(1000, ge=1, le=100_000, description="Maximum number of records in a batch")
-    max_batch_wait_ms: Milliseconds = Field(2, description="Maximum time, in ms, to wait for a batch to fill")
+    max_batch_wait_ms: Milliseconds = Field(2, description="Maximum number of milliseconds to wait for a batch to fill")
     dead_letter_limit_ratio: float = Field(
         0.5,
         gt=0,
@@ -132,23 +134,23 @@ class StreamSettings(ServiceSettings):
         description="If this many consecutive rows are refused, the service waits instead of dead-lettering",
     )
     backoff_initial_seconds: Backoff = Field(
-        0.2, description="Wait after the first failure; doubled after each further failure"
+        0.2, description="Seconds to wait after the first failure; doubled after each further failure"
     )
-    backoff_max_seconds: Backoff = Field(10.0, description="Maximum wait between two tries")
+    backoff_max_seconds: Backoff = Field(10.0, description="Maximum number of seconds to wait between two tries")
 
 
 class RegistrySettings(Settings):
-    """The settings for the model registry, read by everything that uses it."""
+    """The settings for the model registry, which every program that uses the registry reads."""
 
     mlflow_tracking_uri: str = Field(min_length=1, repr=False, description="URI of the MLflow registry")
-    mlflow_tracking_username: str | None = Field(None, description="User name, if the registry needs a login")
+    mlflow_tracking_username: str | None = Field(None, description="User name for the registry, if it requires a login")
     mlflow_tracking_password: SecretStr | None = Field(None, description="Password for MLFLOW_TRACKING_USERNAME")
     model_name: str = Field("fraud", min_length=1, description="Name of the registered model")
     model_alias: str = Field("champion", min_length=1, description="Alias of the model version to use")
 
     def set_up_mlflow(self) -> None:
-        """Put the login into the environment for MLflow, and disable its telemetry. Call before importing MLflow."""
-        # The telemetry thread changes os.environ while the requests library reads it.
+        """Put MLflow's login into the environment, and disable its telemetry. Call this before importing MLflow."""
+        # MLflow's telemetry thread changes os.environ while the `requests` library reads os.environ.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         if self.mlflow_tracking_username and self.mlflow_tracking_password:
             os.environ["MLFLOW_TRACKING_USERNAME"] = self.mlflow_tracking_username
@@ -159,7 +161,7 @@ S = TypeVar("S", bound=BaseSettings)
 
 
 def load(settings: type[S], **given: Any) -> S:
-    """Read the settings. Values in `given` override those from other sources.
+    """Read the settings. Values in `given` override values from other sources.
 
     Raises SettingsError with one line that names each missing or wrong variable, but not its value.
     """
@@ -176,10 +178,10 @@ def load(settings: type[S], **given: Any) -> S:
 
 
 def unknown_variables() -> dict[str, str | None]:
-    """Names in `secrets.env` that nothing reads, each with the most similar known name, or None.
+    """Return the names in `secrets.env` that nothing reads, each with the most similar known name, or None.
 
-    Most environment variables belong to other programs, so only those with long names that nearly match a setting are
-    returned as well. Raises SettingsError if `secrets.env` cannot be read.
+    Also returns environment variables whose names are long and nearly match a known name. Most other environment
+    variables belong to other programs. Raises SettingsError if `secrets.env` cannot be read.
     """
     try:
         lines = dotenv_values(SECRETS_FILE, encoding="utf-8")
@@ -197,14 +199,14 @@ def unknown_variables() -> dict[str, str | None]:
 
 
 def kafka_properties(settings: ServiceSettings) -> dict[str, str]:
-    """Read `client.properties`, and add credentials from the environment. Raises SettingsError if that fails."""
+    """Read `client.properties`, and add credentials from the environment. Raises SettingsError if one is unusable."""
     path = settings.client_properties
     try:
         properties = parse_properties(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SettingsError(
-            f"CLIENT_PROPERTIES: cannot read {path}: {reason}. Copy client.properties.example to start with."
+            f"CLIENT_PROPERTIES: cannot read {path}: {reason}. Copy client.properties.example, and edit the copy."
         ) from None
     except ValueError as error:
         raise SettingsError(f"CLIENT_PROPERTIES: {path}: {error}") from None
@@ -220,7 +222,7 @@ def kafka_properties(settings: ServiceSettings) -> dict[str, str]:
 
 
 def parse_properties(text: str) -> dict[str, str]:
-    """Read librdkafka's `key=value` lines; `#` starts a comment. Raises ValueError with the number of a bad line."""
+    """Read librdkafka's `key=value` lines. `#` starts a comment. Raises ValueError with the number of a bad line."""
     properties = {}
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.strip()
@@ -235,7 +237,10 @@ def parse_properties(text: str) -> dict[str, str]:
 
 
 def _from_files(fields: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[str, str]:
-    """The content of the file that NAME_FILE names, by field and without the final newline. Raises SettingsError."""
+    """Return, by field, the contents of the files that NAME_FILE variables name, without the final newline.
+
+    Raises SettingsError if a file cannot be used, or if a setting is also given as a variable.
+    """
     found = {}
     for field in fields:
         name, path = field.upper(), given.get(f"{field}_file")
@@ -247,7 +252,7 @@ def _from_files(fields: Mapping[str, Any], given: Mapping[str, str | None]) -> d
             found[field] = Path(path).read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise SettingsError(f"{name}_FILE: {reason}") from None  # without the path, which may be the secret itself
+            raise SettingsError(f"{name}_FILE: {reason}") from None  # not the path, which may be the secret itself
         if not found[field]:
             raise SettingsError(f"{name}_FILE: the file is empty")
     return found

@@ -1,4 +1,4 @@
-"""Aliases of model versions in the registry: find the version with an alias, move the alias, or move it back."""
+"""Finds the model version that has an alias in the registry, moves the alias, and moves the alias back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +25,11 @@ class Alias(NamedTuple):
 
 
 class NoSuchVersion(Exception):
-    """The version to move the alias to does not exist."""
+    """The alias cannot be moved, because the version does not exist."""
 
 
 def bearer(of: Alias) -> str | None:
-    """The version that has the alias, or None. Raises Outage if the registry does not answer."""
+    """Return the version that has the alias, or None. Raises Outage if the registry does not respond."""
     with _registry(of) as client:
         try:
             return str(client.get_model_version_by_alias(of.name, of.alias).version)
@@ -40,7 +40,7 @@ def bearer(of: Alias) -> str | None:
 
 
 def exists(of: Alias, version: str) -> bool:
-    """Whether the registered model has this version. Raises Outage if the registry does not answer."""
+    """Return whether the registered model has this version. Raises Outage if the registry does not respond."""
     with _registry(of) as client:
         try:
             return client.get_model_version(of.name, version) is not None
@@ -51,7 +51,7 @@ def exists(of: Alias, version: str) -> bool:
 
 
 def move(of: Alias, version: str) -> None:
-    """Move the alias to a version, and remember the version that had it before. Raises Outage."""
+    """Move the alias to a version, and record the version that had the alias before. Raises Outage."""
     before = bearer(of)
     with _registry(of) as client:
         client.set_registered_model_alias(of.name, of.alias, version)
@@ -60,14 +60,14 @@ def move(of: Alias, version: str) -> None:
 
 
 def move_back(of: Alias) -> str:
-    """Move the alias back to the version that had it before, and return that version.
+    """Move the alias back to its previous version, and return this version.
 
-    Each further call goes back one version more. Raises NoSuchVersion if there is no earlier version, and Outage if
-    the registry does not answer.
+    Each further call moves the alias back by one more version. Raises NoSuchVersion if there is no earlier version, and
+    Outage if the registry does not respond.
     """
     now = bearer(of)
     with _registry(of) as client:
-        # The alias may have been moved by hand, to one of these.
+        # Somebody may have moved the alias by hand to one of the earlier versions.
         earlier = [version for version in _earlier(client, of) if version != now]
         while earlier:
             version = earlier.pop(0)
@@ -79,7 +79,7 @@ def move_back(of: Alias) -> str:
 
 
 def away(tracking_uri: str, error: MlflowException) -> Outage:
-    """The Outage to raise for an error of the registry."""
+    """Return the Outage to raise for an error of the registry."""
     return Outage(without_credentials(f"MLflow at {tracking_uri}: {str(error).splitlines()[0]}"))
 
 

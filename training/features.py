@@ -1,7 +1,7 @@
-"""The features that the model learns from, computed from the raw columns. This module is part of the model's artifact.
+"""Computes the model's features from the raw columns. This module is part of the model's artifact.
 
-Identifiers, `unix_time` and the date are left out. In the training file, `unix_time` is seven years off, and the date
-shows which part of the file a row comes from, not whether it is fraud.
+Identifiers, `unix_time` and the date are not used as features. In the training file, `unix_time` is seven years off.
+The date only shows which part of the file a row comes from, not whether the row is fraud.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ _EARTH_RADIUS_KM = 6371.0
 
 
 def make_features(raw: pd.DataFrame) -> np.ndarray:
-    """Compute FEATURES, in this order (n, 6), from the columns RAW (n, 9). An unknown category becomes NaN.
+    """Compute the columns FEATURES (n, 6) from the columns RAW (n, 9). An unknown category becomes NaN.
 
     Raises ValueError for an invalid time or date of birth.
     """
@@ -51,7 +51,10 @@ def make_features(raw: pd.DataFrame) -> np.ndarray:
 
 
 def _distance_km(lat_1: np.ndarray, long_1: np.ndarray, lat_2: np.ndarray, long_2: np.ndarray) -> np.ndarray:
-    """Great-circle distance of points in degrees, by the haversine formula (Sinnott, Sky and Telescope 68, 1984)."""
+    """Return the great-circle distance between points that are given in degrees.
+
+    Uses the haversine formula (Sinnott, Sky and Telescope 68, 1984).
+    """
     lat_1, long_1, lat_2, long_2 = (np.radians(degrees) for degrees in (lat_1, long_1, lat_2, long_2))
     a = np.sin((lat_2 - lat_1) / 2) ** 2 + np.cos(lat_1) * np.cos(lat_2) * np.sin((long_2 - long_1) / 2) ** 2
     distance: np.ndarray = 2 * _EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.minimum(a, 1.0)))

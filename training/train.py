@@ -1,4 +1,4 @@
-"""Training: fit the model, measure it on cards that it has not seen, and register it."""
+"""Fits the model, measures it on cards that it has not seen, and registers it."""
 
 import logging
 import warnings
@@ -38,25 +38,25 @@ TARGET_PRECISION = 0.9
 _TIME = "trans_date_trans_time"
 _FORMS = {_TIME: r"\d{4}-[01]\d-[0-3]\d [0-2]\d:[0-5]\d:[0-5]\d", "dob": r"\d{4}-[01]\d-[0-3]\d"}
 _HELD_OUT = 0.3
-_LEAST_ROWS = 20  # minimum number of frauds, and of legitimate rows, on each side of a split by time
+_LEAST_ROWS = 20  # minimum number of frauds, and of legitimate rows, in each part of a split by time
 _TOP = 100
 _PACKAGES = ("cloudpickle", "numpy", "pandas", "scikit-learn")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A fitted pipeline that takes the raw columns, its threshold, and its results on held-out rows."""
+    """A fitted pipeline for the raw columns, with its threshold and its results on held-out rows."""
 
     pipeline: Pipeline
     threshold: float
     labels: np.ndarray  # (n,) 0 or 1, for the held-out rows
-    probabilities: np.ndarray  # (n,) of fraud, from a model that was not trained on these rows
+    probabilities: np.ndarray  # (n,) of fraud; the model was not trained on these rows
     held_out: str  # describes the held-out rows
     profile: Profile
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Metrics on the held-out rows. Those that depend on a threshold use this one."""
+        """Metrics on the held-out rows. Metrics that depend on a threshold use `threshold`."""
         alarms = self.probabilities >= self.threshold
         (true_negatives, false_positives), (false_negatives, true_positives) = confusion_matrix(self.labels, alarms)
         top = self.labels[np.argsort(-self.probabilities, kind="stable")[:_TOP]]
@@ -73,7 +73,10 @@ class Trained:
 
 
 def build_pipeline(*, seed: int) -> Pipeline:
-    """Features and gradient boosting in one estimator. Its input is a frame of the raw columns."""
+    """Return an estimator that computes the features and applies gradient boosting.
+
+    The estimator's input is a frame of the raw columns.
+    """
     trees = HistGradientBoostingClassifier(
         learning_rate=0.1,
         max_iter=100,
@@ -87,9 +90,10 @@ def build_pipeline(*, seed: int) -> Pipeline:
 
 
 def choose_threshold(labels: np.ndarray, probabilities: np.ndarray, *, target_precision: float) -> float:
-    """The lowest threshold that reaches the target precision, from labels of 0 or 1 (n,) and probabilities (n,).
+    """Return the lowest threshold that reaches the target precision for labels of 0 or 1 (n,) and probabilities (n,).
 
-    If no threshold reaches it, returns the one with the highest precision: few alarms are better than many false ones.
+    If no threshold reaches the target, returns the threshold with the highest precision, because few alarms are better
+    than many false alarms.
     """
     precision, _, thresholds = precision_recall_curve(labels, probabilities)
     reaching = np.flatnonzero(precision[:-1] >= target_precision)
@@ -99,9 +103,10 @@ def choose_threshold(labels: np.ndarray, probabilities: np.ndarray, *, target_pr
 def fit(frame: pd.DataFrame, *, seed: int, target_precision: float = TARGET_PRECISION) -> Trained:
     """Train on labelled transactions with the training file's columns. Rows without a label are ignored.
 
-    The metrics are those of a model that has not seen the held-out cards or, where the labels allow it, the held-out
-    period. The returned model is trained on all rows. Raises ValueError if the rows to train on, or those to hold out,
-    have no frauds or only frauds.
+    The metrics come from a model that has not seen the held-out cards. Where the labels allow it, this model has not
+    seen the held-out period either. The returned model is trained on all rows.
+
+    Raises ValueError if the training rows or the held-out rows have no frauds, or have only frauds.
     """
     frame = frame.dropna(subset=["is_fraud"])
     labels = frame["is_fraud"].to_numpy(dtype=int)
@@ -124,12 +129,13 @@ def fit(frame: pd.DataFrame, *, seed: int, target_precision: float = TARGET_PREC
 
 
 def split(frame: pd.DataFrame, labels: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """The masks (n,) of the rows to train on and of the rows to hold out, and a description of the held-out rows.
+    """Return the masks (n,) of the training rows and of the held-out rows, and a description of the held-out rows.
 
-    Each card is on one side only. The split is by time as well if that leaves enough frauds and legitimate rows on both
-    sides: only the last part of the period is then held out. Otherwise the split is by card alone, for example if a
-    file's frauds and legitimate rows are from different years. Raises ValueError if even then a side has no frauds, or
-    only frauds.
+    No card has rows in both parts. If enough frauds and legitimate rows remain in both parts, the rows are also split
+    by time. In this case, only the last part of the period is held out. Otherwise, the rows are split by card alone.
+    This happens, for example, if a file's frauds and legitimate rows are from different years.
+
+    Raises ValueError if a part of the split by card has no frauds, or has only frauds.
     """
     cards = GroupShuffleSplit(n_splits=1, test_size=_HELD_OUT, random_state=seed)
     unseen = np.zeros(len(frame), dtype=bool)
@@ -140,7 +146,9 @@ def split(frame: pd.DataFrame, labels: np.ndarray, *, seed: int) -> tuple[np.nda
     if all(min(np.bincount(labels[part], minlength=2)) >= _LEAST_ROWS for part in by_time):
         return *by_time, f"{_HELD_OUT:.0%} of the cards, in the last {_HELD_OUT:.0%} of the time"
     if any(len(np.unique(labels[part])) < 2 for part in (~unseen, unseen)):
-        raise ValueError("training needs frauds on more cards: either the training or the held-out rows have none")
+        raise ValueError(
+            "training needs frauds on more cards, because the training rows or the held-out rows have none"
+        )
     return ~unseen, unseen, f"{_HELD_OUT:.0%} of the cards"
 
 
@@ -186,7 +194,7 @@ def register(trained: Trained, of: Alias) -> str:
 
 
 def curves(trained: Trained) -> dict[str, Figure]:
-    """Plots of the results on the held-out rows, by the name of the plot."""
+    """Return plots of the results on the held-out rows, by the name of the plot."""
     labels, probabilities = trained.labels, trained.probabilities
     found = {}
     for name, draw in {
@@ -207,15 +215,17 @@ def _fitted(raw: pd.DataFrame, labels: np.ndarray, seed: int) -> Pipeline:
 
 
 def read(sources: Sequence[str]) -> pd.DataFrame:
-    """Read the rows of training files, in this order. Each is a path or a URL; the unnamed first column is optional.
+    """Read the rows of training files, in the order of `sources`, which are paths or URLs.
 
-    Raises OSError if a file cannot be opened, and ValueError if it is not in the training format.
+    The unnamed first column of a file is optional.
+
+    Raises OSError if a file cannot be opened, and ValueError if a file is not in the training format.
     """
     frames = []
     for source in sources:
         try:
             frame = pd.read_csv(source, dtype={"cc_num": str})
-        except ImportError as error:  # the package for s3:// and the like is missing
+        except ImportError as error:  # the package for a protocol such as s3:// is missing
             raise ValueError(f"{source}: {error}") from None
         except OSError as error:
             raise error if error.filename and error.strerror else OSError(f"{source}: {error}") from None
@@ -234,6 +244,6 @@ def read(sources: Sequence[str]) -> pd.DataFrame:
 
 
 def together(frame: pd.DataFrame, confirmed: pd.DataFrame) -> pd.DataFrame:
-    """The training rows and the confirmed rows in one frame. For a transaction in both, the confirmed label wins."""
+    """Return the training rows and the confirmed rows in one frame. A confirmed row replaces the same training row."""
     rows = pd.concat([frame, confirmed.dropna(subset=["is_fraud"])], ignore_index=True)
     return rows.drop_duplicates(["trans_num", "unix_time"], keep="last", ignore_index=True)

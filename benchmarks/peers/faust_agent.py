@@ -7,7 +7,7 @@ import faust
 
 
 def main() -> None:
-    """Process records until killed."""
+    """Process records until the process is killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", choices=["loop"])
     for name in ("bootstrap", "group", "source", "target"):

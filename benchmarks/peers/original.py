@@ -1,6 +1,7 @@
-"""The design that this project replaced, without its avoidable delays: one DataFrame and one model call per message.
+"""The design that this project replaced, without the avoidable delays of that design.
 
-Predictions are written without waiting for acknowledgements, and the client commits offsets automatically.
+For each message, the program makes one DataFrame and one model call. Predictions are written without waiting for
+acknowledgements. The client commits offsets automatically.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from confluent_kafka import Consumer, Producer
 
 
 def main() -> None:
-    """Process records until killed."""
+    """Process records until the process is killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", choices=["predict"])
     parser.add_argument("--bootstrap", required=True)

@@ -1,4 +1,4 @@
-"""Only the Kafka clients: copy every record unchanged. No loop in Python can be faster."""
+"""Copies every record unchanged, with the Kafka clients alone. No loop in Python can be faster."""
 
 import argparse
 from threading import Event
@@ -9,7 +9,7 @@ from shared.stream.delivery import enqueue
 
 
 def main() -> None:
-    """Process records until killed."""
+    """Process records until the process is killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("bootstrap", "group", "source", "target"):
         parser.add_argument(f"--{name}", required=True)

@@ -9,7 +9,7 @@ from quixstreams import Application
 
 
 def main() -> None:
-    """Process records until killed."""
+    """Process records until the process is killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", choices=["loop", "predict"])
     parser.add_argument("--bootstrap", required=True)
@@ -40,7 +40,7 @@ def add_field(row: dict[str, object]) -> dict[str, object]:
 
 
 def asker(arguments: argparse.Namespace) -> Callable[[dict[str, object]], dict[str, object]]:
-    """A function that adds the model's prediction to a row."""
+    """Return a function that adds the model's prediction to a row."""
     model = mlflow.sklearn.load_model(arguments.model)
     columns = arguments.columns.split(",")
 

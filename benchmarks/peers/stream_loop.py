@@ -1,4 +1,4 @@
-"""This project's stream loop: add a field to every record, with at-least-once delivery."""
+"""Adds a field to every record, with this project's stream loop and at-least-once delivery."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from shared.stream.loop import Stream
 
 
 def main() -> None:
-    """Process records until killed."""
+    """Process records until the process is killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("bootstrap", "group", "source", "target"):
         parser.add_argument(f"--{name}", required=True)

@@ -17,9 +17,12 @@ OfReason = Annotated[
 ]
 Since = Annotated[
     str | None,
-    typer.Option(metavar="TIME", help="Only dead letters since this UTC time (2026-01-31T21:30) or age (90m, 2h, 3d)."),
+    typer.Option(
+        metavar="TIME",
+        help="Only dead letters since this UTC time (2026-01-31T21:30), or newer than this age (90m, 2h, 3d).",
+    ),
 ]
-Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="At most N, oldest first.")]
+Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="At most N dead letters, oldest first.")]
 
 
 @commands.add("list", "dead-letters list --since 1h", "dead-letters list --topic topic_1 --reason zip")
@@ -40,12 +43,14 @@ def show_list(topic: OfTopic = None, reason: OfReason = "", since: Since = None,
 
 @commands.add("show", "dead-letters show topic_1.dlq:3:17", "dead-letters show topic_1.dlq:3:17 --save value.json")
 def show_one(
-    letter_id: Annotated[str, typer.Argument(metavar="ID", help="ID from the list, for example topic_1.dlq:3:17.")],
+    letter_id: Annotated[
+        str, typer.Argument(metavar="ID", help="ID of the dead letter, for example topic_1.dlq:3:17.")
+    ],
     save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the value to a new file, byte for byte and unmasked.")
+        Path | None, typer.Option(metavar="FILE", help="Save the value to a new file, byte for byte and unmasked.")
     ] = None,
 ) -> None:
-    """Show one dead letter, without card number and birth date."""
+    """Show one dead letter, with card number and birth date masked."""
     from fraudctl import letters
     from shared.settings import ServiceSettings, kafka_properties, load
 
@@ -73,9 +78,9 @@ def replay(
     reason: OfReason = "",
     since: Since = None,
     limit: Limit = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Allow replaying more than 1,000 letters.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Allow replaying more than 1,000 dead letters.")] = False,
     value: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File with the corrected value, for exactly one ID.")
+        Path | None, typer.Option(metavar="FILE", help="File with a corrected value. Requires exactly one ID.")
     ] = None,
 ) -> None:
     """Put dead letters back on their topics, each exactly once.

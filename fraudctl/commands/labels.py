@@ -1,4 +1,4 @@
-"""The commands `labels confirm`, `import`, `list` and `stats`, and `export`, which turns labels into training data."""
+"""The commands `labels confirm`, `labels import`, `labels list`, `labels stats` and `export`."""
 
 import time
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ Overwrite = Annotated[bool, typer.Option("--overrule", help="Overwrite a conflic
 
 @commands.add("confirm", "labels confirm 3cb54a489fb351f73a7db98f6c7bb1ad \\\n      --fraud yes --by ana")
 def confirm(
-    trans_num: Annotated[str, typer.Argument(metavar="TRANS_NUM", help="Transaction number, as in the alarm.")],
+    trans_num: Annotated[str, typer.Argument(metavar="TRANS_NUM", help="Transaction number, as shown in the alarm.")],
     fraud: Annotated[str, typer.Option(metavar="yes|no", help="Whether the transaction was fraud.")],
     by: Annotated[str, typer.Option(metavar="NAME", help="Reviewer's name.")],
     unix_time: Annotated[
         int | None,
         typer.Option(
-            metavar="SECONDS", min=0, max=10**12, help="The transaction's unix_time, if several have this number."
+            metavar="SECONDS", min=0, max=10**12, help="unix_time of the transaction, if TRANS_NUM is not unique."
         ),
     ] = None,
     overrule: Overwrite = False,
@@ -50,13 +50,13 @@ def import_file(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="CSV with the columns trans_num and is_fraud, optionally also unix_time and by (the reviewer).",
+            help="CSV file with the columns trans_num and is_fraud, and optionally unix_time and by (the reviewer).",
         ),
     ],
-    by: Annotated[str | None, typer.Option(metavar="NAME", help="Reviewer's name, for rows without one.")] = None,
+    by: Annotated[str | None, typer.Option(metavar="NAME", help="Reviewer's name, for rows that have no name.")] = None,
     overrule: Overwrite = False,
 ) -> None:
-    """Import labels from a CSV file, all or none."""
+    """Import all labels from a CSV file, or none if one is invalid."""
     from fraudctl import labels
 
     _confirm(labels.read(file, by=by), overrule=overrule)
@@ -70,7 +70,7 @@ def show_list(
     predicted_fraud: Annotated[
         bool, typer.Option("--predicted-fraud", help="Only transactions predicted as fraud.")
     ] = False,
-    limit: Annotated[int, typer.Option(metavar="N", min=1, help="At most N, newest first.")] = 50,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="At most N transactions, newest first.")] = 50,
 ) -> None:
     """List transactions and their labels, newest first."""
     from fraudctl import labels
@@ -103,14 +103,19 @@ def _confirm(given: "Sequence[Label]", *, overrule: bool) -> None:
 
 @export_commands.add("export", "export --out validated.csv --append", "export --out s3://bucket/march.csv --since 30d")
 def export_confirmed(
-    out: Annotated[str, typer.Option(metavar="FILE", help="Output: a file, or s3://BUCKET/KEY.")] = "validated.csv",
+    out: Annotated[str, typer.Option(metavar="FILE", help="Output file, or s3://BUCKET/KEY.")] = "validated.csv",
     since: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Only rows since this UTC time (2026-01-31T21:30) or age (90m, 2h, 3d)."),
+        typer.Option(
+            metavar="TIME",
+            help="Only rows since this UTC time (2026-01-31T21:30), or newer than this age (90m, 2h, 3d).",
+        ),
     ] = None,
-    until: Annotated[str | None, typer.Option(metavar="TIME", help="Only rows before this UTC time or age.")] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only rows before this UTC time, or older than this age.")
+    ] = None,
     append: Annotated[
-        bool, typer.Option("--append", help="Keep the rows already in the file, without duplicates.")
+        bool, typer.Option("--append", help="Keep the rows that the file already has, without duplicates.")
     ] = False,
 ) -> None:
     """Export confirmed transactions as a training file."""

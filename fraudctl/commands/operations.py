@@ -20,9 +20,9 @@ def show_status(
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every two seconds, until Ctrl+C.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show consumer groups, topics, models and rows, problems first.
+    """Show problems, consumer groups, topics, models and rows.
 
-    Queries Kafka, MLflow and the database, not the services. Exits with 1 if something is unhealthy.
+    Queries Kafka, MLflow and the database, but not the services. Exits with 1 if something is unhealthy.
     """
     from fraudctl import status
 
@@ -47,7 +47,7 @@ def show_status(
 
 @commands.add("doctor", "doctor")
 def run_doctor() -> None:
-    """Check everything the services need and show fixes.
+    """Check everything that the services need, and show fixes.
 
     Checks the settings, Kafka, MLflow, the database, the mail server, the payments API and the clock.
 
@@ -67,7 +67,10 @@ def show_tail(
     follow: Annotated[bool, typer.Option("--follow", help="Show new records as they arrive, until Ctrl+C.")] = False,
     count: Annotated[int, typer.Option(metavar="N", min=1, help="Number of newest records to show.")] = 10,
 ) -> None:
-    """Show a topic's records, without card numbers and birth dates."""
+    """Show a topic's records.
+
+    Card numbers and birth dates are masked.
+    """
     from fraudctl import tail
     from shared.settings import ServiceSettings, kafka_properties, load
 
@@ -95,7 +98,7 @@ def run_migrations() -> None:
 def send_test_alarms() -> None:
     """Send a sample alarm through each configured channel.
 
-    Exits with 1 if a channel does not accept it.
+    Exits with 1 if a channel does not accept the alarm.
     """
     from services.alerter.channels import configured
     from services.alerter.settings import AlerterSettings

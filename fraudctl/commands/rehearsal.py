@@ -17,7 +17,7 @@ commands = Commands()
 
 WorkDir = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Folder that keeps logs, mails and data. Default: a temporary one."),
+    typer.Option(metavar="FOLDER", help="Folder for logs, mails and data. Default: a temporary folder."),
 ]
 Report = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results to a JSON file.")]
 
@@ -31,13 +31,14 @@ def demo(
         float, typer.Option(metavar="N", min=0, help="Transactions per second; 0 means as fast as possible.")
     ] = 100.0,
     source: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="CSV in the training format. Default: generated transactions.")
+        Path | None,
+        typer.Option(metavar="FILE", help="CSV file in the training format. Default: generated transactions."),
     ] = None,
     broker: Annotated[
         str, typer.Option(metavar="BROKER", help="auto, embedded, apache, HOST:PORT or a client.properties file.")
     ] = "auto",
     database: Annotated[
-        str | None, typer.Option(metavar="URL", help="PostgreSQL to use. Default: a temporary one.")
+        str | None, typer.Option(metavar="URL", help="PostgreSQL database to use. Default: a temporary database.")
     ] = None,
     report: Report = None,
     work_dir: WorkDir = None,
@@ -80,7 +81,7 @@ def demo(
 
 @commands.add("chaos", "chaos --scenario kill-predictor", "chaos --seed 7 --minutes 10 --report chaos.json")
 def chaos(
-    more: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="More scenarios.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="More scenarios to run.")] = None,
     scenario: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Scenario to run (repeatable). Default: all.")
     ] = None,
@@ -88,14 +89,15 @@ def chaos(
         int | None, typer.Option(metavar="N", help="Seed for the injected faults. Default: random.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(metavar="N", min=0, help="Minutes each scenario runs. Default: its own length.")
+        float | None,
+        typer.Option(metavar="N", min=0, help="Minutes that each scenario runs. Default: the scenario's own length."),
     ] = None,
     report: Report = None,
     work_dir: WorkDir = None,
 ) -> None:
     """Break components under load and check every guarantee.
 
-    Runs on Apache Kafka. Exits with 1 at the first guarantee that does not hold.
+    Runs on Apache Kafka. Stops after the first scenario in which a guarantee does not hold, and exits with 1.
     """
     from rehearsal import campaign as runner
     from sandbox.processes import StandInError
@@ -118,7 +120,10 @@ def chaos(
 
 @contextmanager
 def _directory(wanted: Path | None) -> Iterator[Path]:
-    """The wanted folder, created if it does not exist. For None, a temporary folder that is deleted at the end."""
+    """Yield the wanted folder, after creating it if necessary.
+
+    If `wanted` is None, yields a temporary folder, which is deleted at the end.
+    """
     if wanted:
         wanted.mkdir(parents=True, exist_ok=True)
         yield wanted.resolve()

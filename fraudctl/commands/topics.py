@@ -23,7 +23,7 @@ def create(
         ),
     ] = None,
 ) -> None:
-    """Create missing topics; existing ones are not changed."""
+    """Create missing topics, without changing existing topics."""
     from shared.kafka import topics
     from shared.settings import ServiceSettings, kafka_properties, load
 
@@ -63,6 +63,6 @@ def check(
 
 
 def _topics(settings: "ServiceSettings") -> Iterator[tuple[list[str], bool]]:
-    """Lists of topic names, each with whether the topics in it have dead-letter topics."""
+    """Yield lists of topic names, each list with a flag that says whether its topics have dead-letter topics."""
     yield [settings.topic_1, settings.topic_2], True
     yield [settings.challenger_topic], False

@@ -1,4 +1,4 @@
-"""The alerter: reports every fraud on topic_2 by e-mail, by webhook, or both."""
+"""The alerter: reports every predicted fraud on topic_2 by e-mail, by webhook, or by both."""
 
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
@@ -36,7 +36,7 @@ def serve(settings: AlerterSettings, shutdown: Event) -> None:
             for stream, each in zip(streams, channels, strict=True)
         ]
         wait(running, return_when=FIRST_COMPLETED)
-        shutdown.set()  # if one channel fails, stop all of them, so that the container is restarted
+        shutdown.set()  # if one channel fails, stop all channels, so that the container restarts
     for channel, stream in zip(channels, running, strict=True):
         channel.close()
         stream.result()

@@ -1,4 +1,4 @@
-"""Finds alarms (predicted frauds) on topic_2, and formats them without full card numbers and birth dates."""
+"""Finds alarms (predicted frauds) on topic_2, and formats them without full card numbers or birth dates."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,28 +19,31 @@ from shared.records import REFERENCE, TIME_FORMAT, Prediction, decode_prediction
 
 
 class Alarm(NamedTuple):
-    """A transaction that was predicted to be fraud, and the model that predicted it."""
+    """A transaction that was predicted to be fraud, with the provenance of this prediction."""
 
     prediction: Prediction
     provenance: Provenance
 
     @property
     def identity(self) -> tuple[str, int]:
-        """(trans_num, unix_time) of the transaction."""
+        """The identity of the transaction: (trans_num, unix_time)."""
         return self.prediction.identity
 
 
 class Found(NamedTuple):
-    """Alarms and dead letters from the first `read` messages of a batch, each with its message number (from 1)."""
+    """Alarms and dead letters from the first `read` messages of a batch.
+
+    Each alarm and each dead letter has the number of its message. The messages are numbered from 1.
+    """
 
     read: int
     alarms: list[tuple[int, Alarm]]
-    dead: list[tuple[int, Record]]  # dead letters for unreadable messages
-    repeats: int  # number of alarms skipped, because they were sent before or are in the batch twice
+    dead: list[tuple[int, Record]]  # one dead letter for each unreadable message
+    repeats: int  # number of alarms skipped because they were already sent or are in the batch twice
 
 
 def find(messages: Sequence[Message], sent: Remembered, *, group: str, most: int) -> Found:
-    """Up to `most` alarms of a batch that are not in `sent`, and dead letters for messages that cannot be read."""
+    """Find at most `most` alarms that are not in `sent`. Also make a dead letter of each unreadable message."""
     alarms: list[tuple[int, Alarm]] = []
     dead: list[tuple[int, Record]] = []
     identities: set[tuple[str, int]] = set()
@@ -80,7 +83,7 @@ class Shown:
 
 
 def show(alarm: Alarm) -> Shown:
-    """The alarm as text for a mail. Each field is on one line and at most 200 characters long."""
+    """Format an alarm for a mail. Each text in the result is one line of at most 200 characters."""
     prediction, provenance = alarm
     has_probability = provenance.probability is not None
     return Shown(
@@ -98,7 +101,7 @@ def show(alarm: Alarm) -> Shown:
 
 
 def fields(alarm: Alarm) -> dict[str, str | float | int | None]:
-    """The fields of an alarm for a webhook post or a CSV file."""
+    """Return an alarm's fields for a webhook post or a CSV file."""
     prediction, provenance = alarm
     return {
         "trans_num": prediction.trans_num,
@@ -117,27 +120,30 @@ def fields(alarm: Alarm) -> dict[str, str | float | int | None]:
 
 
 def merchant_of(alarm: Alarm) -> str:
-    """The merchant's name without the prefix `fraud_`, which every merchant in the source data has."""
+    """Return the merchant's name without the prefix `fraud_`, which every merchant in the source data has."""
     return one_line(alarm.prediction.merchant.removeprefix("fraud_"))
 
 
 def dollars(amount: float) -> str:
-    """The amount as text, for example `$1,147.91`."""
+    """Format an amount, for example as `$1,147.91`."""
     return f"${amount:,.2f}"
 
 
 def one_line(text: str) -> str:
-    """The text on one line, cut to 200 characters, so that it cannot forge a mail header, table row or log line."""
+    """Put the text on one line and cut it to 200 characters.
+
+    The result cannot forge a mail header, a table row or a log line.
+    """
     return " ".join("".join(each if each.isprintable() else " " for each in text).split())[:200]
 
 
 def batch_id(alarms: Sequence[Alarm]) -> str:
-    """An ID for a set of alarms (32 hexadecimal digits). It does not depend on the order of the alarms."""
+    """Return an ID (32 hexadecimal digits) for a set of alarms. The order of the alarms does not change the ID."""
     return hashlib.sha256(repr(sorted(alarm.identity for alarm in alarms)).encode()).hexdigest()[:32]
 
 
 def sample(now: datetime) -> Alarm:
-    """A made-up alarm for testing a channel or a template."""
+    """Return a made-up alarm for testing a channel or a template."""
     values = msgspec.structs.asdict(REFERENCE) | {
         "trans_date_trans_time": f"{now.astimezone(UTC):{TIME_FORMAT}}",
         "unix_time": int(now.timestamp()),

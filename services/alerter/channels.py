@@ -1,4 +1,4 @@
-"""The channels that send alarms. Each has its own consumer group and pace, so that a slow one delays no other."""
+"""The channels that send alarms. Each channel has its own consumer group, so a slow channel delays no other channel."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ from shared.stream.flight import Outcome
 
 log = structlog.get_logger()
 
-_REMEMBERED = 20_000  # alarms; plenty, because offsets are committed soon after sending, so few alarms are redelivered
-_LARGEST_POST = 500  # alarms
+_REMEMBERED = 20_000  # alarms; far fewer are redelivered, because offsets are committed soon after sending
+_LARGEST_POST = 500  # alarms per post
 _CATCH_UP_S = 1.0
 
 
@@ -37,22 +37,22 @@ class Channel(Protocol):
     group: str
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Send alarms from a batch. Messages beyond the outcome's `done` are redelivered later.
+        """Send alarms from a batch. Messages after the first `Outcome.done` messages are redelivered.
 
         Raises Outage if the alarms cannot be sent now.
         """
 
     def test(self) -> None:
-        """Send a sample alarm. Raises Poison if its content is refused, and Outage if it cannot be sent."""
+        """Send a sample alarm. Raises Poison if the alarm's content is refused, and Outage after any other failure."""
 
     def close(self) -> None:
-        """Disconnect."""
+        """Close the connection."""
 
 
 class ByMail:
-    """Sends one mail per alarm, immediately, but sends digests when there are many alarms.
+    """Sends one mail per alarm, immediately. If there are many alarms, sends digests instead.
 
-    After the server accepts a mail, the offsets of its alarms are committed before the next mail is sent.
+    Once the server has accepted a mail, the offsets of the mail's alarms are committed before the next mail is sent.
     """
 
     name = "mail"
@@ -72,9 +72,9 @@ class ByMail:
         self._refused_digests = 0
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Send at most one mail: either about the first alarm, or a digest if its gathering time is over.
+        """Send at most one mail: either about the first alarm, or a digest whose gathering time is over.
 
-        The messages after those in the mail are redelivered. A crash therefore repeats at most one mail.
+        Messages after the last mailed alarm are redelivered. A crash therefore repeats at most one mail.
         """
         single = not self._catching_up and self._pace.allows_single()
         found = find(messages, self._mailed, group=self.group, most=1 if single else self._largest_digest)
@@ -83,7 +83,7 @@ class ByMail:
             return _finished(found)
         first, _ = found.alarms[0]
         if before := [letter for number, letter in found.dead if number < first]:
-            return Outcome(first - 1, dead=before)  # written before any mail, so that a failure repeats no mail
+            return Outcome(first - 1, dead=before)  # written before mailing, so that a failed write repeats no mail
         if single:
             refused = _send(messages, found, self._single, self._limit, by=self)
             self._pace.single_sent()
@@ -103,19 +103,20 @@ class ByMail:
         return _finished(found, refused)
 
     def test(self) -> None:
-        """Mail a sample alarm. Raises Poison if its content is refused, and Outage if it cannot be sent."""
+        """Mail a sample alarm. Raises Poison if the mail's content is refused, and Outage after any other failure."""
         now = datetime.now(UTC)
         self._mailer.send(self._composer.single(sample(now), now=now))
 
     def close(self) -> None:
-        """Disconnect."""
+        """Close the connection."""
         self._mailer.close()
 
     def _caught_up(self, messages: Sequence[Message]) -> Outcome:
-        """Continue at the normal pace, because no more alarms than a burst were waiting when this process started.
+        """Continue at the normal pace, because at most `burst` alarms were waiting when this process started.
 
-        A larger backlog is mailed as a digest, because the previous process may have mailed it as a digest and been
-        killed before the commit. Mailing those alarms one by one would repeat many of them.
+        A larger backlog is mailed as a digest. The previous process may have mailed the same digest, and may have been
+        killed before it committed the offsets. A digest then repeats the alarms in one mail, rather than in one mail
+        per alarm.
         """
         self._catching_up = False
         self._pace.digest_sent()
@@ -136,7 +137,8 @@ class ByMail:
             self._mailer.send(self._composer.digest(alarms, now=datetime.now(UTC)))
         except Poison as poison:
             self._refused_digests += 1
-            if self._refused_digests > 2 * log2(self._largest_digest):  # isolating one bad alarm causes fewer refusals
+            # Isolating one bad alarm causes fewer refusals than this.
+            if self._refused_digests > 2 * log2(self._largest_digest):
                 raise Outage(f"digest mails are refused: {poison}") from None
             raise
         for alarm in alarms:
@@ -147,7 +149,7 @@ class ByMail:
 
 
 class ByWebhook:
-    """Posts alarms without delay, up to 500 per post, to a system that does not need digests."""
+    """Posts alarms immediately, at most 500 per post, to a system that does not need digests."""
 
     name = "webhook"
 
@@ -159,7 +161,10 @@ class ByWebhook:
         self._flow = Flow("alarms_posted")
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Post up to 500 alarms of the batch; later messages are redelivered. Raises Outage if the post fails."""
+        """Post at most 500 alarms of the batch. Raises Outage if the alarms cannot be posted now.
+
+        Messages after the last posted alarm are redelivered.
+        """
         self._flow.report_if_due()
         found = find(messages, self._posted, group=self.group, most=_LARGEST_POST)
         metrics.ALARMS_WAITING.labels(self.name).set(len(found.alarms))
@@ -168,11 +173,11 @@ class ByWebhook:
         return _finished(found, _send(messages, found, self._post, self._limit, by=self))
 
     def test(self) -> None:
-        """Post a sample alarm. Raises Poison if its content is refused, and Outage if it cannot be sent."""
+        """Post a sample alarm. Raises Poison if the post's content is refused, and Outage after any other failure."""
         self._webhook.post([sample(datetime.now(UTC))], kind="fraud.test")
 
     def close(self) -> None:
-        """Disconnect."""
+        """Close the connection."""
         self._flow.report()
         self._webhook.close()
 
@@ -185,7 +190,7 @@ class ByWebhook:
 
 
 def configured(settings: AlerterSettings) -> list[Channel]:
-    """The configured channels (at least one). Raises SettingsError if none is, or a setting is missing or invalid."""
+    """Make the configured channels. Raises SettingsError if no channel is configured, or if a setting is wrong."""
     found = [_mail(settings)] if settings.smtp_host else []
     found += [_webhook(settings)] if settings.webhook_url else []
     if settings.smtp_host and settings.webhook_url and settings.alerter_group == settings.webhook_group:
@@ -198,7 +203,7 @@ def configured(settings: AlerterSettings) -> list[Channel]:
 
 
 def mailer(settings: AlerterSettings) -> Mailer:
-    """A client for the configured mail server."""
+    """Make a client for the configured mail server."""
     return Mailer(
         host=settings.smtp_host or "",
         port=settings.smtp_port,
@@ -246,7 +251,7 @@ def _send(
     *,
     by: Channel,
 ) -> list[Record]:
-    """Send the alarms and return a dead letter for each one that is permanently refused.
+    """Send the alarms. Returns a dead letter for each alarm that is permanently refused.
 
     Raises Outage if the alarms cannot be sent now.
     """
@@ -258,7 +263,7 @@ def _send(
             metrics.ALARMS.labels(by.name, "failed").inc(len(alarms))
             raise
         except Poison:
-            metrics.ALARMS.labels(by.name, "failed").inc(len(alarms) == 1)  # a larger group is split and retried
+            metrics.ALARMS.labels(by.name, "failed").inc(len(alarms) == 1)  # a larger group is split and sent again
             raise
         metrics.ALARMS.labels(by.name, "sent").inc(len(alarms))
         return done
@@ -273,9 +278,10 @@ def _send(
 
 
 def _to_keep(messages: Sequence[Message], found: Found) -> list[Message]:
-    """The messages to redeliver while a digest is gathered: alarms and unreadable messages, from the first alarm on.
+    """Return the messages to redeliver while a digest is gathered.
 
-    The last message of each partition is included as well, because `Outcome.keep` requires it.
+    From the first alarm on, the alarms and the unreadable messages in `found` must be redelivered.
+    The last message of each partition is included as well, because `Outcome.keep` requires that message.
     """
     wanted = {number for number, _ in (*found.alarms, *found.dead)}
     wanted |= set({message.partition(): number for number, message in enumerate(messages, start=1)}.values())

@@ -26,19 +26,20 @@ from shared.privacy import without_digits
 log = structlog.get_logger()
 
 
-# Long headers are not folded, because some mail readers show an extra space at a fold. RFC 5322 allows 998 characters.
+# Long headers are not folded, because some mail readers show an extra space at a fold. RFC 5322 allows lines of
+# 998 characters.
 _WIDE = policy.SMTP.clone(max_line_length=990)
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TEMPLATES = ("alert.txt", "alert.html", "digest.txt", "digest.html")
 _CARDS_THREADED = 10_000
-# Matches what starts a formula: certain characters at the start of a text or after a cell separator. Spreadsheets in
-# countries with a decimal comma do not use the comma to separate cells.
+# Matches the start of a formula: certain characters at the start of a text or after a cell separator. In countries with
+# a decimal comma, spreadsheets separate cells with semicolons instead of commas.
 _FORMULA = re.compile("(^|[;\t|])([^\\S\t]*[=+@\uff1d\uff0b\uff0d\uff20-])")
 
 
 @dataclass(frozen=True)
 class Card:
-    """The alarms of one card in a digest, oldest first."""
+    """A card in a digest, with its total amount and its alarms, oldest first."""
 
     card: str
     amount: str
@@ -46,7 +47,7 @@ class Card:
 
 
 class Composer:
-    """Composes mails from templates. A file in `templates` replaces the built-in template of the same name."""
+    """Composes mails from templates. A file in `templates` replaces the built-in template with the same name."""
 
     def __init__(self, *, sender: str, recipients: Sequence[str], templates: Path | None = None) -> None:
         """Raises SettingsError if the folder or one of its templates cannot be used."""
@@ -55,7 +56,7 @@ class Composer:
         built_in = jinja2.PackageLoader("services.alerter")
         self._built_in = _environment(built_in)
         self._environment = self._built_in
-        self._threads: dict[int, str] = {}  # card number to the Message-ID of its first alarm; oldest first
+        self._threads: dict[int, str] = {}  # the Message-ID of each card's first mail, by card number, oldest first
         if templates:
             if not templates.is_dir():
                 raise SettingsError(f"ALERT_TEMPLATES: {templates} is not a folder")
@@ -63,14 +64,14 @@ class Composer:
             for name in _TEMPLATES:
                 try:
                     self._environment.get_template(name).render(_context([sample(datetime.now(UTC))]))
-                except Exception as error:  # a template runs code, so it may raise anything
+                except Exception as error:  # a template runs code, so it may raise any exception
                     reason = f"{type(error).__name__}: {error}"
                     raise SettingsError(
-                        f"ALERT_TEMPLATES: {templates / name} does not render a sample alarm: {reason}"
+                        f"ALERT_TEMPLATES: {templates / name} cannot render a sample alarm: {reason}"
                     ) from None
 
     def single(self, alarm: Alarm, *, now: datetime) -> EmailMessage:
-        """The mail about one alarm. Mails about the same card form a thread."""
+        """Compose the mail about one alarm. Mails about the same card form a thread."""
         shown = show(alarm)
         subject = f"Fraud alert: {shown.amount} at {shown.merchant} (card ending {shown.card[-4:]})"
         identity = message_id(alarm.identity, sender=self._sender)
@@ -84,7 +85,7 @@ class Composer:
         return message
 
     def digest(self, alarms: Sequence[Alarm], *, now: datetime) -> EmailMessage:
-        """The mail about several alarms, with a table grouped by card and an attached CSV file."""
+        """Compose the mail about several alarms. The mail has a table of alarms by card, and a CSV file."""
         cards = len({alarm.prediction.cc_num for alarm in alarms})
         amount = dollars(sum(alarm.prediction.amt for alarm in alarms))
         subject = f"Fraud digest: {len(alarms):,} alarms on {cards:,} card{'s' * (cards > 1)}, {amount}"
@@ -105,7 +106,7 @@ class Composer:
         message["To"] = self._recipients
         message["Date"] = format_datetime(now.astimezone(UTC))
         message["Message-ID"] = identity
-        message["Auto-Submitted"] = "auto-generated"  # RFC 3834: prevents vacation replies
+        message["Auto-Submitted"] = "auto-generated"  # RFC 3834: prevents automatic replies, such as vacation notices
         return message
 
     def _fill(self, message: EmailMessage, name: str, alarms: Sequence[Alarm]) -> None:
@@ -116,7 +117,7 @@ class Composer:
     def _rendered(self, name: str, context: Mapping[str, object]) -> str:
         try:
             return self._environment.get_template(name).render(context)
-        except Exception as error:  # an alarm must not wait until a template is fixed
+        except Exception as error:  # an alarm must not wait until somebody fixes the template
             if self._environment is self._built_in:
                 raise
             log.warning("template_failed", template=name, reason=f"{type(error).__name__}: {error}")
@@ -135,7 +136,10 @@ def _environment(loader: jinja2.BaseLoader) -> jinja2.Environment:
 
 
 def _context(alarms: Sequence[Alarm]) -> dict[str, object]:
-    """The template variables: `alarm` (the first one), `cards`, `count` and `amount` (the total, as text)."""
+    """Return the template variables.
+
+    These are `alarm` (the first alarm), `cards`, `count` (of the alarms) and `amount` (the alarms' total, as text).
+    """
     return {
         "alarm": show(alarms[0]),
         "cards": by_card(alarms),
@@ -145,7 +149,7 @@ def _context(alarms: Sequence[Alarm]) -> dict[str, object]:
 
 
 def by_card(alarms: Sequence[Alarm]) -> list[Card]:
-    """The alarms grouped by card. The card with the largest total amount comes first."""
+    """Group the alarms by card. The card with the largest total amount is first."""
     groups: dict[int, list[Alarm]] = {}
     for alarm in sorted(alarms, key=lambda alarm: alarm.identity[::-1]):
         groups.setdefault(alarm.prediction.cc_num, []).append(alarm)
@@ -156,7 +160,7 @@ def by_card(alarms: Sequence[Alarm]) -> list[Card]:
 
 
 def table(alarms: Sequence[Alarm]) -> str:
-    """The alarms as CSV with a header line. Text that a spreadsheet would run as a formula is made harmless."""
+    """Format the alarms as CSV with a header line. Text that a spreadsheet would run as a formula is made harmless."""
     out = io.StringIO()
     writer = csv.writer(out)
     rows = [fields(alarm) for alarm in alarms]
@@ -166,7 +170,7 @@ def table(alarms: Sequence[Alarm]) -> str:
 
 
 def _inert(text: str) -> str:
-    """The text with an apostrophe before each formula, so that a spreadsheet shows the formula as text.
+    """Put an apostrophe before each formula in the text, so that a spreadsheet shows the formula as text.
 
     https://owasp.org/www-community/attacks/CSV_Injection
     """
@@ -174,7 +178,10 @@ def _inert(text: str) -> str:
 
 
 def message_id(identity: tuple[str, int], *, sender: str) -> str:
-    """The Message-ID (RFC 5322, 3.6.4) for a transaction. It never changes, so a repeated mail can be recognised."""
+    """Return the Message-ID (RFC 5322, 3.6.4) for a transaction.
+
+    A transaction always has the same Message-ID, so mail readers can recognise a repeated mail.
+    """
     trans_num, unix_time = identity
     left = trans_num if _PLAIN_ID.fullmatch(trans_num) else hashlib.sha256(trans_num.encode()).hexdigest()
     return f"<{left}.{unix_time}@{sender.rpartition('@')[2]}>"
@@ -182,12 +189,12 @@ def message_id(identity: tuple[str, int], *, sender: str) -> str:
 
 @dataclass(kw_only=True)
 class Mailer:
-    """A client for a mail server. It connects when it sends its first message, and keeps the connection open."""
+    """A client for a mail server. The client connects when it sends its first message, and then stays connected."""
 
     host: str
     port: int
     tls: SmtpTls
-    timeout_s: float  # for each response of the server
+    timeout_s: float  # timeout for each response of the server
     username: str | None = None
     password: str | None = None
     _connection: smtplib.SMTP | None = None
@@ -206,7 +213,7 @@ class Mailer:
                 raise self._unreachable(error) from None
             self.send(message)  # retry with a new connection, because servers disconnect idle clients
         except (smtplib.SMTPDataError, smtplib.SMTPSenderRefused) as error:
-            # MAIL FROM states the size, so a message that is too large may already be refused there.
+            # The server may already refuse a large message after MAIL FROM, because that command states its size.
             self.close()
             reason = self._answer(error.smtp_code, error.smtp_error)
             raise (Poison(reason) if _about_this_message(error) else Outage(reason)) from None
@@ -230,14 +237,14 @@ class Mailer:
 
     def _unreachable(self, error: OSError) -> Outage:
         reason = why_unreachable(error, default="connection closed by the server")
-        remedy = "Check that it runs, and SMTP_HOST, SMTP_PORT and SMTP_TLS"
+        remedy = "Check that it runs, and check SMTP_HOST, SMTP_PORT and SMTP_TLS"
         return Outage(f"cannot reach the mail server {self.host}:{self.port}: {reason}. {remedy}")
 
     def _answer(self, code: int, text: bytes | str) -> str:
         return f"mail server {self.host}:{self.port} answered {code} {_text(text)}"
 
     def close(self) -> None:
-        """Disconnect."""
+        """Close the connection."""
         connection, self._connection = self._connection, None
         if connection:
             connection.close()
@@ -249,7 +256,7 @@ class Mailer:
             log.warning("recipient_refused", recipient=recipient, reason=f"{code} {_text(text)}")
 
     def connect(self) -> smtplib.SMTP:
-        """A new connection, logged in if there is a username.
+        """Open a connection, and log in if there is a user name.
 
         Raises OSError if the connection fails, SMTPException if the server refuses encryption or the login, and
         UnicodeError if the host name is malformed.
@@ -271,11 +278,13 @@ class Mailer:
 
 
 def _about_this_message(error: smtplib.SMTPDataError | smtplib.SMTPSenderRefused) -> bool:
-    """Whether the server permanently refused this message in particular, and may accept the next one.
+    """Return whether the refusal is permanent and concerns only this message, so that the next one may be accepted.
 
-    If the response has an enhanced status code (RFC 3463), that code decides: 5.6.x is about the content, and 5.2.3 and
-    5.3.4 are about the size; all others are about the account, the sender or a policy. Without an enhanced code, 552 is
-    about the size (RFC 1870), and a permanent refusal after the message's data is about the message.
+    If the response has an enhanced status code (RFC 3463), that code decides. Codes 5.6.x are about the content. Codes
+    5.2.3 and 5.3.4 are about the size. All other enhanced codes are about the account, the sender or a policy.
+
+    If the response has no enhanced code, code 552 is about the size (RFC 1870). Any other permanent refusal is about
+    the message only if the server has received the message's data.
     """
     enhanced = re.match(rb"5\.\d+\.\d+", error.smtp_error if isinstance(error.smtp_error, bytes) else b"")
     if enhanced:

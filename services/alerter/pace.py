@@ -6,7 +6,7 @@ from math import inf
 
 
 class Pace:
-    """A token bucket that holds up to `burst` tokens and gains one every `window_s` seconds.
+    """A token bucket that holds up to `burst` tokens and gains one token every `window_s` seconds.
 
     A mail about a single alarm uses up one token.
 
@@ -19,21 +19,21 @@ class Pace:
         self._clock = clock
         self._tokens = float(burst)
         self._counted_at = clock()
-        self._due: float | None = None  # when the digest being gathered is to be sent
+        self._due: float | None = None  # when the current digest is due; None if there is none
 
     def allows_single(self) -> bool:
-        """Whether an alarm may be mailed on its own: a token is left, and no digest is being gathered."""
+        """Return whether an alarm may be mailed on its own: if a token is left and no digest is being gathered."""
         now = self._clock()
         self._tokens = min(self.burst, self._tokens + (now - self._counted_at) / self._window_s)
         self._counted_at = now
         return self._due is None and self._tokens >= 1
 
     def single_sent(self) -> None:
-        """Use up a token, because a mail about a single alarm was accepted."""
+        """Use up a token, because a mail about a single alarm was sent."""
         self._tokens -= 1
 
     def gather_s(self, *, at_most_s: float = inf) -> float:
-        """Seconds until the digest is due. The first call starts the window.
+        """Return the seconds until the digest is due. The first call for a digest starts the digest's time window.
 
         The window lasts `window_s` or `at_most_s` seconds, whichever is less.
         """
@@ -43,5 +43,5 @@ class Pace:
         return max(0.0, self._due - now)
 
     def digest_sent(self) -> None:
-        """Stop gathering, because the digest was accepted or is not needed."""
+        """Stop gathering, because the digest was sent or is not needed."""
         self._due = None

@@ -1,4 +1,4 @@
-"""Remembers recently sent alarms, so that none is sent again after a failed commit or a rebalance."""
+"""Remembers recently sent alarms, so that no alarm is sent again after a failed commit or a rebalance."""
 
 
 class Remembered:
@@ -12,7 +12,7 @@ class Remembered:
         return identity in self._identities
 
     def add(self, identity: tuple[str, int]) -> None:
-        """Remember an identity, and forget the oldest one if there are now more than `size`."""
+        """Remember an identity. If there are now more than `size` identities, forget the oldest."""
         self._identities[identity] = None
         if len(self._identities) > self._size:
             del self._identities[next(iter(self._identities))]

@@ -21,15 +21,17 @@ class AlerterSettings(StreamSettings):
         2000,
         ge=1,
         le=20_000,
-        description="Maximum number of records in a batch; a digest contains at most half as many alarms",
+        description="Maximum number of records in a batch; a digest contains at most half this number of alarms",
     )
-    alerter_group: str = Field("alerter", min_length=1, description="Consumer group on topic_2 for mails")
+    alerter_group: str = Field(
+        "alerter", min_length=1, description="Name of the consumer group that reads topic_2 and sends mails"
+    )
     smtp_host: str | None = Field(
-        None, min_length=1, description="Host of the mail server; if it is not set, no mails are sent"
+        None, min_length=1, description="Host of the mail server; if SMTP_HOST is not set, no mails are sent"
     )
     smtp_port: int = Field(587, ge=1, le=65535, description="Port of the mail server")
     smtp_tls: SmtpTls = Field("starttls", description="Encryption of the connection to the mail server")
-    smtp_timeout_seconds: float = Field(20.0, gt=0, description="Timeout for each response of the mail server")
+    smtp_timeout_seconds: float = Field(20.0, gt=0, description="Seconds to wait for each response of the mail server")
     smtp_username: PrintableAscii | None = Field(
         None, description="User name for the mail server, if it requires a login"
     )
@@ -41,21 +43,27 @@ class AlerterSettings(StreamSettings):
     alert_burst: int = Field(
         10,
         ge=0,
-        description="Number of alarms mailed immediately, one per mail, before more are gathered into a digest",
+        description="Number of alarms to mail immediately, one per mail, before more alarms are gathered into a digest",
     )
     alert_digest_seconds: float = Field(
         60.0,
         gt=0,
-        description="Time for gathering alarms into a digest; in this time, the burst allowance also refills by one",
+        description="Seconds to gather alarms into a digest; ALERT_BURST's allowance also refills by one in this time",
     )
     alert_templates: Path | None = Field(
-        None, description="Folder with mail templates; each replaces the built-in template of the same name"
+        None, description="Folder with mail templates; each template replaces the built-in template of the same name"
     )
     webhook_url: HttpUrl | None = Field(None, repr=False, description="URL to which alarms are posted as JSON")
-    webhook_secret: SecretStr | None = Field(None, min_length=16, description="Secret key for signing the posts")
-    webhook_timeout_seconds: float = Field(10.0, gt=0, description="Timeout for the response to a post")
+    webhook_secret: SecretStr | None = Field(
+        None, min_length=16, description="Secret key for signing the posts to the webhook"
+    )
+    webhook_timeout_seconds: float = Field(
+        10.0, gt=0, description="Seconds to wait for the webhook's response to a post"
+    )
     webhook_group: str = Field(
-        "alerter-webhook", min_length=1, description="Consumer group on topic_2 for posts to the webhook"
+        "alerter-webhook",
+        min_length=1,
+        description="Name of the consumer group that reads topic_2 and posts to the webhook",
     )
 
     @field_validator("alert_to", mode="before")

@@ -25,10 +25,10 @@ class Webhook:
     """A client for one webhook."""
 
     def __init__(self, *, url: str, secret: str, timeout_s: float) -> None:
-        """`secret` is `whsec_` and a base64 key, or any other text. Raises ValueError if the base64 is invalid."""
+        """`secret` is either `whsec_` followed by a base64 key, or other text. Raises ValueError for invalid base64."""
         self._url = url
         found = _HOST.match(url)
-        self._host = found[1] if found else ""  # for messages; the rest of the URL may contain secrets
+        self._host = found[1] if found else ""  # messages show the host only, since the rest of the URL may be secret
         self._key = key_of(secret)
         self._timeout_s = timeout_s
         self._session = requests.Session()
@@ -36,7 +36,7 @@ class Webhook:
     def post(self, alarms: Sequence[Alarm], *, kind: str = "fraud.alarms") -> None:
         """Post the alarms as an event of type `kind`, and return once the webhook has accepted them.
 
-        Raises Poison if the webhook refuses their content (status 400, 413 or 422), and Outage after any other failure.
+        Raises Poison if the webhook refuses the content (status 400, 413 or 422), and Outage after any other failure.
         """
         now = datetime.now(UTC)
         body = payload(alarms, kind=kind, now=now)
@@ -51,7 +51,7 @@ class Webhook:
         except requests.RequestException as error:
             reason = why_unreachable(error)
             raise Outage(
-                f"cannot reach the webhook at {self._host}: {reason}. Check that it runs, and WEBHOOK_URL"
+                f"cannot reach the webhook at {self._host}: {reason}. Check that it runs, and check WEBHOOK_URL"
             ) from None
         problem = f"webhook at {self._host} answered {answer.status_code} {without_digits(answer.reason)}"
         if answer.status_code in _CONTENT_REFUSED:
@@ -60,12 +60,12 @@ class Webhook:
             raise Outage(problem)
 
     def close(self) -> None:
-        """Disconnect."""
+        """Close the connection."""
         self._session.close()
 
 
 def key_of(secret: str) -> bytes:
-    """The signing key that a webhook secret contains. Raises ValueError if the key is not valid base64."""
+    """Return the signing key that a webhook secret contains. Raises ValueError if the key is not valid base64."""
     if not secret.startswith(_PREFIX):
         return secret.encode()
     try:
@@ -75,14 +75,14 @@ def key_of(secret: str) -> bytes:
 
 
 def payload(alarms: Sequence[Alarm], *, kind: str, now: datetime) -> bytes:
-    """The body of a post: `{"type": kind, "timestamp": ..., "data": {"alarms": [...]}}`."""
+    """Return the body of a post: `{"type": kind, "timestamp": ..., "data": {"alarms": [...]}}`."""
     return msgspec.json.encode(
         {"type": kind, "timestamp": now.isoformat(), "data": {"alarms": list(map(fields, alarms))}}
     )
 
 
 def signed(body: bytes, *, identity: str, now: datetime, key: bytes) -> Mapping[str, str]:
-    """The headers of a post, with an HMAC-SHA256 signature of its identity, time and body."""
+    """Return a post's headers, which include an HMAC-SHA256 signature of the identity, time and body."""
     seconds = str(int(now.timestamp()))
     signature = hmac.new(key, f"{identity}.{seconds}.".encode() + body, hashlib.sha256).digest()
     return {

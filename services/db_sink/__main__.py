@@ -1,4 +1,4 @@
-"""The db_sink: stores each transaction from topic_2 and its prediction in PostgreSQL, exactly once."""
+"""The db_sink: stores each transaction from topic_2, with its prediction, in PostgreSQL exactly once."""
 
 from collections.abc import Sequence
 from threading import Event
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 class Table(sink.Sink[Row]):
-    """Stores rows in the table of transactions. Storing is idempotent, because it is an upsert by identity."""
+    """Stores rows in the table of transactions. Storing is idempotent, because rows are upserted by identity."""
 
     place = "the database's schema"
 

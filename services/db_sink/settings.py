@@ -6,12 +6,14 @@ from shared.settings import Settings, StreamSettings
 
 
 class DatabaseSettings(Settings):
-    """The settings of everything that uses the database."""
+    """The settings for the database, which every program that uses the database reads."""
 
-    database_url: SecretStr = Field(description="Database URL, as in postgresql://user:password@host:5432/name")
+    database_url: SecretStr = Field(
+        description="URL of the database, for example postgresql://user:password@host:5432/name"
+    )
 
 
 class SinkSettings(StreamSettings, DatabaseSettings):
     """The settings of the db_sink."""
 
-    db_sink_group: str = Field("db_sink", min_length=1, description="Consumer group on topic_2")
+    db_sink_group: str = Field("db_sink", min_length=1, description="Name of the consumer group that reads topic_2")

@@ -1,4 +1,4 @@
-"""The table of transactions: connects to the database, migrates the schema and stores batches."""
+"""Connects to the database, migrates its schema, and stores batches of rows in the table of transactions."""
 
 import io
 import re
@@ -38,15 +38,15 @@ class Row(NamedTuple):
 
 
 def connect(url: str) -> sa.Engine:
-    """A database engine that is not connected yet. It uses psycopg2, even if the URL names a different driver.
+    """Make a database engine that is not connected yet. The engine uses psycopg2, even if the URL names another driver.
 
     Raises ValueError if the URL is not the URL of a PostgreSQL database.
     """
     try:
         parsed = sa.make_url(url)
-    except (SQLAlchemyError, ValueError):  # their messages quote the password
+    except (SQLAlchemyError, ValueError):  # the messages of these exceptions quote the password
         raise ValueError("not a database URL") from None
-    # The host then contains part of a password with an @, which a connection error would quote.
+    # An unescaped @ in the password puts part of the password into the host, which a connection error would quote.
     if "@" in (parsed.host or ""):
         raise ValueError("not a database URL; write an @ in the password as %40")
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
@@ -54,12 +54,12 @@ def connect(url: str) -> sa.Engine:
     return sa.create_engine(
         parsed.set(drivername="postgresql+psycopg2"),
         pool_size=1,
-        pool_pre_ping=True,  # detects a restarted database before a batch, not in the middle of one
+        pool_pre_ping=True,  # detects a restart of the database before a batch, not in the middle of a batch
         max_overflow=0,
         connect_args={
             "connect_timeout": 10,
             "application_name": "fraud-alarm db_sink",
-            # detect within half a minute that the server vanished without closing the connection
+            # Detect within half a minute that the server has disappeared without closing the connection.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 4,
@@ -69,7 +69,10 @@ def connect(url: str) -> sa.Engine:
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Upgrade the schema to its newest version. Several processes may do so at once. Raises Outage if it fails."""
+    """Upgrade the schema to the newest version. Raises Outage if the upgrade fails.
+
+    Several processes may call this at once.
+    """
     config = _config()
     try:
         with engine.begin() as connection:
@@ -81,7 +84,7 @@ def migrate(engine: sa.Engine) -> None:
 
 
 def versions(engine: sa.Engine) -> tuple[str | None, str | None]:
-    """The database's schema version (None if it has no schema yet) and the newest schema version.
+    """Return the database's schema version (None if there is no schema yet), and the newest schema version.
 
     Raises Outage if the database cannot be queried.
     """
@@ -94,11 +97,11 @@ def versions(engine: sa.Engine) -> tuple[str | None, str | None]:
 
 
 def upsert(engine: sa.Engine, text: bytes) -> None:
-    """Store rows in one transaction: COPY `text` to a temporary table, then upsert by identity.
+    """Store rows in one database transaction: COPY `text` into a temporary table, then upsert its rows by identity.
 
     `text` is the result of `copy_text`. A row that is already stored gets the newer prediction, but keeps a confirmed
-    label. Raises Poison if PostgreSQL rejects a row, and Outage after any other failure, such as a lost connection, a
-    lock, a full disk or a missing table.
+    label. Raises Poison if PostgreSQL rejects a row. Raises Outage after any other failure, such as a lost connection,
+    a lock timeout, a full disk or a missing table.
     """
     try:
         with engine.begin() as connection:
@@ -118,12 +121,12 @@ def _config() -> Config:
     return config
 
 
-_DENIED = "42501"  # SQLSTATE
+_DENIED = "42501"  # SQLSTATE: insufficient privilege
 _NOT_FOUND = ("42P01", "3F000")  # SQLSTATE: undefined table, invalid schema name
 _COLUMNS = ", ".join(f'"{name}"' for name in (*FEATURES_2, *PROVENANCE))
 # SQLSTATE prefixes: data exceptions, constraint violations, check option violations, and errors raised by triggers.
 _REJECTED = ("22", "23", "44", "P0001")
-# Without the timeout, a wait for a lock would not be logged as an outage.
+# The timeout turns a long wait for a lock into an outage, which is logged.
 _STAGING = f"""
 SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s';
 CREATE TEMPORARY TABLE IF NOT EXISTS staging (LIKE {TABLE} INCLUDING DEFAULTS) ON COMMIT DELETE ROWS
@@ -142,8 +145,9 @@ ON CONFLICT (trans_num, unix_time) DO UPDATE SET {_UPDATED},
 
 
 def copy_text(rows: Iterable[Row]) -> bytes:
-    """The last row of each identity, as CSV for COPY. Numbers, strings and null are written as in JSON.
+    """Format rows as CSV for COPY. If several rows have the same identity, only the last of them is kept.
 
+    Numbers, strings and null are written as in JSON. The CSV format is described on this page:
     https://www.postgresql.org/docs/current/sql-copy.html
     """
     last = {row.prediction.identity: row for row in rows}
@@ -153,7 +157,7 @@ def copy_text(rows: Iterable[Row]) -> bytes:
 
 
 def stored(row: Row) -> tuple[object, ...]:
-    """The values of a row, in the order of FEATURES_2 and PROVENANCE."""
+    """Return the values of a row: the values of FEATURES_2, followed by the values of PROVENANCE."""
     name, version, probability, predicted_at_ms, partition, offset = astuple(row.provenance)
     return (*astuple(row.prediction), name, version, probability, _timestamp(predicted_at_ms), partition, offset)
 
@@ -174,7 +178,7 @@ def _csv_field(value: object) -> str:
 
 @lru_cache(1000)
 def _timestamp(epoch_ms: int | None) -> str | None:
-    """The time as text. It is cached, because all rows of a predictor's batch have the same time."""
+    """Format the time. The text is cached, because all rows of one batch of the predictor have the same time."""
     return None if epoch_ms is None else datetime.fromtimestamp(epoch_ms / 1000, UTC).isoformat()
 
 
@@ -183,7 +187,7 @@ def _sqlstate(error: Exception) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why the database failed: its error message, without the values that the message may quote."""
+    """Return the database's error message, without the values that the message may quote."""
     original = getattr(error, "orig", None) or error
     message = getattr(getattr(original, "diag", None), "message_primary", None)
     if message is None:  # a connection error, which quotes the address but no values

@@ -1,4 +1,4 @@
-"""Starts the predictor: sets the environment variables of its libraries before it imports them."""
+"""Starts the predictor. Sets the environment variables that libraries read, and only then imports the libraries."""
 
 import os
 
@@ -7,10 +7,10 @@ from shared import service
 
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # to use more cores, run more replicas
-    # The service retries with its own backoff; MLflow's retries take minutes and ignore SIGTERM.
+    # MLflow's own retries take minutes and ignore SIGTERM. The service retries instead, with its own backoff.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    # MLflow's telemetry thread changes os.environ while the library requests reads it.
+    # MLflow's telemetry thread changes os.environ while the `requests` library reads os.environ.
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 

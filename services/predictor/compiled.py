@@ -1,8 +1,8 @@
-"""Compiles tree ensembles with ONNX Runtime, which gives the same labels in a fraction of the time.
+"""Compiles tree ensembles with ONNX Runtime. A compiled model gives the same labels in a fraction of the time.
 
-Needs the optional extra `compiled`. Like scikit-learn, compiled trees compare float32 values. Unlike scikit-learn, they
-also add up the results of the trees in float32. A row whose probability is close to the threshold is therefore scored
-by the original model, so that labels never differ.
+This module needs the optional extra `compiled`. Like scikit-learn, compiled trees compare float32 values. Unlike
+scikit-learn, they also add up the trees' results in float32. A row whose probability is close to the threshold is
+therefore scored by the original model, so that labels never differ.
 """
 
 import os
@@ -20,19 +20,19 @@ from sklearn.ensemble import ExtraTreesClassifier, GradientBoostingClassifier, R
 from sklearn.pipeline import Pipeline
 from sklearn.tree import DecisionTreeClassifier
 
-TOLERANCE = 1e-6  # largest accepted difference between two probabilities
-_CLOSE = 10 * TOLERANCE  # the original model scores rows that are closer to the threshold than this
-_MAX_NODES = 200_000  # converting them takes 400 MB, in addition to the predictor's 470 MB; its container has 1 GB
-_CONVERSION_TIMEOUT_S = 60.0  # converting 30,000 nodes takes 5 s, and 200,000 nodes 7 s
+TOLERANCE = 1e-6  # largest accepted difference between the compiled and the original model's probability
+_CLOSE = 10 * TOLERANCE  # the original model scores rows that are closer than this to the threshold
+_MAX_NODES = 200_000  # converting so many nodes takes 400 MB; the predictor takes 470 MB, and its container has 1 GB
+_CONVERSION_TIMEOUT_S = 60.0  # converting 30,000 nodes takes 5 s, and converting 200,000 nodes takes 7 s
 _COMPILABLE = (DecisionTreeClassifier, ExtraTreesClassifier, GradientBoostingClassifier, RandomForestClassifier)
 
 
 class NotCompiled(Exception):
-    """The estimator cannot be compiled, so it is served uncompiled. The message is the reason."""
+    """The estimator cannot be compiled, so the original estimator is served. The message gives the reason."""
 
 
 class Compiled:
-    """A two-class tree ensemble with compiled trees, or a pipeline whose last step is such an ensemble."""
+    """An estimator with compiled trees: a two-class tree ensemble, or a pipeline that ends with one."""
 
     def __init__(self, estimator: Any, *, threshold: float, shutdown: Event | None = None) -> None:
         """`threshold` is the probability at which the label changes.
@@ -47,7 +47,7 @@ class Compiled:
         self.classes_ = self._trees.classes_
 
     def predict_proba(self, rows: Any) -> np.ndarray:
-        """Probabilities (n, 2), which differ from those of the original model by at most TOLERANCE."""
+        """Return probabilities (n, 2). They differ from the original model's probabilities by at most TOLERANCE."""
         features = np.asarray(self._prepare(rows))
         with np.errstate(over="ignore"):
             narrow = np.ascontiguousarray(features, dtype=np.float32)
@@ -60,19 +60,21 @@ class Compiled:
 
 def _compile(trees: Any, shutdown: Event | None) -> Callable[[np.ndarray], np.ndarray]:
     if not isinstance(trees, _COMPILABLE):
-        raise NotCompiled(f"{type(trees).__name__} is not one of {', '.join(each.__name__ for each in _COMPILABLE)}")
+        compilable = ", ".join(each.__name__ for each in _COMPILABLE)
+        raise NotCompiled(f"{type(trees).__name__} is not one of the types that can be compiled: {compilable}")
     if len(trees.classes_) != 2:
         raise NotCompiled(f"the model has {len(trees.classes_)} classes, not 2")
     if (nodes := _nodes(trees)) > _MAX_NODES:
         raise NotCompiled(f"too large: {nodes} nodes, at most {_MAX_NODES} can be compiled")
     try:
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "true")  # read on import; telemetry would report each model
+        # ONNX Runtime reads this variable on import. Its telemetry would report each model.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "true")
         import onnxruntime
     except ImportError as error:
         raise NotCompiled(f"{error.name} is not installed; it is part of the extra `compiled`") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # to use more cores, run more replicas
-    # The session loads a file, because it would keep bytes in memory. An unnamed file cannot be left behind.
+    # The session loads a file, because it would keep a copy if it loaded bytes. An unnamed file is always deleted.
     with tempfile.TemporaryFile() as graph:
         _convert(trees, graph, shutdown)
         session = onnxruntime.InferenceSession(f"/dev/fd/{graph.fileno()}", options, providers=["CPUExecutionProvider"])
@@ -82,7 +84,9 @@ def _compile(trees: Any, shutdown: Event | None) -> Callable[[np.ndarray], np.nd
 def _convert(trees: Any, graph: IO[bytes], shutdown: Event | None) -> None:
     """Write the trees to the file `graph` in ONNX format.
 
-    Conversion runs in a separate process, because it would block scoring for seconds and would not release its memory.
+    A separate process converts the trees. In the predictor's process, conversion would block scoring for seconds and
+    would not release memory.
+
     Raises NotCompiled if conversion fails or takes too long, or if `shutdown` is set meanwhile.
     """
     command = [sys.executable, "-m", __name__]
@@ -104,7 +108,7 @@ def _convert(trees: Any, graph: IO[bytes], shutdown: Event | None) -> None:
 
 
 def _onnx(trees: Any) -> bytes:
-    """The trees in ONNX format."""
+    """Convert the trees to ONNX format."""
     from skl2onnx import to_onnx
 
     graph: bytes = to_onnx(
@@ -114,7 +118,7 @@ def _onnx(trees: Any) -> bytes:
 
 
 def _nodes(trees: Any) -> int:
-    """The total number of nodes in all trees."""
+    """Count the nodes of all trees."""
     if isinstance(trees, DecisionTreeClassifier):
         return int(trees.tree_.node_count)
     return sum(int(tree.tree_.node_count) for tree in np.ravel(trees.estimators_))

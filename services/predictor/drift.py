@@ -1,9 +1,10 @@
 """Detects drift: compares a sliding window of live rows with the profile of the model's training data.
 
-The main measure is the population stability index (Siddiqi, Credit Risk Scorecards, Wiley 2006, chapter 9). It is the
-sum of (live - expected) * ln(live / expected) over the bins of a feature, where `live` and `expected` are the shares of
-rows in a bin. The profile has one set of shares for each quarter of the day. The expected shares are the average of the
-four sets, weighted by the number of rows in the window from each quarter of the day.
+The main measure is the population stability index (Siddiqi, Credit Risk Scorecards, Wiley 2006, chapter 9). The index
+is the sum of (live - expected) * ln(live / expected) over the bins of a feature. `live` and `expected` are the actual
+and the expected share of the rows in a bin. The profile has one set of shares for each quarter of the day (six hours).
+The expected shares are the weighted average of the profile's four sets. The weight of a quarter of the day is the
+number of rows in the window that are from that quarter.
 """
 
 from collections import deque
@@ -23,11 +24,12 @@ from shared.records import REFERENCE
 log = structlog.get_logger()
 
 _CHUNK = 250  # rows that enter and leave the window together
-_FEATURES = QUARTERS + 2  # index of the first feature's counts; the counts of the quarters and of two flags come before
+_FEATURES = QUARTERS + 2  # index of the first feature's counts; the counts of quarters and of two flags precede them
 _SMOOTHING = 0.5  # rows added to every bin, because the logarithm of an empty bin would be infinite
 
-_LIMITS = {"outside_range": 0.05, "unknown": 0.005, "fraud_rate": 0.1, "milliseconds": 0.005}  # as shares of the rows
-_BACK_BELOW = 0.8  # share of the limit; drift ends below it, so a value that oscillates around its limit is logged once
+# Each limit is the largest accepted share of the rows.
+_LIMITS = {"outside_range": 0.05, "unknown": 0.005, "fraud_rate": 0.1, "milliseconds": 0.005}
+_BACK_BELOW = 0.8  # drift ends only below this share of the limit, so that a value close to the limit is logged once
 
 
 class Finding(NamedTuple):
@@ -41,8 +43,8 @@ class Finding(NamedTuple):
 class _Feature(NamedTuple):
     name: str
     stray: str  # the measure that counts values outside all bins: outside_range or unknown
-    shares: np.ndarray  # (quarters of the day, bins)
-    bins_of: Callable[[Sequence[Any]], np.ndarray]  # the bin (n,) of each value, or `bins` if it is in none
+    shares: np.ndarray  # shape: (quarters of the day, bins)
+    bins_of: Callable[[Sequence[Any]], np.ndarray]  # returns the bin (n,) of each value; `bins` means no bin
 
     @property
     def bins(self) -> int:
@@ -50,7 +52,7 @@ class _Feature(NamedTuple):
 
 
 class Window:
-    """Counts the latest rows by the bins of a profile. The number `rows` is rounded up to whole chunks."""
+    """Counts how many of the last `rows` rows are in each bin of a profile. `rows` is rounded up to whole chunks."""
 
     def __init__(self, profile: Profile, *, rows: int) -> None:
         self._features = [
@@ -61,7 +63,7 @@ class Window:
         self._chunks: deque[np.ndarray] = deque(maxlen=-(-rows // _CHUNK))
 
     def add(self, rows: Sequence[Seen]) -> bool:
-        """Add rows; a full window drops its oldest rows. Returns whether the window is full and has changed."""
+        """Add rows. A full window drops its oldest rows. Returns whether the window is full and has changed."""
         self._waiting += rows
         counted = 0
         while len(self._waiting) - counted >= _CHUNK:
@@ -71,7 +73,7 @@ class Window:
         return counted > 0 and len(self._chunks) == self._chunks.maxlen
 
     def findings(self) -> list[Finding]:
-        """Two measures for all rows together, and two for each feature. The window must not be empty."""
+        """Return two findings for all rows together, and two findings per feature. The window must not be empty."""
         rows, counts = _CHUNK * len(self._chunks), np.sum(self._chunks, axis=0)
         quarters, (frauds, in_milliseconds) = counts[:QUARTERS], counts[QUARTERS:_FEATURES]
         found = [
@@ -87,7 +89,7 @@ class Window:
         return found
 
     def _count(self, rows: Sequence[Seen]) -> np.ndarray:
-        """One array with the number of rows in each quarter of the day, with each of two flags, and in each bin."""
+        """Count the rows in each quarter of the day, with each of two flags, and in each bin. Returns one array."""
         transactions = [row.transaction for row in rows]
         quarters = quarters_of(list(map(attrgetter("trans_date_trans_time"), transactions)))
         flags = [sum(row.fraud for row in rows), sum(row.in_milliseconds for row in rows)]
@@ -119,7 +121,7 @@ def _of_names(name: str, known: Names) -> _Feature:
 
 
 def psi(live: np.ndarray, expected: np.ndarray) -> float:
-    """The population stability index of live and expected counts (bins,), which is 0 if their shares are equal."""
+    """Return the population stability index of live and expected counts (bins,). It is 0 if the shares are equal."""
     if not live.sum():
         return 0.0
     live_share, expected_share = _smoothed(live), _smoothed(expected)
@@ -133,12 +135,12 @@ def _smoothed(counts: np.ndarray) -> np.ndarray:
 
 
 def _window(profile: Profile | None, *, rows: int) -> Window:
-    """A window for the profile, or one without features if the profile does not fit transactions."""
+    """Make a window for the profile. If the profile does not fit transactions, the window has no features."""
     try:
         trial = Window(profile or Profile({}, {}), rows=_CHUNK)
         trial.add([Seen(REFERENCE, False, False)] * _CHUNK)
         trial.findings()
-    except Exception as error:  # users may log their own profiles, which may be wrong
+    except Exception as error:  # a user may have logged a wrong profile with the model
         log.warning("reference_profile_unusable", reason=without_digits(f"{type(error).__name__}: {error}"))
         return Window(Profile({}, {}), rows=rows)
     return Window(profile or Profile({}, {}), rows=rows)
@@ -150,7 +152,7 @@ class Monitor:
     def __init__(
         self, profile: Profile | None, *, psi_limit: float, rows: int, before: "Monitor | None" = None
     ) -> None:
-        """`before` is the previous model's monitor: drift that it has logged is not logged again."""
+        """`before` is the previous model's monitor. Drift that `before` has already logged is not logged again."""
         self._rows = rows
         self._window = _window(profile, rows=rows)
         self._limits = _LIMITS | {"psi": psi_limit}

@@ -1,4 +1,4 @@
-"""Keeps models up to date with their aliases in the registry. A new model takes effect between two batches."""
+"""Loads the models that aliases in the registry point to. A new model takes effect between two batches."""
 
 import time
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 
 class Followed:
-    """The model that has an alias in the registry, or the last good model if that one cannot be used."""
+    """Follows an alias in the registry. If the model with the alias cannot be used, keeps the last good model."""
 
     def __init__(self, registry: Registry, alias: str, *, required: bool) -> None:
         self.model: Model | None = None
@@ -30,9 +30,9 @@ class Followed:
         self._refusal_reason = ""
 
     def first(self) -> None:
-        """Load the first model from the registry, or else the last good one from disk.
+        """Load the first model from the registry or, if that fails, the last good model from disk.
 
-        Raises Outage if neither can be loaded.
+        Raises Outage if neither model can be loaded.
         """
         try:
             self.look()
@@ -48,10 +48,10 @@ class Followed:
             log.warning("last_good_model", version=self.version, digest=model.digest, reason=reason)
 
     def look(self) -> None:
-        """Load the version that has the alias now, if it has changed.
+        """Load the version that has the alias now, unless this version is already loaded.
 
-        If that version cannot be used, this is logged once and the current model stays in use. Raises Outage if the
-        registry does not respond, or if no version has the alias and the alias is required.
+        If the version cannot be used, that is logged once, and the current model stays in use. Raises Outage if the
+        registry does not respond, or if the alias is required but no version has it.
         """
         try:
             found = self._registry.find(self._alias)
@@ -104,9 +104,9 @@ class Followed:
 def keep_up(
     followed: Sequence[Followed], *, every_s: float, now: Event, shutdown: Event, settings: StreamSettings
 ) -> Thread:
-    """Start a thread that checks the aliases until shutdown: every `every_s` seconds, and whenever `now` is set.
+    """Start a thread that checks the aliases every `every_s` seconds and whenever `now` is set, until shutdown.
 
-    Join the thread at the end, so that it does not leave behind a conversion process or a partial download.
+    Join the thread at the end, so that no conversion process and no partial download is left behind.
     """
 
     def look() -> None:
@@ -114,13 +114,13 @@ def keep_up(
         for each in followed:
             try:
                 each.look()
-            except Outage as outage:  # still check the other alias
+            except Outage as outage:  # the other alias must still be checked
                 outages.append(outage)
         if outages:
             raise outages[0]
 
     def run() -> None:
-        outage_log = OutageLog()  # /ready does not show the outage, because the loaded version is still served
+        outage_log = OutageLog()  # /ready does not show this outage, because the loaded version is still served
         with suppress(Outage):
             while not shutdown.is_set():
                 now.wait(every_s)

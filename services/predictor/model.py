@@ -1,4 +1,4 @@
-"""A model in memory: making it from a loaded estimator, and scoring batches with it."""
+"""Makes a model from a loaded estimator, and scores batches of transactions with the model."""
 
 import gzip
 import warnings
@@ -34,11 +34,12 @@ log = structlog.get_logger()
 _RECORDED = Path(__file__).with_name("recorded.jsonl.gz")
 _NUMBERS = frozenset({"cc_num", "amt", "zip", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long"})
 
-# Models that need no column names get an array, because building a frame takes longer than scoring a small batch.
+# Models that need no column names get an array, because building a DataFrame takes longer than scoring a small batch.
 warnings.filterwarnings("ignore", message="X does not have valid feature names")
 
-# For these models, predict() returns the class with the highest predict_proba(), so calling the latter is enough. For
-# others the two may disagree (after Platt scaling or with a tuned decision threshold), so predict() is called as well.
+# For these models, predict() returns the class with the highest probability, so calling predict_proba() is enough. For
+# other models, predict() and predict_proba() may disagree, for example after Platt scaling or with a tuned decision
+# threshold. For those models, predict() is called as well.
 _LABEL_IS_LIKELIEST = (
     Compiled,
     DecisionTreeClassifier,
@@ -51,29 +52,29 @@ _LABEL_IS_LIKELIEST = (
 
 
 class UnusableModel(Exception):
-    """The model cannot be served. The message is the reason."""
+    """The model cannot be served. The message gives the reason."""
 
 
 class Score(NamedTuple):
     """The prediction for one transaction."""
 
     label: int  # 1 is fraud
-    probability: float | None  # of fraud; None if the model does not provide probabilities
+    probability: float | None  # probability of fraud; None if the model provides no probabilities
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model that is ready to score."""
+    """A model that is ready to score transactions."""
 
     name: str
     version: str
     estimator: Any
     columns: tuple[str, ...]
-    threshold: float | None  # the lowest probability that counts as fraud, if one was logged with the model
-    profile: Profile | None  # of the training data, if one was logged with the model
-    as_array: bool  # whether its input is an array of numbers, not a frame
-    logged_at: float  # epoch seconds
-    digest: str = ""  # SHA-256 of its files, if it was loaded from the registry
+    threshold: float | None  # the lowest probability that counts as fraud; None if no threshold was logged
+    profile: Profile | None  # profile of the training data; None if no readable profile was logged
+    as_array: bool  # whether the estimator's input is an array of numbers, not a DataFrame
+    logged_at: float  # time at which the model was logged, in epoch seconds
+    digest: str = ""  # SHA-256 of the model's files; empty if the model was not loaded from files
 
 
 def make_model(
@@ -87,10 +88,13 @@ def make_model(
     compiled: bool,
     shutdown: Event | None = None,
 ) -> Model:
-    """A model that uses one thread and has scored the recorded transactions. Raises UnusableModel if it cannot.
+    """Make a model that uses one thread, and test that it can score the recorded transactions.
 
-    `columns` are the signature's input columns (default: the estimator's `feature_names_in_`). If `compiled` is true,
-    trees are compiled, unless that is impossible or would change a label, or `shutdown` is set meanwhile.
+    `columns` are the input columns in the model's signature (default: the estimator's `feature_names_in_`). If
+    `compiled` is true, trees are compiled, unless compiling is impossible, would change a label, or is interrupted by
+    `shutdown`.
+
+    Raises UnusableModel if the test fails, if the input columns are unknown, or if transactions do not have them.
     """
     wanted = tuple(columns if columns is not None else getattr(estimator, "feature_names_in_", ()))
     if not wanted:
@@ -119,7 +123,10 @@ def make_model(
 
 
 def _profile(metadata: Mapping[str, Any]) -> Profile | None:
-    """The profile of the training data, or None if it is missing or unreadable. Scoring works without it."""
+    """Read the profile of the training data. Returns None if the profile is missing or unreadable.
+
+    Scoring works without a profile.
+    """
     text = metadata.get("reference_profile")
     if text is None:
         return None
@@ -131,7 +138,10 @@ def _profile(metadata: Mapping[str, Any]) -> Profile | None:
 
 
 def _compiled(model: Model, shutdown: Event | None) -> Model:
-    """The compiled model, or the original if compiling fails or changes the scores of the recorded transactions."""
+    """Compile the model.
+
+    Returns the original model if compiling fails, or if it changes the scores of the recorded transactions.
+    """
     try:
         threshold = 0.5 if model.threshold is None else model.threshold
         compiled = replace(model, estimator=Compiled(model.estimator, threshold=threshold, shutdown=shutdown))
@@ -140,8 +150,10 @@ def _compiled(model: Model, shutdown: Event | None) -> Model:
             abs((one.probability or 0.0) - (other.probability or 0.0)) for one, other in zip(wanted, found, strict=True)
         )
         if difference > TOLERANCE or [each.label for each in wanted] != [each.label for each in found]:
-            raise NotCompiled(f"compiling would change its labels, or its probabilities by up to {difference:.1e}")
-    except Exception as reason:  # compiling is optional, so no failure matters
+            raise NotCompiled(
+                f"the compiled model has other labels, or probabilities that differ by up to {difference:.1e}"
+            )
+    except Exception as reason:  # compiling is optional, so a failure is only logged
         log.info("scoring_not_compiled", model=model.name, version=model.version, reason=str(reason))
         return model
     log.info("scoring_compiled", model=model.name, version=model.version)
@@ -150,12 +162,12 @@ def _compiled(model: Model, shutdown: Event | None) -> Model:
 
 @cache
 def recorded() -> Sequence[Transaction]:
-    """Several hundred transactions of made-up people. A model is usable only if it can score them all."""
+    """Return several hundred transactions of made-up people. A model is usable only if it can score all of them."""
     return [row for line in gzip.open(_RECORDED) for row in read_topic_1(line).transactions]
 
 
 def score(model: Model, transactions: Sequence[Transaction]) -> list[Score]:
-    """The scores of the transactions, in order. Raises Poison if the model fails or its predictions are invalid."""
+    """Score the transactions, in order. Raises Poison if the model fails or returns invalid predictions."""
     try:
         rows = _array(transactions, model.columns) if model.as_array else _frame(transactions, model.columns)
         labels, probabilities = _predict(model, rows)
@@ -163,7 +175,7 @@ def score(model: Model, transactions: Sequence[Transaction]) -> list[Score]:
             raise ValueError("the model does not return one prediction for each row")
         if probabilities is not None and np.isnan(probabilities).any():
             raise ValueError("the model returns a probability that is not a number")
-    except Exception as error:  # a user's model may raise anything, because of these rows or of a bug
+    except Exception as error:  # a user's model may raise any exception, because of the rows or a bug
         raise Poison(without_digits(f"{type(error).__name__}: {error}")) from None
     if probabilities is None:
         return [Score(label, None) for label in labels.tolist()]
@@ -171,7 +183,10 @@ def score(model: Model, transactions: Sequence[Transaction]) -> list[Score]:
 
 
 def _predict(model: Model, rows: pd.DataFrame | np.ndarray) -> tuple[Any, Any]:
-    """Labels (n,), each 0 or 1, and probabilities of fraud (n,), or None if the model does not provide them."""
+    """Return labels (n,), each 0 or 1, and probabilities of fraud (n,).
+
+    If the model provides no probabilities, the second result is None.
+    """
     classes = list(getattr(model.estimator, "classes_", []))
     if not hasattr(model.estimator, "predict_proba") or 1 not in classes:
         return _from_predict(model.estimator.predict(rows), model.threshold)
@@ -185,7 +200,10 @@ def _predict(model: Model, rows: pd.DataFrame | np.ndarray) -> tuple[Any, Any]:
 
 
 def _from_predict(predicted: Any, threshold: float | None) -> tuple[Any, Any]:
-    """Labels and probabilities from predict() alone, which must return probabilities if there is a threshold."""
+    """Return labels and probabilities, given the result of predict().
+
+    If there is a threshold, predict() must return probabilities.
+    """
     if threshold is None:
         return _labels(predicted), None
     probabilities = np.asarray(predicted, dtype=float).ravel()
@@ -197,17 +215,19 @@ def _from_predict(predicted: Any, threshold: float | None) -> tuple[Any, Any]:
 def _labels(predicted: Any) -> Any:
     labels = np.asarray(predicted).ravel().astype(float)
     if not np.isin(labels, (0, 1)).all():
-        raise ValueError("the model returns labels that are neither zero nor one; log a threshold for probabilities")
+        raise ValueError(
+            "the model returns labels that are neither zero nor one; if they are probabilities, log a threshold"
+        )
     return labels.astype(int)
 
 
 def _frame(transactions: Sequence[Transaction], columns: Sequence[str]) -> pd.DataFrame:
-    """The transactions as a frame (n, len(columns)), with the columns in the given order."""
+    """Return the transactions as a DataFrame (n, len(columns)), with the columns in the given order."""
     return pd.DataFrame({column: list(map(attrgetter(column), transactions)) for column in columns})
 
 
 def _array(transactions: Sequence[Transaction], columns: Sequence[str]) -> np.ndarray:
-    """The transactions as an array (n, len(columns)), with the columns in the given order."""
+    """Return the transactions as an array (n, len(columns)), with the columns in the given order."""
     values = list(map(attrgetter(*columns), transactions))
     return np.array(values, dtype=float).reshape(len(transactions), len(columns))
 

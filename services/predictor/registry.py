@@ -1,4 +1,7 @@
-"""Loads model versions from the MLflow registry, or the last good one from disk if the registry is unreachable."""
+"""Loads model versions from the MLflow registry.
+
+If the registry is unreachable, the last good version is loaded from disk.
+"""
 
 import ctypes
 import errno
@@ -69,7 +72,7 @@ class Registry:
             ) from None
 
     def find(self, alias: str) -> Found | None:
-        """The version that has the alias, or None if there is none. Raises Outage if the registry does not respond."""
+        """Return the version that has the alias, or None if no version has it. Raises Outage if the registry fails."""
         try:
             found = MlflowClient().get_model_version_by_alias(self.name, alias)
         except MlflowException as error:
@@ -81,7 +84,7 @@ class Registry:
         return Found(str(found.version), found.run_id)
 
     def load(self, found: Found) -> Model:
-        """The version as a model that is ready to score.
+        """Load the version. Returns a model that is ready to score transactions.
 
         Raises Outage if the version cannot be fetched, and UnusableModel if it cannot be served.
         """
@@ -99,11 +102,14 @@ class Registry:
                 return self._read(folder, found.version)
         except (Outage, UnusableModel):
             raise
-        except Exception as error:  # from MLflow, its HTTP client or an artifact store
+        except Exception as error:  # raised by MLflow, its HTTP client or an artifact store
             raise self._outage(f"cannot fetch version {found.version} of {self.name}", error) from None
 
     def last_good(self, alias: str) -> tuple[Found, Model] | None:
-        """The version that `keep` recorded for the alias, or None if its files are missing, damaged or unusable."""
+        """Load the version that `keep` recorded for the alias.
+
+        Returns None if the version's files are missing, damaged or unusable.
+        """
         try:
             folder = self._cache / self._last_good(alias).read_text()
             version, _, run_id = folder.name.partition("-")
@@ -117,7 +123,7 @@ class Registry:
             return None
 
     def keep(self, found: Found, alias: str) -> None:
-        """Record the version as the last good one for the alias, and remove cached versions that no alias needs."""
+        """Record the version as the alias's last good version, and remove cached versions that no alias needs."""
         folder, note = self._folder(found), self._last_good(alias)
         if not folder.exists():
             return
@@ -130,7 +136,7 @@ class Registry:
             log.warning("model_not_kept", folder=str(self._cache), reason=str(error.strerror).lower())
             return
         for other in self._cache.iterdir():
-            with suppress(OSError):  # another replica may remove it at the same time
+            with suppress(OSError):  # another replica may be removing the same version
                 recent = time.time() - other.stat().st_mtime < _LONGEST_LOAD_S  # another replica may be loading it
                 if other.is_dir() and other.name not in wanted and not recent:
                     shutil.rmtree(other, ignore_errors=True)
@@ -150,7 +156,7 @@ class Registry:
         with tempfile.TemporaryDirectory(dir=self._cache) as directory:
             path = Path(_download(self.name, version, directory))
             _digest_file(folder).write_text(_digest(path))
-            with suppress(OSError):  # another replica that shares the cache was faster
+            with suppress(OSError):  # another replica may already have cached this version
                 path.rename(folder)
 
     def _read(self, folder: Path, version: str) -> Model:
@@ -175,18 +181,18 @@ class Registry:
             raise UnusableModel(f"{model}: {error}") from None
         except ImportError as error:
             raise UnusableModel(f"{model} needs {error.name or error}, which is not installed here") from None
-        except Exception as error:  # unpickling runs code from the artifact, which may raise anything
+        except Exception as error:  # unpickling runs the model's code, which may raise any exception
             reason = f"{model} cannot be loaded: {type(error).__name__}: {error}"
             if isinstance(error, MemoryError) or getattr(error, "errno", None) in _TRANSIENT:
                 raise Outage(reason) from None
-            _digest_file(folder).unlink(missing_ok=True)  # a retry then fetches the files again: they may be incomplete
+            _digest_file(folder).unlink(missing_ok=True)  # the files may be incomplete, so a retry fetches them again
             raise UnusableModel(reason) from None
 
 
 def _estimator(folder: Path, logged: LoggedModel) -> Any:
-    """The model itself if it has scikit-learn's interface, otherwise MLflow's wrapper.
+    """Load the model itself if it has scikit-learn's interface, otherwise MLflow's wrapper of the model.
 
-    Raises UnusableModel if MLflow has no wrapper for it.
+    Raises UnusableModel if MLflow has no wrapper for the model.
     """
     for flavor in _WITH_ESTIMATOR:
         if flavor in logged.flavors:
@@ -199,16 +205,16 @@ def _estimator(folder: Path, logged: LoggedModel) -> Any:
 
 
 def _release_memory() -> None:
-    """Return free memory to the system. Otherwise, glibc keeps tens of megabytes after loading a random forest."""
-    with suppress(AttributeError):  # a C library other than glibc
+    """Return free memory to the system. Otherwise, glibc keeps tens of megabytes that loading a model has used."""
+    with suppress(AttributeError):  # C libraries other than glibc have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _problem(error: Exception) -> str:
-    """Why a call to the registry failed, in plain words if the cause is a known one."""
+    """Return why a call to the registry failed, in plain words if the cause is known."""
     as_it_is = f"{type(error).__name__}: {without_credentials(str(error))}"[:_MAX_REASON]
     if not isinstance(error, (MlflowException, requests.RequestException)):
-        return as_it_is  # from an artifact store, whose message names the store
+        return as_it_is  # raised by an artifact store, whose message names the store
     if refused := _REFUSED.search(str(error)):
         status = refused[1] or refused[2]
         login = status in ("401", "403")
@@ -226,7 +232,7 @@ def _digest_file(folder: Path) -> Path:
 
 
 def _intact(folder: Path) -> bool:
-    """Whether the files in the folder have not changed since they were fetched."""
+    """Return whether the files in the folder are unchanged since they were fetched."""
     try:
         return _digest_file(folder).read_text() == _digest(folder)
     except OSError:
@@ -234,7 +240,7 @@ def _intact(folder: Path) -> bool:
 
 
 def _digest(folder: Path) -> str:
-    """The SHA-256 of the names and contents of all files in the folder, in hexadecimal."""
+    """Return the hexadecimal SHA-256 of the names and contents of all files in the folder."""
     total = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         total.update(f"{path.relative_to(folder)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())

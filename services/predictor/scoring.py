@@ -16,11 +16,11 @@ from shared.stream.flight import Outcome
 
 
 class Seen(NamedTuple):
-    """A transaction that was scored, for drift monitoring."""
+    """What drift monitoring needs to know about a scored transaction."""
 
     transaction: Transaction
     fraud: bool
-    in_milliseconds: bool  # whether its unix_time was given in milliseconds instead of seconds
+    in_milliseconds: bool  # whether the source gave unix_time in milliseconds instead of seconds
 
 
 class Predicted(NamedTuple):
@@ -33,7 +33,7 @@ class Predicted(NamedTuple):
 def predict(
     model: Model, messages: Sequence[Message], *, topic: str, group: str, now_ms: int, limit: Limit
 ) -> Predicted:
-    """A prediction for every valid transaction in the batch, and a dead letter for every message with a bad row.
+    """Make a prediction for every valid transaction of the batch, and a dead letter of every message with a bad row.
 
     The predictions are records for `topic`. Raises Outage if the model is at fault, rather than the rows.
     """
@@ -85,7 +85,7 @@ def _scores(model: Model, transactions: Sequence[Transaction]) -> Sequence[Score
 
 
 def _check_model(model: Model) -> None:
-    """Raise Outage if the model cannot score the reference transaction: then the model is at fault, not the rows."""
+    """Raise Outage if the model cannot score the reference transaction, because then the model is at fault."""
     try:
         score(model, [REFERENCE])
     except Poison as poison:

@@ -1,4 +1,4 @@
-"""The predictor: scores transactions from topic_1 with the champion, and writes the predictions to topic_2."""
+"""The predictor: scores transactions from topic_1 with the champion model, and writes the predictions to topic_2."""
 
 import time
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
 
 
 class Scorer:
-    """Scores batches with the current champion, which never changes within a batch."""
+    """Scores batches with the current champion. A new champion never takes effect in the middle of a batch."""
 
     def __init__(self, champion: Followed, shadow: Shadow, look_now: Event, settings: PredictorSettings) -> None:
         self._champion = champion
@@ -97,7 +97,7 @@ class Scorer:
         self._broken: str | None = None
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Score the batch. Raises Outage while the champion is broken and has not been replaced in the registry."""
+        """Score the batch. Raises Outage if the champion is broken, until the alias has moved to another version."""
         model = self._champion.model
         if model is None:
             raise Outage("no model is loaded yet")

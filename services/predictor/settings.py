@@ -10,22 +10,22 @@ from shared.settings import DeliveryGuarantee, RegistrySettings, StreamSettings
 class PredictorSettings(StreamSettings, RegistrySettings):
     """The settings of the predictor."""
 
-    predictor_group: str = Field("predictor", min_length=1, description="Consumer group on topic_1")
+    predictor_group: str = Field("predictor", min_length=1, description="Name of the consumer group that reads topic_1")
     delivery: DeliveryGuarantee = Field("exactly_once", description="Delivery guarantee for records written to Kafka")
     model_refresh_seconds: float = Field(
-        30.0, gt=0, description="Time between checks of the registry for a new champion or challenger"
+        30.0, gt=0, description="Seconds between two checks of the registry for a new champion or challenger"
     )
     challenger_sample: float = Field(
-        1.0, ge=0, le=1, description="Share of the batches that the challenger scores as well"
+        1.0, ge=0, le=1, description="Share of the champion's batches that the challenger also scores"
     )
     drift_psi: float = Field(
-        0.25, gt=0, description="Population stability index above which the drift of a feature is logged"
+        0.25, gt=0, description="Population stability index above which a feature's drift is logged"
     )
     drift_rows: int = Field(1500, ge=500, description="Number of most recent rows to compare with the training data")
     compiled_scoring: bool = Field(
-        True, description="Whether to compile tree models, which speeds up scoring and never changes a label"
+        True, description="Whether to compile tree models; compiling speeds up scoring and never changes a label"
     )
     model_cache_directory: Path = Field(
         Path("models"),
-        description="Folder that caches the last good models; should be kept when the container is replaced",
+        description="Folder in which the last good models are cached; keep it when the container is replaced",
     )

@@ -27,7 +27,7 @@ _REST_S = 300.0
 
 
 class Shadow:
-    """Scores a sample of the champion's batches with the challenger, and writes those predictions to `topic`."""
+    """Scores a sample of the champion's batches with the challenger. Writes the challenger's predictions to `topic`."""
 
     def __init__(
         self, challenger: Followed, *, sample: float, topic: str, properties: Mapping[str, str], shutdown: Event
@@ -69,7 +69,7 @@ class Shadow:
         return model is self._resting and time.monotonic() < self._rests_until
 
     def _score(self, model: Model, messages: Sequence[Message]) -> str | None:
-        """Score a batch. Returns the reason if the challenger should rest now, otherwise None."""
+        """Score a batch. If the challenger should rest after the batch, returns the reason, otherwise None."""
         began = time.monotonic()
         try:
             now_ms, limit = time.time_ns() // 1_000_000, Limit(ratio=1, consecutive=len(messages))
@@ -78,6 +78,6 @@ class Shadow:
             self._make_delivery().deliver(predicted.outcome.outputs)
         except Outage as outage:
             return str(outage)
-        except Exception as error:  # no failure of the challenger may end its thread
+        except Exception as error:  # a failure of the challenger must not end this thread
             return without_digits(f"{type(error).__name__}: {error}")
         return f"too slow: {len(messages)} rows took {took_s:.1f} s" if took_s > _MAX_BATCH_S else None

@@ -1,6 +1,6 @@
-"""The producer: polls the payments API and writes its transactions to topic_1.
+"""The producer: polls the payments API and writes the transactions to topic_1.
 
-Fetched records are first saved in a journal on disk, so that neither a crash nor an outage of Kafka loses them.
+Fetched records are first saved in a journal on disk, so that no record is lost in a crash or in an outage of Kafka.
 """
 
 import hashlib
@@ -36,9 +36,9 @@ _FETCH, _DELIVER = (metrics.STAGE.labels(stage) for stage in ("fetch", "deliver"
 _BATCH = 1000
 _IDLE_S = 0.5
 _TURN_S = 1.0
-_MAX_DEAD_LETTER_BYTES = 512 * 1024  # a transaction has a few hundred bytes; topics accept about 1 MB by default
+_MAX_DEAD_LETTER_BYTES = 512 * 1024  # a transaction has a few hundred bytes; by default, topics accept about 1 MB
 _CLOCK_SLACK_MS = 600_000
-_FORGOTTEN_S = 30.0  # every 10 s, brokers abort transactions that have been open for more than 10 s
+_FORGOTTEN_S = 30.0  # every 10 s, brokers abort Kafka transactions that are older than 10 s
 
 
 def serve(settings: ProducerSettings, shutdown: Event) -> None:
@@ -82,9 +82,9 @@ def serve(settings: ProducerSettings, shutdown: Event) -> None:
 
 
 def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: Event) -> None:
-    """Fetch records into the journal until shutdown; `polled` is set after each response.
+    """Fetch records into the journal until shutdown. Set `polled` after each response that is JSON.
 
-    Raises Outage if fetched records still cannot be saved to disk at shutdown.
+    Raises Outage if, at shutdown, fetched records still cannot be saved to disk.
     """
     flow = Flow("fetched")
     outage, full = OutageLog(_API), OutageLog("room in the journal")
@@ -148,7 +148,7 @@ def write(
 ) -> None:
     """Write the journal's records to their topics, in order, until polling has ended and no records are left.
 
-    Raises Outage if Kafka is unreachable at shutdown. The journal then keeps the records.
+    If Kafka is unreachable at shutdown, raises Outage, and leaves the records in the journal.
     """
     deliver = delivery.delivery(
         settings.delivery, properties=properties, transactional_id=f"producer-{journal.id}", shutdown=shutdown
@@ -203,7 +203,7 @@ def write(
 def _write_left_behind(
     journal: Journal, properties: dict[str, str], settings: ProducerSettings, shutdown: Event
 ) -> None:
-    """Write the records from the journal of a replica that no longer runs."""
+    """Write the records that are still in the journal of a replica that no longer runs."""
     polling_ended = Event()
     polling_ended.set()
     try:
@@ -220,7 +220,7 @@ def _write_left_behind(
 
 
 def _records(transactions: Iterable[Transaction], topic: str) -> list[tuple[bytes, Record]]:
-    """For each transaction, its identity in the journal and its record for `topic`."""
+    """Return, for each transaction, its identity in the journal and its record for `topic`."""
     return [
         (f"{each.unix_time} {each.trans_num}".encode(), Record(topic, encode_transaction(each), each.key, []))
         for each in transactions
@@ -228,7 +228,7 @@ def _records(transactions: Iterable[Transaction], topic: str) -> list[tuple[byte
 
 
 def _dead_letters(rows: Sequence[BadRow], topic: str) -> list[tuple[bytes, Record]]:
-    """For each unreadable row of `topic`, its identity in the journal and its dead letter."""
+    """Return, for each unreadable row of `topic`, its identity in the journal and its dead letter."""
     records = []
     for row in rows:
         cut = (
@@ -246,7 +246,7 @@ def _dead_letters(rows: Sequence[BadRow], topic: str) -> list[tuple[bytes, Recor
 def _save(
     fetched: Sequence[tuple[bytes, Record]], journal: Journal, settings: ProducerSettings, shutdown: Event
 ) -> int:
-    """Add records to the journal, and wait while its disk is full. Returns the number of new records.
+    """Add records to the journal, waiting while its disk is full. Returns the number of new records.
 
     Raises Outage if the disk is still full at shutdown.
     """
@@ -265,31 +265,34 @@ def _save(
 
 
 class _OpenTransactions(Outage):
-    """Records cannot be read yet: open transactions at `first_offsets` (topic, partition, offset) hide them."""
+    """Records cannot be read yet, because open Kafka transactions hide them.
+
+    `first_offsets` are the (topic, partition, offset) at which the open Kafka transactions begin.
+    """
 
     def __init__(self, first_offsets: Sequence[tuple[str, int, int]]) -> None:
         topics = sorted({topic for topic, _, _ in first_offsets})
-        super().__init__(f"an open transaction on {' and '.join(topics)} hides the records after it")
+        super().__init__(f"an open Kafka transaction on {' and '.join(topics)} hides the records after it")
         self.first_offsets = first_offsets
 
 
 class _ForgottenTransactions:
-    """Finds forgotten transactions: they have been open for so long that neither producer nor broker will end them."""
+    """Finds Kafka transactions that have been open for so long that neither producer nor broker will end them."""
 
     def __init__(self) -> None:
         self._first_seen: dict[tuple[str, int, int], float] = {}
 
     def among(self, first_offsets: Iterable[tuple[str, int, int]]) -> list[tuple[str, int]]:
-        """The (topic, partition) of each forgotten transaction; `first_offsets` lists all open transactions."""
+        """Return the (topic, partition) of each forgotten transaction, given the `first_offsets` of all open ones."""
         now = time.monotonic()
         self._first_seen = {place: self._first_seen.get(place, now) for place in first_offsets}
         return [place[:2] for place, seen in self._first_seen.items() if now - seen > _FORGOTTEN_S]
 
 
 def _already_written(entries: Sequence[Entry], properties: dict[str, str]) -> list[Entry]:
-    """The entries that are already on their topics.
+    """Return the entries that are already on their topics.
 
-    Raises _OpenTransactions if open transactions hide records, and Outage if Kafka does not respond.
+    Raises _OpenTransactions if open Kafka transactions hide records, and Outage if Kafka does not respond.
     """
     if not entries:
         return []

@@ -1,4 +1,4 @@
-"""Requests to the payments API."""
+"""Sends requests to the payments API."""
 
 import email.utils
 import time
@@ -16,10 +16,10 @@ _MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
 def fetch(session: requests.Session, url: str, *, timeout_s: float) -> bytes:
-    """The body of the response to a GET request, at most 64 MB.
+    """Send a GET request. Returns the body of the response, which has at most 64 MB.
 
-    Raises Outage if the response is not complete within `timeout_s` seconds, is too large, or has a status other than
-    200. The message of the exception does not contain the URL.
+    Raises Outage if the API does not respond, or if the response is too large, has a status other than 200, or is not
+    complete within `timeout_s` seconds. The message of the Outage does not contain the URL.
     """
     deadline = time.monotonic() + timeout_s
     try:
@@ -41,7 +41,7 @@ def fetch(session: requests.Session, url: str, *, timeout_s: float) -> bytes:
 
 
 def retry_after_s(header: str | None) -> float:
-    """Seconds to wait (at most 300) according to a Retry-After header: seconds or a date (RFC 9110, 10.2.3)."""
+    """Return the seconds to wait (at most 300) from a Retry-After header: seconds or a date (RFC 9110, 10.2.3)."""
     if not header:
         return 0.0
     try:

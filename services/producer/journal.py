@@ -1,4 +1,4 @@
-"""The journal: an SQLite file with the fetched records that are not on their topics yet, and recent identities.
+"""The journal: an SQLite file with fetched records that are not on their topics yet, and with recent identities.
 
 If a producer is killed, no fetched record is lost, and the next producer still recognises repeated records.
 """
@@ -23,7 +23,7 @@ CREATE TABLE IF NOT EXISTS fetched (
   number INTEGER PRIMARY KEY,
   identity BLOB NOT NULL UNIQUE,
   fetched_ms INTEGER NOT NULL,
-  record BLOB -- null once it is on its topic
+  record BLOB -- null once the record is on its topic
 );
 CREATE INDEX IF NOT EXISTS waiting ON fetched (number) WHERE record IS NOT NULL;
 """
@@ -34,7 +34,7 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class Entry(NamedTuple):
-    """A record that waits to be written. It may already be on its topic, after a delivery with an unknown result."""
+    """A record that waits to be written. After a delivery with an unknown result, it may already be on its topic."""
 
     number: int
     fetched_ms: int  # epoch milliseconds
@@ -42,10 +42,16 @@ class Entry(NamedTuple):
 
 
 class Journal:
-    """A file with waiting records and the last `remembered` identities. Thread-safe; only one process can open it."""
+    """A file with the waiting records and the last `remembered` identities.
+
+    Several threads may use a journal at once, but only one process can open its file.
+    """
 
     def __init__(self, path: Path, *, remembered: int) -> None:
-        """Open or create the file. Raises sqlite3.Error, with the code SQLITE_BUSY if another process has it open."""
+        """Open or create the file.
+
+        Raises sqlite3.Error if that fails. The error's code is SQLITE_BUSY if another process has the file open.
+        """
         self._path = path
         self._remembered = remembered
         self._lock = Lock()
@@ -59,7 +65,7 @@ class Journal:
                 self._file.execute(
                     "INSERT INTO journal SELECT ? WHERE NOT EXISTS (SELECT * FROM journal)", (uuid.uuid4().hex,)
                 )
-            # The ID stays the same when another process takes over the file.
+            # The journal's ID stays the same when another process takes over the file.
             ((self.id,),) = self._file.execute("SELECT id FROM journal")
             self._waiting = 0
             ((self._waiting,),) = self._file.execute(_COUNT)
@@ -68,7 +74,7 @@ class Journal:
             raise
 
     def add(self, records: Iterable[tuple[bytes, Record]]) -> int:
-        """Save those records, given as (identity, record), whose identity is new. Returns the number of records saved.
+        """Save each (identity, record) whose identity is new. Returns the number of saved records.
 
         Raises Outage if the disk is full or fails.
         """
@@ -90,20 +96,20 @@ class Journal:
             raise self._outage(error) from None
 
     def waiting(self, most: int = -1) -> list[Entry]:
-        """The waiting records (at most `most`; default: all), oldest first. Raises Outage if the disk fails."""
+        """Return at most `most` waiting records (default: all), oldest first. Raises Outage if the disk fails."""
         rows = self._read(
             "SELECT number, fetched_ms, record FROM fetched WHERE record IS NOT NULL ORDER BY number LIMIT ?", most
         )
         return [Entry(number, fetched_ms, _decode(record)) for number, fetched_ms, record in rows]
 
     def count(self) -> int:
-        """The number of waiting records, or the last known number if the file cannot be read."""
+        """Return the number of waiting records, or the last known number if the file cannot be read."""
         with suppress(Outage):
             ((self._waiting,),) = self._read(_COUNT)
         return self._waiting
 
     def written(self, entries: Sequence[Entry]) -> None:
-        """Mark entries as written, but still remember their identities. Raises Outage if the disk is full or fails."""
+        """Mark entries as written, and keep only their identities. Raises Outage if the disk is full or fails."""
         try:
             with self._lock, self._file:
                 self._file.executemany(
@@ -133,10 +139,10 @@ def _decode(encoded: bytes) -> Record:
 
 
 def open_journals(directory: Path, *, remembered: int) -> list[Journal]:
-    """This process's own journal, followed by the unused journals in which records still wait.
+    """Return this process's own journal, followed by the unused journals in which records are still waiting.
 
     Each replica has its own journal. A replica that is not started again leaves its journal behind. Raises
-    SettingsError if the folder or a journal in it cannot be used.
+    SettingsError if `directory` or a journal in it cannot be used.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -155,7 +161,7 @@ def open_journals(directory: Path, *, remembered: int) -> list[Journal]:
 
 
 def _open(path: Path, *, remembered: int) -> Journal | None:
-    """The journal, or None if another process has it open. Raises SettingsError if it cannot be opened."""
+    """Open a journal. Returns None if another process has the file open. Raises SettingsError if opening fails."""
     try:
         path.touch(mode=0o600)  # the file contains card numbers and birth dates
         return Journal(path, remembered=remembered)

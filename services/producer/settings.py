@@ -15,22 +15,24 @@ class ProducerSettings(ServiceSettings):
         repr=False,
         description="URL of the payments API",
     )
-    api_timeout_seconds: float = Field(30.0, gt=0, description="Timeout for the complete response to a poll")
+    api_timeout_seconds: float = Field(
+        30.0, gt=0, description="Seconds within which the response to a poll must be complete"
+    )
     poll_interval_seconds: float = Field(
-        15.0, ge=0, description="Time from the start of one poll to the start of the next; 0 means no pause"
+        15.0, ge=0, description="Seconds from the start of one poll to the start of the next; 0 means no pause"
     )
     backoff_initial_seconds: Backoff = Field(
-        1.0, description="Wait after the first failed poll; doubles after each further failure"
+        1.0, description="Seconds to wait after the first failed poll; doubled after each further failure"
     )
-    backoff_max_seconds: Backoff = Field(60.0, description="Maximum wait after a failed poll")
+    backoff_max_seconds: Backoff = Field(60.0, description="Maximum number of seconds to wait after a failed poll")
     delivery: DeliveryGuarantee = Field("exactly_once", description="Delivery guarantee for records written to Kafka")
     journal_directory: Path = Field(
         Path("journal"),
-        description="Folder for fetched records that are not in Kafka yet; must be kept when the container is replaced",
+        description="Folder for fetched records that are not in Kafka yet; keep it when the container is replaced",
     )
     recent_identities: int = Field(
-        100_000, ge=1, description="Number of recent transactions to remember, so that repeats are skipped"
+        100_000, ge=1, description="Number of recent transactions to remember, so that repeated ones are skipped"
     )
     max_waiting_records: int = Field(
-        100_000, ge=1, description="Number of records waiting to be written to Kafka at which polling pauses"
+        100_000, ge=1, description="Polling pauses while this many or more records are waiting to be written to Kafka"
     )

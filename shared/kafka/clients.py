@@ -1,4 +1,8 @@
-"""Kafka clients. `client.properties` overrides this project's defaults, but not what the guarantees require."""
+"""Makes Kafka clients.
+
+`client.properties` overrides this project's default properties, but not the properties on which the delivery guarantees
+depend.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,9 +13,9 @@ from confluent_kafka.admin import AdminClient
 from shared.errors import SettingsError
 from shared.kafka.connections import ConnectionReports, OnError, log
 
-# A dead letter is larger than the record it keeps, and topics accept records of up to 1 MiB by default.
+# A dead letter is larger than the record that it contains, and topics accept records of up to 1 MiB by default.
 MAX_RECORD_BYTES = 2 * 1024 * 1024
-# A missing permission is an outage too, since it can be granted while a service runs.
+# A missing permission counts as an outage, because the permission can be granted while a service runs.
 DENIED = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -53,19 +57,22 @@ _PRODUCER_ONLY = (
 def consumer(
     properties: Mapping[str, str], *, group: str, replica: str | None = None, on_error: OnError | None = None
 ) -> Consumer:
-    """A consumer that sees only committed records and never commits by itself. Raises SettingsError if misconfigured.
+    """Make a consumer that reads only committed records and never commits offsets by itself.
 
-    With a `replica` name, the consumer is a static member (KIP-345): restarted under that name, it gets its partitions
-    back at once, without waiting for the old session to expire. It then also reports the ends of its partitions. While
-    the consumer polls, `on_error(error)` is called for broken connections; once all of them are broken, the error gives
-    the cause.
+    With a `replica` name, the consumer is a static member (KIP-345). A static member that restarts under the same name
+    gets its partitions back at once, without waiting for the old session to expire. A consumer with a `replica` name
+    also reports the ends of its partitions.
+
+    While the consumer polls, it calls `on_error(error)` for broken connections. Once all connections are broken, the
+    error gives the cause. Raises SettingsError if the properties are wrong.
     """
     defaults = {
         "auto.offset.reset": "earliest",
         "partition.assignment.strategy": "cooperative-sticky",
         "session.timeout.ms": "10000",
-        "heartbeat.interval.ms": "1000",  # how soon members notice a rebalance
-        # A full queue holds several batches. By default, the client would then fetch nothing for a second, and run dry.
+        "heartbeat.interval.ms": "1000",  # also decides how soon members notice a rebalance
+        # A full queue contains several batches. By default, the client stops fetching for a second when the queue is
+        # full, and the queue may then run empty.
         "queued.max.messages.kbytes": "8192",
         "queued.min.messages": "10000",
         "max.partition.fetch.bytes": "131072",  # the default of 1 MB uses 40 MB more memory and is no faster
@@ -91,12 +98,14 @@ def producer(
     on_failure: Callable[[Any, Message], None] | None = None,
     on_error: OnError | None = None,
 ) -> Producer:
-    """An idempotent producer: it writes each record once and in order, to all in-sync replicas.
+    """Make an idempotent producer, which writes each record once and in order to all in-sync replicas.
 
-    Without a `transactional_id`, it retries for ever (`message.timeout.ms` 0): an unavailable broker is an outage, not
-    an error. `on_failure(error, message)` is called only for records that the producer has given up on. `on_error` is
-    called as for a consumer, and also for topics that a transaction may not write to. Raises SettingsError if
-    misconfigured.
+    Without a `transactional_id`, the producer retries for ever (`message.timeout.ms` is 0), because an unavailable
+    broker is an outage, not an error. `on_failure(error, message)` is called only for records that the producer has
+    given up on.
+
+    As for a consumer, `on_error(error)` is called for broken connections. `on_error(error)` is also called for topics
+    to which a Kafka transaction is not permitted to write. Raises SettingsError if the properties are wrong.
     """
     defaults = {
         "compression.type": "lz4",
@@ -107,7 +116,7 @@ def producer(
     promised: dict[str, Any] = {"enable.idempotence": "true", "acks": "all", "delivery.report.only.error": True}
     if transactional_id:
         promised |= {"transactional.id": transactional_id, "transaction.timeout.ms": "10000"}
-        # The broker rejects a transaction for some milliseconds, until it has written the marker of the previous one.
+        # After a Kafka transaction, the broker rejects the next one for some milliseconds, until the marker is written.
         defaults["retry.backoff.ms"] = "2"
     else:
         promised |= {"message.timeout.ms": "0"}
@@ -119,7 +128,10 @@ def producer(
 
 
 def admin(properties: Mapping[str, str], *, on_error: OnError | None = None) -> AdminClient:
-    """An admin client. When polled, it calls `on_error` as a consumer does. Raises SettingsError if misconfigured."""
+    """Make an admin client. While it is polled, it calls `on_error` as a consumer does.
+
+    Raises SettingsError if the properties are wrong.
+    """
     own = {key: value for key, value in properties.items() if not key.startswith((*_CONSUMER_ONLY, *_PRODUCER_ONLY))}
     client: AdminClient = _client(AdminClient, own, on_error)
     return client

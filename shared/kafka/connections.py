@@ -1,4 +1,4 @@
-"""Turns what a client reports about broken connections into one error that names the host and the cause."""
+"""Turns a client's reports of broken connections into one error that names the host and the cause."""
 
 import logging
 import re
@@ -16,23 +16,23 @@ _SAID = re.compile(r"(?:\w+://)?(?P<host>\S+):(?P<port>\d+)/\w+: (?P<what>.*?)(?
 _REFUSED_TOPIC = re.compile(r'Failed to add partition "(.+)" \[\d+\] .*(Broker: Topic authorization failed)').search
 # The client also reports the content of these log lines as errors.
 _REPORTED = frozenset({"ADDPARTS", "ADDOFFSETS", "TXNERR"})
-_ONE_RUN_S = 5.0  # failures closer together belong to one outage: a client retries within two seconds
+_ONE_RUN_S = 5.0  # failures closer together than this are one outage, because a client retries within two seconds
 _LOOK_S = 2.0
 _HANDSHAKE_S = 5.0
 
 
 class ConnectionReports:
-    """Combines a client's error callback and its log.
+    """Combines a client's error callback with the client's log.
 
-    The client logs each broken connection with its cause. It reports an error only once all connections are broken, and
-    without the cause.
+    The client logs the cause of each broken connection. It calls the error callback only once all connections are
+    broken, and does not pass the cause to the callback.
     """
 
     def __init__(self, properties: Mapping[str, Any], on_error: OnError) -> None:
         self._properties = properties
         self._on_error = on_error
         self._last = ""
-        self._broke_at = self._began = 0.0  # monotonic
+        self._broke_at = self._began = 0.0  # monotonic time
         self._all = False
 
     def log(self, level: int, form: str, facility: str, client: str, text: str) -> None:
@@ -50,7 +50,7 @@ class ConnectionReports:
             log.log(level, form, facility, client, text)
 
     def error(self, error: KafkaError) -> None:
-        """Receive an error from the client. This is its `error_cb`."""
+        """Receive an error from the client. The client uses this method as its `error_cb`."""
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
             self._all = True
             error = KafkaError(KafkaError._ALL_BROKERS_DOWN, why_broken(self._last, self._properties))
@@ -58,7 +58,7 @@ class ConnectionReports:
 
 
 def why_broken(said: str, properties: Mapping[str, Any]) -> str:
-    """Why a connection broke: librdkafka's log line, shortened, with the causes and remedies that it leaves out."""
+    """Return why a connection broke, from librdkafka's log line `said`. Adds causes and remedies that `said` lacks."""
     if not (found := _SAID.match(said)):
         return "Kafka: no broker answers"
     host, port, what = found["host"], int(found["port"]), found["what"]
@@ -74,7 +74,7 @@ def why_broken(said: str, properties: Mapping[str, Any]) -> str:
 
 
 def _refused_because(host: str, port: int, properties: Mapping[str, Any]) -> str:
-    """OpenSSL's reason for rejecting the certificate, which librdkafka does not report."""
+    """Return OpenSSL's reason for rejecting the certificate. librdkafka does not report this reason."""
     try:
         context = ssl.create_default_context(
             cafile=properties.get("ssl.ca.location"), cadata=properties.get("ssl.ca.pem")

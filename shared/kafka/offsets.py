@@ -1,4 +1,4 @@
-"""The first and next offsets of partitions, and reading partitions to their current end."""
+"""Queries the first and next offsets of partitions, and reads partitions to their current end."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -19,10 +19,11 @@ _READ_TIMEOUT_S = 10.0
 def ends(
     properties: Mapping[str, str], partitions: Sequence[TopicPartition], *, committed: bool
 ) -> dict[tuple[str, int], int]:
-    """The next offset of each partition. Raises Outage.
+    """Return the next offset of each partition. Raises Outage if the broker does not answer.
 
-    With `committed`, this is the last stable offset: `read_committed` consumers read only what is before it. If a
-    transaction is open, it is the offset of that transaction's first record.
+    With `committed`, returns the last stable offset instead: `read_committed` consumers read only records before this
+    offset. While a Kafka transaction is open, the last stable offset is that of the transaction's first
+    record.
     """
     latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
     found = _listed(admin(properties), partitions, latest, committed=committed)
@@ -30,22 +31,26 @@ def ends(
 
 
 def begins(properties: Mapping[str, str], partitions: Sequence[TopicPartition]) -> dict[tuple[str, int], int]:
-    """The offset of the oldest record that each partition still has. Raises Outage."""
+    """Return the offset of each partition's oldest record. Raises Outage if the broker does not answer."""
     earliest: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
     found = _listed(admin(properties), partitions, earliest, committed=False)
     return {place: answer.offset for place, answer in found.items()}
 
 
 def newest_ms(properties: Mapping[str, str], partitions: Sequence[TopicPartition]) -> int | None:
-    """The time of the newest record in these partitions, in epoch ms, or None if they are empty. Raises Outage."""
+    """Return the time of the newest record in these partitions, in epoch milliseconds, or None if they are empty.
+
+    Raises Outage if the broker does not answer.
+    """
     newest: OffsetSpec = OffsetSpec.max_timestamp()  # type: ignore[no-untyped-call]
     found = _listed(admin(properties), partitions, newest, committed=False)
     return max((answer.timestamp for answer in found.values() if answer.timestamp >= 0), default=None)
 
 
 def since(properties: Mapping[str, str], topic: str, epoch_ms: int) -> list[TopicPartition]:
-    """The offset of the first record at or after `epoch_ms`, committed or not, in each partition that has one.
+    """Return, for each partition, the offset of its first record at or after `epoch_ms`, committed or not.
 
+    Partitions without such a record are left out.
     Raises Outage if the broker does not answer, or denies access to the topic.
     """
     client = admin(properties)
@@ -61,9 +66,10 @@ def since(properties: Mapping[str, str], topic: str, epoch_ms: int) -> list[Topi
 
 
 def read_to_end(properties: Mapping[str, str], starts: Sequence[TopicPartition], *, group: str) -> Iterator[Message]:
-    """Yield every committed record from these offsets to the current end of their partitions. Raises Outage.
+    """Yield every committed record from the offsets `starts` to the current ends of their partitions.
 
-    Empty records that were written only for a transaction's marker are skipped.
+    Skips empty records that were written only to give a Kafka transaction a marker. Raises Outage if the broker does
+    not answer, or denies access to a topic.
     """
     reader = consumer({**properties, "enable.partition.eof": "true"}, group=group)
     unread = {(start.topic, start.partition) for start in starts}
@@ -101,7 +107,7 @@ def _listed(
             isolation_level=level,
             request_timeout=_READ_TIMEOUT_S,
         )
-        longest_s = 2 * _READ_TIMEOUT_S  # also if the client ignores its own timeout
+        longest_s = 2 * _READ_TIMEOUT_S  # a limit that holds even if the client ignores its timeout
         return {(asked.topic, asked.partition): answer.result(longest_s) for asked, answer in answers.items()}
     except TimeoutError:
         raise Outage(f"Kafka: no response in {longest_s:.0f} s") from None
@@ -110,7 +116,10 @@ def _listed(
 
 
 def next_offsets(messages: Sequence[Message]) -> list[TopicPartition]:
-    """The next offset to read in each partition after `messages`, which are of one topic and in order per partition."""
+    """Return the next offset to read in each partition after `messages`.
+
+    The messages must be from one topic, and in order within each partition.
+    """
     last = {message.partition(): message for message in messages}
     return [
         TopicPartition(topic, partition, offset + 1) for topic, partition, offset in map(coordinates, last.values())

@@ -1,4 +1,4 @@
-"""Creating and checking topics and their dead-letter topics."""
+"""Creates and checks topics and their dead-letter topics."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +22,11 @@ _DAY_MS = 86_400_000
 _RECORDS = {"cleanup.policy": "delete", "compression.type": "producer", "retention.ms": str(7 * _DAY_MS)}
 _LETTERS = _RECORDS | {"retention.ms": str(30 * _DAY_MS), "max.message.bytes": str(MAX_RECORD_BYTES)}
 _WHY = {
-    "cleanup.policy": "so only the last record of each card is kept",
-    "compression.type": "so the broker decompresses what the producers compressed",
+    "cleanup.policy": "so the broker keeps only the last record of each card",
+    "compression.type": "so the broker decompresses the producers' compressed records",
     "retention.ms": "so records may be deleted before they are read",
-    "max.message.bytes": "too little for a dead letter, which is larger than the record it keeps",
-    "min.insync.replicas": "so one failing broker loses records or stops all writing",
+    "max.message.bytes": "too little for a dead letter, which is larger than the record it contains",
+    "min.insync.replicas": "so if one broker fails, records are lost or all writing stops",
 }
 
 
@@ -38,11 +38,11 @@ def create(
     replication: int | None = None,
     letters: bool = True,
 ) -> list[str]:
-    """Create the missing topics and, with `letters`, their dead-letter topics. Returns the names it created.
+    """Create missing topics and, with `letters`, missing dead-letter topics. Returns the names of the created topics.
 
-    Existing topics are not changed. `replication` defaults to 3, or the number of brokers if there are fewer. Several
-    processes may call this at once. Raises Outage if the broker refuses or is away, and SettingsError for wrong
-    properties.
+    Existing topics are not changed. `replication` defaults to 3, or to the number of brokers if there are fewer than 3.
+    Several processes may call this at once. Raises Outage if the broker refuses or does not answer, and SettingsError
+    if the properties are wrong.
     """
     client = admin(properties)
     try:
@@ -70,7 +70,10 @@ def create(
 def check(
     properties: Mapping[str, str], names: Sequence[str], *, partitions: int = 1, letters: bool = True
 ) -> list[str]:
-    """Check the topics, changing nothing. Returns a line for each problem, with the remedy. Raises Outage."""
+    """Check the topics without changing them. Returns a line for each problem, with the remedy.
+
+    Raises Outage if the broker refuses or does not answer.
+    """
     client = admin(properties)
     wanted = _settings(names, letters=letters)
     try:
@@ -98,13 +101,13 @@ def check(
 
 
 def _settings(names: Sequence[str], *, letters: bool) -> dict[str, dict[str, str]]:
-    """The settings for creating each topic, by topic name."""
+    """Return the settings with which each topic is created, by topic name."""
     kinds = (("", _RECORDS), (SUFFIX, _LETTERS))[: 1 + letters]
     return {name + suffix: settings for name in names for suffix, settings in kinds}
 
 
 def _in_sync(copies: int) -> int:
-    """The `min.insync.replicas` for this many replicas: how many must have a record. One broker may be unavailable."""
+    """Return `min.insync.replicas` for this many replicas. If there are several replicas, one broker may be down."""
     return 2 if copies >= _COPIES else 1
 
 
@@ -116,8 +119,8 @@ def _layout_problems(copies: Sequence[int], *, partitions: int, brokers: int) ->
         )
     if min(copies) < min(_COPIES, brokers):
         yield (
-            f"only {min(copies)} of {min(_COPIES, brokers)} possible replicas, so one lost disk loses records:"
-            " add replicas with kafka-reassign-partitions.sh"
+            f"only {min(copies)} of {min(_COPIES, brokers)} possible replicas, so one lost disk loses records."
+            " Add replicas with kafka-reassign-partitions.sh"
         )
 
 
@@ -133,13 +136,16 @@ def _settings_problems(name: str, found: Mapping[str, str], wanted: Mapping[str,
     target = {**wanted, "min.insync.replicas": str(_in_sync(copies))}
     for setting in (setting for setting, fits in enough.items() if not fits):
         yield (
-            f"{setting} is {found[setting]}, {_WHY[setting]}: kafka-configs.sh --alter --entity-type topics"
+            f"{setting} is {found[setting]}, {_WHY[setting]}. Run kafka-configs.sh --alter --entity-type topics"
             f" --entity-name {name} --add-config {setting}={target[setting]}"
         )
 
 
 def use(properties: Mapping[str, str], names: Sequence[str]) -> None:
-    """Create topics and dead-letter topics on a broker that creates them on first use. Raises Outage."""
+    """Create topics and dead-letter topics on a broker that creates topics when they are first used.
+
+    Raises Outage if the broker does not answer.
+    """
     client = admin(properties)  # a consumer's metadata request does not create topics
     for name in names:
         for suffix in ("", SUFFIX):
@@ -148,7 +154,10 @@ def use(properties: Mapping[str, str], names: Sequence[str]) -> None:
 
 
 def ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicPartition]:
-    """The next offset of every partition of these topics. Waits until all partitions have leaders. Raises Outage."""
+    """Return the next offset of every partition of these topics, once all partitions have leaders.
+
+    Raises Outage if the broker does not answer in time.
+    """
     reader = consumer(properties, group="fraudctl")
     deadline = time.monotonic() + _TIMEOUT_S
     try:
@@ -170,12 +179,12 @@ def _ends(reader: Consumer, name: str) -> Iterator[TopicPartition]:
 
 
 def away(properties: Mapping[str, str], error: KafkaException) -> Outage:
-    """The Outage to raise for this error. Its text names the brokers."""
+    """Make an Outage from this error. The message of the Outage names the brokers."""
     return Outage(f"Kafka at {properties['bootstrap.servers']}: {error.args[0].str() or error.args[0].name()}")
 
 
 def _known(client: AdminClient, names: Sequence[str]) -> bool:
-    """Whether the broker knows the topics, which may take a moment after their creation."""
+    """Return whether the broker knows the topics. A broker knows new topics only after a moment."""
     topics = client.list_topics(timeout=_TIMEOUT_S).topics
     return all(name in topics and topics[name].partitions for name in names)
 
@@ -191,7 +200,7 @@ def _new(name: str, done: Future[None]) -> bool:
 
 
 def _result(name: str, done: Future[T]) -> T:
-    """The result of a request about a topic. Raises KafkaException with the topic's name in the error."""
+    """Return the result of a request about a topic. Raises KafkaException with the topic's name in the error."""
     try:
         return done.result()
     except KafkaException as exception:

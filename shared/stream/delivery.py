@@ -1,4 +1,4 @@
-"""Makes a batch final: writes its outputs and dead letters and commits its offsets, as the guarantee requires."""
+"""Makes a batch final: writes outputs and dead letters, and commits offsets, as the delivery guarantee requires."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,52 +25,56 @@ log = structlog.get_logger()
 _COMMITTED, _ABORTED = (metrics.TRANSACTIONS.labels(outcome) for outcome in ("committed", "aborted"))
 _WAIT_S = 1.0
 _SILENT_S = 5.0
-_TRANSACTION_WAIT_S = 6.0  # the broker aborts a transaction after ten seconds, and a service must exit within ten
+_TRANSACTION_WAIT_S = 6.0  # the broker aborts a Kafka transaction after 10 s, and a service must exit within 10 s
 _STUCK_S = 7.0
-# Reported for the records of a transaction that was aborted for a different reason.
+# These errors are reported for records whose Kafka transaction was aborted for a different reason.
 _PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 
 
 class Delivery(Protocol):
-    """Makes a batch final."""
+    """Makes a batch final: once delivered and committed, it is not processed again."""
 
     def open(self) -> None:
-        """Take over from a process or client that died: abort or complete what it left unfinished. Raises Outage."""
+        """Take over from a process or client that died: abort or complete the Kafka transaction that it left open.
+
+        Raises Outage if that fails.
+        """
 
     def deliver(
         self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), generation: object = None
     ) -> None:
-        """Write `records` and, where the guarantee allows it, commit `offsets` (the next ones to read) with them.
+        """Write `records`. If the guarantee allows it, commit `offsets` (the next offsets to read) with the records.
 
-        `generation` is the group's generation when the batch was read. A batch that was not read from Kafka has neither
-        offsets nor a generation. May block while the broker is away, but raises Outage soon after a shutdown
-        request. After an Outage, the batch must be delivered again.
+        `generation` is the consumer group's generation at the time when the batch was read. A batch that was not read
+        from Kafka has neither offsets nor a generation. A call may block while the broker is unavailable, but raises
+        Outage soon after a shutdown request. After an Outage, the batch must be delivered again.
         """
 
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
-        """Commit the offsets, unless `deliver` has. After an Outage, this must be called again."""
+        """Commit the offsets, unless `deliver` has already committed them. After an Outage, call this again."""
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
-        """Make the broker end those of our transactions that it left open on these partitions. Raises Outage.
+        """Make the broker end our own Kafka transactions that it left open on these partitions.
 
-        A broker that is killed right after it confirmed a transaction to the client may never write the marker to end
-        the transaction, even when it is back (seen with Apache Kafka 4.3.1). The marker of our next transaction on the
-        partition ends both.
+        A broker may be killed right after it confirmed a transaction to the client. Such a broker may never write the
+        marker that ends the transaction, not even after a restart (seen with Apache Kafka 4.3.1). Our next transaction
+        on the same partition writes a marker that ends both transactions. Raises Outage if that transaction fails.
         """
 
     def undo(self, place: TopicPartition, generation: object) -> None:
-        """Make the broker drop our offsets in a transaction that it left open, in `generation`'s group. Raises Outage.
+        """Make the broker drop our offsets in a Kafka transaction that it left open.
 
-        Until then, no member can continue to read. `place` is any partition of the group. Unlike with `release`, it is
-        unknown whether the transaction was committed; processing a batch twice is better than not at all.
+        Until the offsets are dropped, no member of the group can continue to read. `place` is any partition that the
+        group reads, and `generation` is the group's generation. It is unknown whether the transaction was committed.
+        The batch may therefore be processed twice, which is better than not at all. Raises Outage if dropping fails.
         """
 
     def close(self) -> None:
-        """Disconnect."""
+        """Close the Kafka client."""
 
 
 class AtLeastOnce:
-    """Writes outputs first and commits offsets afterwards: a crash in between repeats a batch but loses none."""
+    """Writes outputs first, and commits offsets afterwards. A crash between the two repeats a batch, but loses none."""
 
     def __init__(self, *, properties: Mapping[str, str], shutdown: Event) -> None:
         self._shutdown = shutdown
@@ -83,7 +87,7 @@ class AtLeastOnce:
         self._producer = self._make()
 
     def open(self) -> None:
-        """Do nothing: without transactions, nothing is left unfinished."""
+        """Do nothing, because without Kafka transactions nothing is left unfinished."""
 
     def deliver(
         self,
@@ -94,16 +98,17 @@ class AtLeastOnce:
         # 1. Put outputs and dead letters into the producer's queue.
         with self._noting_errors():
             enqueue(self._producer, records, self._shutdown)
-        # 2. Wait until all are acknowledged. The producer itself retries for ever; enqueuing again would write twice.
+        # 2. Wait until all records are acknowledged. The producer itself retries for ever. Enqueuing the records again
+        # would write them twice.
         with self._noting_errors():
             left, since = len(records), time.monotonic()
             while unacknowledged := self._producer.flush(_WAIT_S):
                 if unacknowledged < left:
                     left, since = unacknowledged, time.monotonic()
-                if self._away or time.monotonic() - since > _SILENT_S:  # no leader, or too few replicas
-                    self._outage.failed(self._away or "the broker acknowledges nothing")
+                if self._away or time.monotonic() - since > _SILENT_S:  # no leader, or too few in-sync replicas
+                    self._outage.failed(self._away or "the broker acknowledges no records")
                 if self._shutdown.is_set():
-                    raise Outage("stopping before the broker acknowledged the outputs")
+                    raise Outage("the service is stopping, and the broker has not acknowledged all outputs")
         self._away = ""
         self._outage.over()
         if self._failed:
@@ -112,8 +117,8 @@ class AtLeastOnce:
             raise Outage(f"record not written: {reason}")
 
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
-        # 3. Commit the offsets. A synchronous commit would block until the broker is back, so commit asynchronously and
-        # then ask what is committed: the broker handles the two requests in this order.
+        # 3. Commit the offsets. A synchronous commit would block until the broker is available again. Therefore, commit
+        # asynchronously, and then read the committed offsets. The broker handles the two requests in this order.
         try:
             consumer.commit(offsets=list(offsets), asynchronous=True)
             committed = consumer.committed(list(offsets), timeout=_WAIT_S)
@@ -125,19 +130,19 @@ class AtLeastOnce:
                 raise Outage(f"offsets of {offsets[0].topic} not committed: {reason}")
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
-        """Do nothing: without transactions, there is nothing to end."""
+        """Do nothing, because without Kafka transactions there is nothing to end."""
 
     def undo(self, place: TopicPartition, generation: object) -> None:
-        """Do nothing: without transactions, there is nothing to drop."""
+        """Do nothing, because without Kafka transactions there are no offsets to drop."""
 
     def close(self) -> None:
         with suppress(KafkaException):
             self._producer.flush(_WAIT_S)
-        del self._producer  # a client that outlives the interpreter crashes it
+        del self._producer  # a client that outlives the interpreter crashes the process
 
     @contextmanager
     def _noting_errors(self) -> Iterator[None]:
-        """Note a client's error. After a fatal one (for example, no permission to write at all), replace the client."""
+        """Record an error of the client. After a fatal error, such as no permission to write, replace the client."""
         try:
             yield
         except KafkaException as exception:
@@ -155,17 +160,17 @@ class AtLeastOnce:
 
 
 class ExactlyOnce:
-    """Writes outputs, dead letters and offsets in one Kafka transaction, so readers see all of them or none.
+    """Writes outputs, dead letters and offsets in one Kafka transaction.
 
-    This holds for `read_committed` consumers. When a transaction fails, its client is discarded. The next client uses
-    the same transactional ID, so the broker aborts or completes what the old client left open, and the committed
-    offsets show which of the two.
+    Consumers with `read_committed` read either all of them or none. When a transaction fails, its client is discarded.
+    The next client uses the same transactional ID, so the broker aborts or completes the transaction that the old
+    client left open. The committed offsets show whether the transaction was aborted or completed.
     """
 
     def __init__(self, *, properties: Mapping[str, str], transactional_id: str, shutdown: Event) -> None:
         self._shutdown = shutdown
         self._id = transactional_id
-        self._suspect = False  # a connection broke: the client may hang in its next transaction, see _Calls
+        self._suspect = False  # a connection broke, so the next Kafka transaction may hang; see _Calls
         self._away = ""  # why all connections are broken
         self._failed: list[str] = []
         self._make: Callable[[], Producer] = lambda: make_producer(
@@ -181,12 +186,12 @@ class ExactlyOnce:
     def deliver(
         self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), generation: object = None
     ) -> None:
-        # 1. Begin a transaction, and add outputs and dead letters to it.
+        # 1. Begin a Kafka transaction, and add outputs and dead letters to it.
         with self._transaction() as producer:
             enqueue(producer, records, self._shutdown)
 
             def finish() -> None:
-                # 2. Add the offsets, with the generation that read the batch: a member that lost it is fenced.
+                # 2. Add the offsets and the generation that read the batch. The broker fences an older generation.
                 if generation:
                     producer.send_offsets_to_transaction(list(offsets), generation, _TRANSACTION_WAIT_S)
                 # 3. Commit, so that everything becomes visible at once.
@@ -196,7 +201,7 @@ class ExactlyOnce:
         _COMMITTED.inc()
 
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
-        """Do nothing: the transaction has committed the offsets."""
+        """Do nothing, because the Kafka transaction has already committed the offsets."""
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
         if not places:
@@ -217,12 +222,12 @@ class ExactlyOnce:
 
             self._bounded(drop)
         _ABORTED.inc()
-        reason = "a transaction never ended; if it was ours, its batch is redelivered"
+        reason = "a Kafka transaction never ended; if it was this replica's, its batch is redelivered"
         log.warning("offsets_held_back", place=f"{place.topic} {place.partition}", reason=reason)
 
     @contextmanager
     def _transaction(self) -> Iterator[Producer]:
-        """Begin a transaction. If anything fails, discard the transaction and its client, and raise Outage."""
+        """Begin a Kafka transaction. If anything fails, discard the transaction and its client, and raise Outage."""
         producer = self._ready()
         try:
             producer.begin_transaction()
@@ -232,19 +237,19 @@ class ExactlyOnce:
             raise
         except KafkaException as exception:
             self._discard()
-            self._poll(producer)  # reports records that were not written
+            self._poll(producer)  # calls _on_failure for records that were not written
             reason = self._failed[0] if self._failed else exception.args[0].str()
-            raise Outage(f"transaction of {self._id} failed: {reason}") from None
+            raise Outage(f"Kafka transaction of {self._id} failed: {reason}") from None
         except _Stuck:
             self._discard()
-            raise Outage(f"transaction of {self._id} failed: the client hung for {_STUCK_S:.0f} s") from None
+            raise Outage(f"Kafka transaction of {self._id} failed: the client hung for {_STUCK_S:.0f} s") from None
 
     def _discard(self) -> None:
         self._producer = None
         _ABORTED.inc()
 
     def _bounded(self, call: Callable[[], None]) -> None:
-        """Run `call`. Raises what `call` raises, or _Stuck if it does not return in time."""
+        """Run `call`. Raises what `call` raises, or _Stuck if `call` does not return in time."""
         done = self._calls.start(call)
         if not wait([done], _STUCK_S).done:
             self._calls = _Calls()
@@ -256,7 +261,7 @@ class ExactlyOnce:
 
     def _ready(self) -> Producer:
         if self._producer:
-            self._poll(self._producer)  # reports broken connections
+            self._poll(self._producer)  # calls _on_error for broken connections
             if not self._suspect:
                 return self._producer
         self._failed.clear()
@@ -284,7 +289,7 @@ class ExactlyOnce:
     def _poll(self, producer: Producer) -> None:
         try:
             producer.poll(0)
-        except KafkaException:  # fenced, for example by another process with the same name
+        except KafkaException:  # the client is fenced, for example by another process with the same ID
             self._suspect = True
 
     def _on_failure(self, error: KafkaError, message: Message) -> None:
@@ -306,7 +311,7 @@ class _Stuck(Exception):
 class _Calls:
     """A thread that calls the client, and that can be abandoned if a call hangs.
 
-    librdkafka 2.16 may ignore a call's timeout and never return, as send_offsets_to_transaction does in
+    In librdkafka 2.16, a call may ignore its timeout and never return, as send_offsets_to_transaction does in
     https://github.com/confluentinc/librdkafka/issues/5456.
     """
 
@@ -339,17 +344,17 @@ def delivery(
     transactional_id: str,
     shutdown: Event,
 ) -> Delivery:
-    """A delivery with this guarantee. Raises SettingsError for wrong Kafka properties."""
+    """Make a delivery with this guarantee. Raises SettingsError if the Kafka properties are wrong."""
     if guarantee == "exactly_once":
         return ExactlyOnce(properties=properties, transactional_id=transactional_id, shutdown=shutdown)
     return AtLeastOnce(properties=properties, shutdown=shutdown)
 
 
 def enqueue(producer: Producer, records: Iterable[Record], shutdown: Event) -> None:
-    """Put records into the producer's queue, waiting while it is full.
+    """Put records into the producer's queue, waiting while the queue is full.
 
-    Raises Outage if shutdown is set while the queue is full, and KafkaException if the producer refuses a record: its
-    topic is unknown, or it is larger than `message.max.bytes`.
+    Raises Outage if `shutdown` is set while the queue is full. Raises KafkaException if the producer refuses a record,
+    because the record's topic is unknown or the record is larger than `message.max.bytes`.
     """
     produce = producer.produce
     for record in records:
@@ -359,5 +364,5 @@ def enqueue(producer: Producer, records: Iterable[Record], shutdown: Event) -> N
                 break
             except BufferError:
                 if shutdown.is_set():
-                    raise Outage("stopping while the producer's queue is full") from None
+                    raise Outage("the service is stopping while the producer's queue is full") from None
                 producer.poll(_WAIT_S)

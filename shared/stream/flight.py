@@ -1,4 +1,4 @@
-"""Batches in flight: handled in one thread, delivered in another, while the loop keeps polling."""
+"""Batches in flight. One thread handles the batches, another thread delivers them, and the loop keeps polling."""
 
 import time
 from collections import deque
@@ -20,7 +20,7 @@ from shared.stream.delivery import Delivery
 
 log = structlog.get_logger()
 
-_AGES = 32  # about how many records of a batch have their age measured
+_AGES = 32  # approximate number of records per batch whose age is measured
 _HANDLE, _DELIVER = (metrics.STAGE.labels(stage) for stage in ("handle", "deliver"))
 
 T = TypeVar("T")
@@ -29,13 +29,15 @@ T = TypeVar("T")
 class Outcome(NamedTuple):
     """What a handler did with a batch.
 
-    The first `done` messages are finished for good. Their offsets are committed after the `outputs` and the `dead`
-    letters are written. Before those are written, but after the previous batch is delivered, `finish()` is called. It
-    returns further dead letters, may raise Outage as the handler may, and must be idempotent.
+    The first `done` messages are finished for good. The offsets of these messages are committed after `outputs` and
+    `dead` (the dead letters) are written. `finish()` is called after the previous batch is delivered, but before
+    `outputs` and `dead` are written. `finish()` returns further dead letters. `finish()` must be idempotent, and may
+    raise Outage.
 
-    Messages beyond `done` are redelivered after `again_in_s` seconds, together with newer ones, or sooner if the batch
-    fills up. If `keep` is given, only those are redelivered. Skipped messages are committed together with the next
-    finished message of their partition, so `keep` must contain the last message of every partition.
+    Messages after the first `done` are redelivered together with newer messages: after `again_in_s` seconds, or sooner
+    if the batch fills up. If `keep` is given, only the messages in `keep` are redelivered. The messages that are not in
+    `keep` are committed together with the next finished message of their partition. Therefore, `keep` must contain the
+    last message of every partition.
     """
 
     done: int
@@ -47,15 +49,16 @@ class Outcome(NamedTuple):
 
 
 Handler = Callable[[Sequence[Message]], Outcome]
-"""Processes a batch, which is never empty and is in order within each partition. It may block. It raises Outage if
-something it needs is unavailable. The batch is then redelivered, so whatever the handler did must be idempotent."""
+"""A function that processes a batch. The batch is never empty, and is in order within each partition. A handler may
+block. It raises Outage if something that it needs is unavailable. The batch is then redelivered, so everything that a
+handler does must be idempotent."""
 
 
 class Delivered(NamedTuple):
     """The result of delivering a batch."""
 
     offsets: list[TopicPartition]  # the next offsets to read
-    rest: Sequence[Message]  # to be redelivered
+    rest: Sequence[Message]  # the messages to redeliver
     again_in_s: float
 
 
@@ -65,10 +68,10 @@ class Flight:
 
     batch: list[Message]
     delivered: Future[Delivered]
-    revoked: set[tuple[str | None, int | None]] = field(default_factory=set)  # partitions revoked since then
+    revoked: set[tuple[str | None, int | None]] = field(default_factory=set)  # partitions revoked after the handover
 
     def still_assigned(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages whose partitions were not revoked."""
+        """Return the messages whose partitions were not revoked."""
         return [message for message in messages if (message.topic(), message.partition()) not in self.revoked]
 
 
@@ -97,7 +100,7 @@ class Flights:
         return self._flights[0]
 
     def launch(self, handle: Handler, batch: list[Message], generation: object) -> None:
-        """Hand a batch to the handler and then to the delivery. `generation` is the group's current one."""
+        """Hand a batch to the handler and then to the delivery. `generation` is the group's current generation."""
         before = self._flights[-1].delivered if self._flights else None
         handled = self._handling.submit(self._handle, handle, batch)
         self._flights.append(Flight(batch, self._delivering.submit(self._deliver, handled, batch, generation, before)))
@@ -113,7 +116,7 @@ class Flights:
         return left
 
     def revoke(self, partitions: Set[tuple[str, int]]) -> None:
-        """Remember that these partitions (topic, partition) were revoked while the batches were in flight."""
+        """Record that these partitions, given as (topic, partition), were revoked while the batches were in flight."""
         for flight in self._flights:
             flight.revoked |= partitions
 
@@ -172,6 +175,6 @@ class Flights:
 
 
 def _ages_ms(messages: Sequence[Message]) -> list[float]:
-    """Milliseconds since each message was written."""
+    """Return the milliseconds since each message was written."""
     now_ms = time.time() * 1000
     return [max(0.0, now_ms - message.timestamp()[1]) for message in messages]  # not negative, even if clocks differ

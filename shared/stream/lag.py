@@ -1,4 +1,4 @@
-"""How far a group is behind the ends of its partitions, mostly without asking the broker."""
+"""Measures how far a group is behind the ends of its partitions, mostly without asking the broker."""
 
 import time
 from collections.abc import Sequence
@@ -14,28 +14,28 @@ _ANSWER_S = 1.0
 class Lag:
     """The lag of one group on one topic.
 
-    When the client reports the end of a partition (`enable.partition.eof`), the lag is 0: any offsets between the last
-    record and the end belong to transaction markers, which are not records.
+    When the client reports the end of a partition (`enable.partition.eof`), the lag is 0. Offsets between the last
+    record and the end belong to markers of Kafka transactions, not to records.
     """
 
     def __init__(self, group: str, topic: str) -> None:
         self.records = 0
         self._names = (group, topic)
         self._next: dict[int, int] = {}  # offset after the last committed record
-        self._ends: dict[int, int] = {}  # as last reported by the client
+        self._ends: dict[int, int] = {}  # ends of partitions, as last reported by the client
         self._behind_since: dict[int, float] = {}  # monotonic; reset when a batch is committed
 
     def assigned(self, partitions: Sequence[TopicPartition]) -> None:
-        """Do nothing: nothing is known about the partitions until a record or an end is read."""
+        """Do nothing, because nothing is known about a partition until a record or the partition's end is read."""
 
     def final(self, offsets: Sequence[TopicPartition]) -> None:
-        """Note that everything before these offsets is committed."""
+        """Record that all records before these offsets are committed."""
         for each in offsets:
             self._next[each.partition] = each.offset
             self._behind_since.pop(each.partition, None)
 
     def reached_end(self, partition: int, offset: int) -> None:
-        """Note that the partition has no records from this offset on yet."""
+        """Record that the partition now ends at this offset."""
         self._ends[partition] = offset
 
     def revoked(self, partitions: Sequence[TopicPartition]) -> None:
@@ -47,9 +47,9 @@ class Lag:
                 gauge.remove(*self._names, str(each.partition))
 
     def measure(self, consumer: Consumer, pending: Sequence[Message], *, paused: bool) -> None:
-        """Set the metrics. `pending` messages are consumed but not committed, and in order within each partition.
+        """Set the metrics. `pending` are the messages consumed but not committed, in order within each partition.
 
-        While partitions are paused, the client does not follow their ends, so the broker is asked for them.
+        While partitions are paused, the client does not follow their ends, so the broker is asked for the ends.
         """
         firsts = {message.partition(): message for message in reversed(pending)}
         now, now_ms = time.monotonic(), time.time() * 1000
@@ -76,7 +76,7 @@ class Lag:
 
 
 def _end(consumer: Consumer, place: TopicPartition, *, ask: bool) -> tuple[int, bool]:
-    """The partition's next offset (-1 if unknown), and whether to ask the broker about the next partition as well."""
+    """Return the partition's next offset (-1 if unknown), and whether to ask the broker about further partitions."""
     if ask:
         try:
             _, end = consumer.get_watermark_offsets(place, timeout=_ANSWER_S)

@@ -1,8 +1,8 @@
-"""The stream loop of all consumers: poll, hand over, commit; pause during outages; rebalance; drain on SIGTERM.
+"""The loop of every consumer: polls, hands batches over, commits, rebalances, and pauses during outages.
 
-A service passes a handler to the loop and never commits an offset itself. Handler and delivery run in other threads.
-However long they take, the loop keeps polling, and so keeps its place in the group. docs/architecture.md has a diagram
-of its states.
+A service passes a handler to the loop, and never commits an offset itself. Handler and delivery run in other threads.
+The loop keeps polling however long these threads take, and therefore stays a member of the group. On SIGTERM, the loop
+finishes the batches in flight. docs/architecture.md has a diagram of the loop's states.
 """
 
 import time
@@ -39,27 +39,29 @@ _REVOKE_WAIT_S = 30.0
 _CLOSE_S = 3.0
 _MEASURE_S = 1.0
 _COMMIT = metrics.STAGE.labels("commit")
-# A static member is fenced by another process with its name, or by its own rejoin if the broker forgot that it joined.
+# A static member is fenced if another process has the same name. If the broker has forgotten that the member had
+# joined, the member is also fenced when it joins again.
 _FATAL = frozenset({KafkaError._FATAL, KafkaError.FENCED_INSTANCE_ID})
-# Errors of a single connection: the client retries or uses another, and reports it when all of them are broken.
+# Errors of a single connection. The client then retries or uses another connection. The client reports a different
+# error when all connections are broken.
 _CONNECTION = frozenset({KafkaError._TRANSPORT, KafkaError._RESOLVE, KafkaError._SSL, KafkaError._AUTHENTICATION})
 
 
 class Observer(Protocol):
     """Receives a stream's partition changes, so that it can keep state for each partition.
 
-    Called in the loop's thread; must not block.
+    The methods are called in the loop's thread, so they must not block.
 
     For each partition, `assigned` is called once, then `final` any number of times, then `revoked`. Records before a
-    `final` offset are committed and never handed over again. Any later records of a revoked partition are handed over
-    again, by the member that has the partition next.
+    `final` offset are committed and are never handed over again. Any later records of a revoked partition are handed
+    over again, by the member to which the partition is assigned next.
     """
 
     def assigned(self, partitions: Sequence[TopicPartition]) -> None:
         """This member reads these partitions from now on."""
 
     def final(self, offsets: Sequence[TopicPartition]) -> None:
-        """Everything before these offsets is committed."""
+        """All records before these offsets are committed."""
 
     def revoked(self, partitions: Sequence[TopicPartition]) -> None:
         """This member no longer reads these partitions."""
@@ -79,13 +81,13 @@ class Stream:
         shutdown: Event,
         observers: Sequence[Observer] = (),
     ) -> None:
-        """Raises SettingsError if `make_consumer` does."""
+        """Raises SettingsError if `make_consumer` raises it."""
         self._make_consumer: Callable[[], Consumer] = lambda: make_consumer(self._on_error)
         self._consumer = self._make_consumer()
         self._lost: str | None = None  # why this consumer must be replaced
         self._short_lived = 0  # number of consumers lost in quick succession
         self._group = group
-        self._log = log.bind(group=group)  # a process may have several streams
+        self._log = log.bind(group=group)  # every line names the group, since a process may have several streams
         self._topic = topic
         self._delivery = delivery
         self._settings = settings
@@ -96,12 +98,12 @@ class Stream:
         self._flights = Flights(delivery, group=group, flow=self._flow)
         self._most_in_flight = 1
         self._waiting: list[Message] = []  # consumed, but not handed over yet
-        self._gathers_until = 0.0  # monotonic
+        self._gathers_until = 0.0  # monotonic time
         self._idle: Callable[[], object] | None = None
-        self._places: set[tuple[str, int]] = set()  # assigned: topic and partition
+        self._places: set[tuple[str, int]] = set()  # (topic, partition) of each assigned partition
         self._paused = False
-        self._resume_due = False  # partitions that were paused when they were revoked come back paused
-        self._measured = 0.0  # monotonic
+        self._resume_due = False  # a partition that was revoked while paused is still paused when it is assigned again
+        self._measured = 0.0  # monotonic time
         self._committed = CommittedOffsets()
         self._reachability = Reachability(group=group, topic=topic)
         self._outage = OutageLog(f"what {group} needs", waiting=lambda: self._lag.records, group=group)
@@ -109,11 +111,11 @@ class Stream:
         health.waits_for(self._place, "has not joined the group yet")
 
     def run(self, handle: Handler, *, ahead: bool = False, idle: Callable[[], object] | None = None) -> None:
-        """Hand over one batch after another until the shutdown event is set, then finish those in flight.
+        """Hand over one batch after another until the shutdown event is set, then finish the batches in flight.
 
-        With `ahead`, a batch is handled while the previous one is still being delivered. Use it only for handlers that
-        finish the whole batch and have no side effects except in the `finish` of their outcomes. `idle()` is called
-        whenever no message waits, because all are done or their partitions were revoked.
+        With `ahead`, a batch is handled while the previous batch is still being delivered. Use `ahead` only for
+        handlers that finish the whole batch, and that have no side effects except in `Outcome.finish`. `idle()` is
+        called whenever no message is waiting, because all messages are done or their partitions were revoked.
         """
         self._idle = idle
         self._most_in_flight = 2 if ahead else 1
@@ -137,7 +139,7 @@ class Stream:
             _close_or_leave_behind(self._consumer)
 
     def _consume(self, handle: Handler) -> None:
-        """Consume as a member of the group until shutdown, or until the consumer is lost and has been replaced."""
+        """Consume as a member of the group until shutdown. If the consumer is lost, replace the consumer and return."""
         began = time.monotonic()
         self._consumer.subscribe(
             [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
@@ -147,7 +149,7 @@ class Stream:
             if time.monotonic() >= self._gathers_until or len(self._waiting) >= self._settings.max_batch_size:
                 self._process(handle)
             if self._flights.in_doubt and not (self._waiting or self._flights):
-                with suppress(Outage):  # the partitions were revoked, but their next reader waits until this is settled
+                with suppress(Outage):  # the next member with the revoked partitions waits until this is settled
                     self._settle()
         while self._flights:
             with suppress(Outage) if self._lost else nullcontext():
@@ -158,12 +160,12 @@ class Stream:
     def _replace_consumer(self, began: float) -> None:
         """Close the lost consumer and make a new one.
 
-        Two replicas with the same name keep fencing each other. Each waits longer every time, so that the other makes
-        some progress.
+        Two replicas with the same name keep fencing each other. Each replica waits longer every time, so that the other
+        replica makes some progress.
         """
         self._log.warning("consumer_lost", reason=self._lost, hint="check that REPLICA is unique among the replicas")
         health.waits_for(self._place, str(self._lost))
-        closing = _closing(self._consumer)  # wait for its end: both consumers have the same name
+        closing = _closing(self._consumer)  # wait until it is closed, because both consumers have the same name
         while closing.is_alive() and not self._shutdown.is_set():
             health.turned(f"{self._group} loop")
             closing.join(_IDLE_POLL_S)
@@ -175,9 +177,12 @@ class Stream:
         self._consumer, self._lost, self._paused = self._make_consumer(), None, False
 
     def _fill(self) -> None:
-        """Add to the batch until it is full or has waited long enough. With a backlog, it is full at once."""
+        """Add messages to the batch until the batch is full or has waited long enough.
+
+        If there is a backlog, the batch is full at once.
+        """
         self._turn()
-        if not self._flights:  # otherwise, each delivery reports it
+        if not self._flights:  # otherwise, each delivery reports the flow
             self._flow.report_if_due()
         if self._resume_due:
             self._resume()
@@ -196,7 +201,7 @@ class Stream:
             self._accept(self._consumer.consume(room, wait_s))
 
     def _process(self, handle: Handler) -> None:
-        """Hand over the batch, and retry during outages until it succeeds or its partitions are revoked."""
+        """Hand over the batch. In an outage, retry until the batch succeeds or its partitions are revoked."""
         self._retry(lambda: self._attempt(handle), wait=self._wait_out)
         if self._paused and not self._lost:
             self._resume()
@@ -213,8 +218,11 @@ class Stream:
         )
 
     def _attempt(self, handle: Handler) -> None:
-        """Hand a batch over, and keep polling while too many are in flight. After an Outage, the messages wait."""
-        if len(self._flights) == self._most_in_flight:  # only after a failed commit
+        """Hand a batch over, and keep polling while too many batches are in flight.
+
+        After an Outage, the messages wait for the next attempt.
+        """
+        if len(self._flights) == self._most_in_flight:  # happens only after a failed commit
             self._collect(down_to=self._most_in_flight - 1)
         if self._flights.in_doubt and not (self._flights or self._lost):
             self._settle()
@@ -222,11 +230,14 @@ class Stream:
             size = self._settings.max_batch_size
             batch, self._waiting = self._waiting[:size], self._waiting[size:]
             self._flights.launch(handle, batch, self._consumer.consumer_group_metadata())
-        # An outage is over once a batch is final.
+        # An outage is over only once a batch is final, so a paused loop waits until then.
         self._collect(down_to=0 if self._paused else self._most_in_flight - 1)
 
     def _collect(self, *, down_to: int) -> None:
-        """Commit delivered batches until at most `down_to` are in flight. Raises Outage."""
+        """Commit delivered batches until at most `down_to` batches are in flight.
+
+        Raises Outage if a batch was not delivered or cannot be committed.
+        """
         while self._flights and (len(self._flights) > down_to or self._flights.oldest.delivered.done()):
             flight = self._flights.oldest
             self._until_done(flight.delivered)
@@ -248,7 +259,10 @@ class Stream:
             self._keep_place(0)
 
     def _commit(self, flight: Flight) -> None:
-        """Commit the offsets that the delivery did not, in this thread, which owns the consumer. Raises Outage."""
+        """Commit the offsets that the delivery has not committed. Raises Outage if committing fails.
+
+        This runs in the loop's thread, because the loop's thread owns the consumer.
+        """
         offsets = [
             each for each in flight.delivered.result().offsets if (each.topic, each.partition) not in flight.revoked
         ]
@@ -260,7 +274,10 @@ class Stream:
             observer.final(offsets)
 
     def _settle(self) -> None:
-        """After a delivery whose result is unknown, drop the messages whose offsets are committed. Raises Outage."""
+        """After a delivery whose result is unknown, drop the messages whose offsets turn out to be committed.
+
+        Raises Outage if the committed offsets cannot be read.
+        """
         opened = self._flights.between_deliveries(self._delivery.open)
         self._until_done(opened)
         opened.result()
@@ -270,20 +287,20 @@ class Stream:
         self._waiting = not_committed(self._waiting, committed)
 
     def _release_offsets(self) -> None:
-        """If committed offsets stay unavailable, make the broker abort the transaction that blocks them.
+        """If committed offsets stay unavailable, make the broker abort the Kafka transaction that withholds them.
 
-        Otherwise the consumer would wait for them silently for ever.
+        Otherwise, the consumer would silently wait for the offsets for ever.
         """
         if not self._committed.withheld(self._consumer):
             return
         place = self._consumer.assignment()[0]
         undone = self._flights.between_deliveries(
             lambda: self._delivery.undo(
-                TopicPartition(place.topic, place.partition, 0),  # any offset will do, since it is dropped as well
+                TopicPartition(place.topic, place.partition, 0),  # any offset works, because it is dropped as well
                 self._consumer.consumer_group_metadata(),
             )
         )
-        self._until_done(undone)  # may fail if the broker is away: that is logged, and this is tried again
+        self._until_done(undone)  # fails if the broker is unavailable; this method is then called again
 
     def _wait_out(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -301,7 +318,7 @@ class Stream:
         if not self._paused:
             self._paused = True
             self._log.info("paused", waiting=len(self._waiting))
-        self._consumer.pause(self._consumer.assignment())  # each time, because a rebalance may have added some
+        self._consumer.pause(self._consumer.assignment())  # every time, because a rebalance may have added partitions
         self._poll(timeout_s)
 
     def _resume(self) -> None:
@@ -356,7 +373,10 @@ class Stream:
             observer.assigned(partitions)
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Finish the batches in flight while these partitions are still assigned, then drop their waiting messages."""
+        """Finish the batches in flight while the partitions are still assigned.
+
+        Then drop the waiting messages of these partitions.
+        """
         wait([flight.delivered for flight in self._flights], _REVOKE_WAIT_S)
         try:
             for flight in takewhile(_is_delivered, self._flights):
@@ -366,7 +386,7 @@ class Stream:
         self._forget(partitions)
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Drop these partitions without waiting for batches in flight: other members have the partitions already."""
+        """Drop the partitions without waiting for batches in flight, because other members already have them."""
         health.waits_for(self._place, "the group considered this member dead, so it must join again")
         self._forget(partitions)
 
@@ -390,7 +410,7 @@ def open_stream(
     shutdown: Event,
     observers: Sequence[Observer] = (),
 ) -> Stream:
-    """A stream that is a static member of the group, named by REPLICA. Raises SettingsError if misconfigured."""
+    """Make a stream: a static member of the group with the name REPLICA. Raises SettingsError if a setting is wrong."""
     return Stream(
         make_consumer=lambda on_error: consumer(properties, group=group, replica=settings.replica, on_error=on_error),
         group=group,
@@ -407,7 +427,10 @@ def _is_delivered(flight: Flight) -> bool:
 
 
 def _closing(consumer: Consumer) -> Thread:
-    """Start a thread that leaves the group. With commits under way, it waits for the broker, perhaps for ever."""
+    """Start a thread that makes the consumer leave the group.
+
+    While commits are under way, the thread waits for the broker, perhaps for ever.
+    """
 
     def close() -> None:
         with suppress(KafkaException):
@@ -419,7 +442,7 @@ def _closing(consumer: Consumer) -> Thread:
 
 
 def _close_or_leave_behind(consumer: Consumer) -> None:
-    """Leave the group; if the broker does not answer in time, abandon the client."""
+    """Leave the group. If the broker does not answer in time, abandon the client."""
     closing = _closing(consumer)
     closing.join(_CLOSE_S)
     if closing.is_alive():

@@ -1,4 +1,4 @@
-"""Whether a group can reach its brokers and may read its topic, judging by its client's reports and by probes."""
+"""Checks whether a group can reach its brokers and may read its topic, using its client's reports and probes."""
 
 import time
 
@@ -11,17 +11,17 @@ _PROBE_S = 1.0
 
 
 class Reachability:
-    """Logs an outage when the brokers are reported unavailable or the topic denied, until a probe succeeds."""
+    """Logs an outage when the client reports unavailable brokers or a forbidden topic, until a probe succeeds."""
 
     def __init__(self, *, group: str, topic: str) -> None:
         self._topic = topic
         self._outage = OutageLog(f"Kafka, for {group}", group=group)
         self._reason = ""  # from the last report
-        self._denied = False  # no access to the topic; only reading a record or an end shows that access is back
-        self._reported_at = 0.0  # monotonic
+        self._denied = False  # access to the topic was denied, and no record or end of a partition has been read since
+        self._reported_at = 0.0  # monotonic time
 
     def report(self, error: KafkaError) -> None:
-        """Note that all brokers are unavailable, or that a permission is missing."""
+        """Record that all brokers are unavailable, or that a permission is missing."""
         if not self._reason:
             self._reported_at = time.monotonic()
         denied = error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED
@@ -31,14 +31,14 @@ class Reachability:
         self._reason = f"{self._topic}: {error.str()}" if denied else error.str()
 
     def read(self) -> None:
-        """Note that a record, or the end of a partition, was read."""
+        """Record that the topic is readable, because a record or the end of a partition was read."""
         self._denied = False
 
     def check(self, consumer: Consumer, *, other_outage: bool, at_least_s: float) -> None:
         """Probe the brokers after a report, and log whether the outage continues.
 
-        With `other_outage`, no outage starts here: the log already shows one. The first probe is made `at_least_s`
-        seconds after the report: by then, a batch may have failed for the same reason, or the outage may be over.
+        With `other_outage`, no outage starts here, because the log already shows an outage. The first probe is made
+        `at_least_s` seconds after the report. Until then, a batch may fail for the same reason, or the outage may end.
         """
         due = self._reason and not other_outage and time.monotonic() - self._reported_at >= at_least_s
         if not (due or self._outage.under_way):
@@ -50,7 +50,7 @@ class Reachability:
             self._outage.over()
 
     def _problem(self, consumer: Consumer) -> str | None:
-        """Why the group cannot read its topic, or None."""
+        """Return why the group cannot read its topic, or None if it can."""
         if self._denied:
             return self._reason
         try:

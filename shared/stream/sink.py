@@ -1,4 +1,4 @@
-"""What services that store records have in common. A Sink reads, prepares and stores; everything else is here."""
+"""The common part of services that store records. Each service adds a Sink, which reads, prepares and stores."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -32,18 +32,18 @@ class Sink(ABC, Generic[Row]):
 
     @abstractmethod
     def read(self, message: Message) -> Row:
-        """Make the row to store for a message, without side effects. Raises Poison if it can never be stored."""
+        """Make a row from a message, without side effects. Raises Poison if the message can never be stored."""
 
     def prepare(self, rows: Sequence[Row]) -> Any:
-        """Make what `store` is given for a batch: the rows, or a form that is faster to store.
+        """Make the argument of `store` from a batch: the rows, or a form that can be stored faster.
 
-        Must not have side effects, since it may run before the previous batch is stored.
+        This must not have side effects, because it may run before the previous batch is stored.
         """
         return rows
 
     @abstractmethod
     def store(self, prepared: Any) -> None:
-        """Store all rows of a batch or none. Raises Poison if a row can never be stored, and Outage otherwise."""
+        """Store all rows or none. Raises Poison if a row can never be stored, and Outage after any other failure."""
 
     def stored(self, rows: int) -> None:
         """Count the rows that were stored."""
@@ -74,7 +74,10 @@ def run(sink: Sink[Any], settings: StreamSettings, *, group: str, topic: str, sh
 
 
 def handle(messages: Sequence[Message], sink: Sink[Any], *, group: str, limit: Limit) -> Outcome:
-    """Prepare a batch; the outcome's `finish` stores it. Messages that cannot be read or stored become dead letters."""
+    """Prepare a batch. The outcome's `finish` stores the batch.
+
+    Messages that cannot be read or stored become dead letters.
+    """
     rows: list[Any] = []
     sources: list[Message] = []
     dead = []

@@ -93,8 +93,6 @@ def test_a_row_has_type_default_and_meaning() -> None:
 
     meaning = "Port for /metrics, /live and /ready; 0 disables them"
     assert f"| `METRICS_PORT` | whole number from 0 to 65535 | `9100` | {meaning} |" in rows
-    assert (
-        "| `DATABASE_URL` | secret | **required** | Database URL, as in postgresql://user:password@host:5432/name |"
-        in rows
-    )
+    meaning = "URL of the database, for example postgresql://user:password@host:5432/name"
+    assert f"| `DATABASE_URL` | secret | **required** | {meaning} |" in rows
     assert any(row.startswith("| `LOG_LEVEL` | `DEBUG`, `INFO`, `WARNING` or `ERROR` | `INFO` |") for row in rows)

@@ -220,7 +220,7 @@ def test_when_every_row_is_refused_it_is_the_table(sink_rig: Rig, engine: sa.Eng
     refuse(engine, "true", "23514")
     put_predictions(sink_rig, make_transactions(100))
     process = sink_rig.start("db_sink", BACKOFF_MAX_SECONDS="0.2", MAX_BATCH_WAIT_MS="1000")
-    until(lambda: process.said("100 of 100 rows refused, too many to be bad rows"), what="the refusal in the log")
+    until(lambda: process.said("100 of 100 rows refused, too many for bad rows"), what="the refusal in the log")
 
     with engine.begin() as connection:
         connection.execute(sa.text("DROP TRIGGER refuse ON transactions"))

@@ -1,9 +1,9 @@
-"""Runs the migrations on the connection in the attributes of the config, in only one process at a time."""
+"""Runs the migrations on the connection in the config's attributes. A lock makes other processes wait."""
 
 import sqlalchemy as sa
 from alembic import context
 
-# The key of the lock that all processes share: an arbitrary number.
+# The key of the lock that all processes use. The number is arbitrary.
 _LOCK = 7_216_413_305
 
 connection: sa.Connection = context.config.attributes["connection"]

@@ -30,7 +30,7 @@ def test_a_broker_that_stays_connected_and_acknowledges_nothing_is_an_outage(tmp
         writing.join()
         deliver.close()
     assert [line["event"] for line in lines] == ["outage", "outage_over"]
-    assert lines[0]["reason"] == "the broker acknowledges nothing"
+    assert lines[0]["reason"] == "the broker acknowledges no records"
 
 
 def test_a_client_that_does_not_return_is_an_outage_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Create the table of transactions with their predictions and labels."""
+"""Create the table of transactions, with their predictions and labels."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Create the table. Its key is (trans_num, unix_time), because a trans_num can recur with a different time."""
+    """Create the table. The key is (trans_num, unix_time), because a trans_num can recur with a different time."""
     text = sa.Text()
     double: sa.Double[float] = sa.Double()
     timestamp = sa.TIMESTAMP(timezone=True)

@@ -1,4 +1,4 @@
-"""Put the time first in the primary key, so that new rows go to the end of its index."""
+"""Put `unix_time` first in the primary key, so that new rows are added at the end of the key's index."""
 
 from alembic import op
 
@@ -9,7 +9,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Put the time first. `trans_num` is random, so an index that begins with it is written at random places."""
+    """Put `unix_time` first. An index that begins with the random `trans_num` is written at random places."""
     _identity("unix_time", "trans_num")
 
 

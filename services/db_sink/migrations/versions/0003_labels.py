@@ -1,4 +1,4 @@
-"""Add a history of label changes, and an index that finds confirmed rows without a scan."""
+"""Add a history of label changes, and an index that finds confirmed rows without a table scan."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,7 +12,10 @@ _CONFIRMED = "transactions_confirmed"
 
 
 def upgrade() -> None:
-    """Create both. The index covers only confirmed rows, so storing unconfirmed rows costs nothing extra."""
+    """Create the history and the index.
+
+    The index covers only confirmed rows, so storing unconfirmed rows costs nothing extra.
+    """
     op.create_table(
         "label_changes",
         sa.Column("id", sa.BigInteger(), sa.Identity(), primary_key=True),
@@ -31,6 +34,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop both. The labels stay, but their history is lost."""
+    """Drop the history and the index. The labels stay, but the history of their changes is lost."""
     op.drop_index(_CONFIRMED, "transactions")
     op.drop_table("label_changes")
