@@ -1,4 +1,7 @@
-"""Send thousands of frauds at once, and count the mails. In two variants, the alerter or the mail server fails."""
+"""Send thousands of frauds at once, and count the mails.
+
+In a second variant, the alerter is killed. In a third variant, the mail server is stopped for a while.
+"""
 
 import time
 import uuid

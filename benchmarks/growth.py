@@ -31,13 +31,13 @@ def with_partitions(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def with_replicas(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Measure an increasing number of predictors."""
+    """Measure the cost per row with an increasing number of predictors."""
     source = bench.backlog(rows)
     most = int(_TOGETHER * rows)
     variants = {number: partial(predictor.drained, bench, source, most, replicas=number) for number in REPLICAS}
     settings = (
         f"{_FIRST} predictors. The predictors read {rows:,} rows, of which the first {_TOGETHER:.0%} are measured. "
-        "Conditions: 6 partitions, exactly-once delivery, Apache Kafka on the same cores"
+        "Conditions: 6 partitions, exactly-once delivery, Apache Kafka on the same cores as the predictors"
     )
     section = _grown("Predictors", settings, variants, rounds=rounds)
     one, two = section.rows["1"], section.rows["2"]
@@ -72,7 +72,8 @@ def with_table(bench: Bench, *, rounds: int, rows: int) -> Section:
 def draw(sections: Sequence[Section], path: Path) -> None:
     """Write an SVG chart with one panel per section.
 
-    Each panel shows the cost per row against the size. Both axes are logarithmic.
+    Each panel shows how the cost per row depends on the quantity that the section varies, for example the number of
+    partitions. Both axes are logarithmic.
     """
     import matplotlib as mpl
 
@@ -107,7 +108,10 @@ def _grown(
 
 
 def _slope(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """Fit cost = a * size**b by least squares, and return the exponent b. `sizes` are logarithms, `costs` are not."""
+    """Fit cost = a * size**b by least squares, and return the exponent b.
+
+    `sizes` contains the logarithms of the sizes, and `costs` contains the costs themselves.
+    """
     return statistics.linear_regression(sizes, [math.log(cost) for cost in costs]).slope
 
 

@@ -1,4 +1,4 @@
-"""The guard: takes about a minute to measure a few ratios that must not drop, and compares them with guard.json."""
+"""The guard measures a few performance ratios in about a minute, and compares them with the ratios in guard.json."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ def guarded(suites: Iterable[Callable[[], Section]], console: Console) -> int:
     """Run the suites, and return the exit code: 0 if each suite passes in at least one of three tries, otherwise 1.
 
     A suite passes if each of its ratios is at least 70 % of the value in guard.json, and no upper limit is exceeded. A
-    real regression makes all three tries fail. A busy machine is unlikely to spoil all three.
+    real regression makes all three tries fail. A busy machine is unlikely to make all three tries fail.
     """
     least = {what: _STILL_GOOD * ratio for what, ratio in json.loads(_COMMITTED.read_text()).items()}
     measured: set[str] = set()

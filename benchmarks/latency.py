@@ -36,9 +36,10 @@ def latencies(bench: Bench, *, rounds: int, rates: Sequence[int], seconds: float
     once, least = found.get("500 tx/s, exactly once", {}), found.get("500 tx/s, at least once", {})
     return Section(
         "From topic_1 to a prediction, a mail, a row",
-        "The times are in milliseconds. Each time starts when a transaction is written to `topic_1`. "
-        'The time "topic_2" ends when the prediction is visible on `topic_2`, "mail" when the mail server has accepted '
-        'the mail, and "row" when the row is committed. '
+        "The times are in milliseconds, measured from the moment when a transaction is written to `topic_1`. "
+        'The columns "topic_2" show the time until the prediction is visible on `topic_2`. '
+        'The columns "mail" show the time until the mail server has accepted the mail. '
+        'The columns "row" show the time until the row is committed. '
         f"Each measurement takes {seconds:.0f} s, after a warm-up of {_WARM_UP_S:.0f} s. "
         "Conditions: Apache Kafka, 6 partitions, 1 % frauds",
         tuple(next(iter(found.values()))),
@@ -66,7 +67,7 @@ def catching_up(bench: Bench, *, rounds: int, rows: int) -> Section:
     )
     return Section(
         "Catching up",
-        "A predictor and a db_sink process a backlog from `topic_1` into PostgreSQL. "
+        "A predictor scores a backlog from `topic_1`, and a db_sink stores the rows in PostgreSQL. "
         f"The backlog of {rows:,} rows is what arrives in an hour at {rows // 3600} tx/s. "
         "Conditions: Apache Kafka, 6 partitions",
         ("seconds", "rows/s", "CPU s a million"),

@@ -45,7 +45,7 @@ class Usage:
     machine_busy: float  # share of all cores' time that was busy, with any process
 
     def quantities(self) -> dict[str, float]:
-        """Return the quantities, by the names of the tables' columns."""
+        """Return each quantity under the name of its column in the tables."""
         return {
             "rows/s": self.rows_per_s,
             "CPU s a million": self.cpu_s_per_million,
@@ -85,7 +85,7 @@ class Bench:
         return self.stack.properties
 
     def topics(self, *kinds: str, partitions: int = PARTITIONS) -> list[str]:
-        """Create one topic for each kind, and return their names."""
+        """Create one topic for each name prefix in `kinds`, and return the names of the topics."""
         names = [f"{kind}-{uuid.uuid4().hex[:8]}" for kind in kinds]
         if isinstance(self.stack.broker, EmbeddedBroker):
             topics.use(self.properties, names)
@@ -114,7 +114,7 @@ class Bench:
 
     @contextmanager
     def committed(self, group: str, topic: str) -> Iterator[Callable[[], int]]:
-        """Yield a function that returns the number of the topic's records that the group has committed."""
+        """Yield a function that returns how many of the topic's records the group has committed."""
         # With read_committed, the broker would withhold offsets while an open Kafka transaction changes them.
         reader = Consumer({**self.properties, "group.id": group, "isolation.level": "read_uncommitted"})
         partitions = self._partitions(topic)
@@ -161,7 +161,7 @@ Suite = Callable[[Bench, int], Section]
 
 
 def _all_share(client: AdminClient, group: str, members: int) -> bool:
-    """Return whether exactly `members` members of the group have partitions."""
+    """Return whether the number of group members that have partitions is `members`."""
     (description,) = client.describe_consumer_groups([group]).values()
     try:
         found = description.result().members
@@ -189,7 +189,7 @@ def watch(
     at_most_s: float = 60.0,
     begun: Callable[[], bool] = _at_once,
 ) -> Usage:
-    """Measure the processes until the last row, or until `at_most_s` seconds have passed.
+    """Measure the processes until the last row is processed, or until `at_most_s` seconds have passed.
 
     The measurement begins once the first rows are processed and `begun` returns True.
 
@@ -236,7 +236,7 @@ def _machine() -> tuple[int, int]:
 
 
 def memory_bar(service: str, seen: Figure) -> Bar:
-    """Return the bar for a service's memory: an upper limit, in MB."""
+    """Return the upper limit for a service's memory, in MB, as a bar."""
     return Bar(f"{service}, MB", seen, 350 if service.startswith("predictor") else 110, at_most=True)
 
 

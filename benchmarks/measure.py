@@ -29,7 +29,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit that a quantity must reach or, with `at_most`, must not exceed."""
+    """A limit for the median of a quantity: a minimum or, with `at_most`, a maximum."""
 
     what: str
     seen: Figure
@@ -38,13 +38,13 @@ class Bar:
 
     @property
     def reached(self) -> bool:
-        """Whether the median reaches the bar or, with `at_most`, does not exceed it."""
+        """Whether the median is within the limit."""
         return self.seen.median <= self.bar if self.at_most else self.seen.median >= self.bar
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table of figures, the settings that they were measured with, and the bars that they must reach."""
+    """A table of figures, the settings of the measurement, and the limits for the figures."""
 
     title: str
     settings: str
@@ -69,10 +69,10 @@ class Section:
 def side_by_side(
     variants: Mapping[str, Callable[[], Mapping[str, float]]], *, rounds: int
 ) -> dict[str, dict[str, Figure]]:
-    """Run all variants in every round and return each variant's figures by name.
+    """Run all variants in every round, and return a figure for each variant and each quantity.
 
     Every second round runs in reverse order, so that a slow minute of the machine affects all variants. A variant
-    returns its quantities by name. A warm-up round runs first and is not counted.
+    is a function that returns a value for each quantity. A warm-up round runs first and is not counted.
     """
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in variants}
     for number in range(-1, rounds):

@@ -1,4 +1,4 @@
-"""Compare the predictor with its computation alone, without Kafka. Compare different settings of the predictor."""
+"""Compare the speed of the predictor with the speed of its computation without Kafka. Compare different settings."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ _EMBEDDED_ROWS = 80_000  # the embedded broker does not keep many more records
 
 
 def register_forest(tracking_uri: str) -> None:
-    """Train a random forest of 150 trees on the numeric columns, and register it as the champion of `forest`."""
+    """Train a random forest of 150 trees on the numeric columns, and register it as the champion of model `forest`."""
     frame = training_frame(rows=30_000, seed=2, start=_START, fraud_rate=0.02)
     rows = frame[list(FOREST_COLUMNS)]
     forest = RandomForestClassifier(150, n_jobs=-1, random_state=0).fit(rows, frame["is_fraud"].astype(int))
@@ -109,7 +109,7 @@ def drained(
 def against_its_ceiling(
     bench: Bench, *, rounds: int, rows: int = _EMBEDDED_ROWS, guarantee: str = "at_least_once"
 ) -> Section:
-    """Compare the predictor with decoding, scoring and encoding alone, without Kafka."""
+    """Compare the speed of the predictor with the speed of decoding, scoring and encoding without Kafka."""
     source = bench.backlog(rows)
     model, messages = load_model(bench, BOOSTING, compiled=False), consumed(bench, source)
     found = side_by_side(
@@ -204,8 +204,9 @@ def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
     return Section(
         "Scoring, compiled",
         f"A random forest of 150 trees scores {len(transactions):,} rows in batches of 100. "
-        + ("All labels are identical" if labels[0] == labels[1] else "Some labels DIFFER")
-        + '. "As it is" means uncompiled',
+        "The compiled and the original forest predict "
+        + ("the same labels" if labels[0] == labels[1] else "DIFFERENT labels")
+        + '. "As it is" means the original forest',
         ("rows/s",),
         found,
         [

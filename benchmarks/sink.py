@@ -1,6 +1,6 @@
-"""Compare the db_sink with PostgreSQL alone and with other ways to insert rows.
+"""Compare the db_sink with other ways to insert rows, and with PostgreSQL alone.
 
-Compare the db_sink on an empty table with the db_sink on a large table.
+Compare the db_sink's speed on an empty table with its speed on a large table.
 """
 
 import io
@@ -40,7 +40,7 @@ def against_postgres(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def throughput(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Compare the service with its SQL statements alone and with common alternatives."""
+    """Compare the service with common alternatives, and with its SQL statements alone."""
     source = _predicted(bench, rows)
     found = side_by_side(
         {
@@ -89,7 +89,10 @@ def full_table(bench: Bench, *, rounds: int, rows: int, there: int) -> Section:
 
 @contextmanager
 def filled(bench: Bench, rows: int, sizes: Sequence[int]) -> Iterator[Mapping[int, Callable[[], dict[str, float]]]]:
-    """Yield, for each size, a function that times inserting `rows` rows into a table that already has `size` rows."""
+    """Yield a mapping from each size to a function that measures the db_sink on a table with this many rows.
+
+    Each call of the function stores `rows` rows in the table.
+    """
     source = _predicted(bench, rows)
     with ExitStack() as databases:
         into = {}
@@ -153,9 +156,9 @@ def _into(bench: Bench, url: str, source: str, rows: int) -> dict[str, float]:
 
 
 def _alone(bench: Bench, rows: int, *, bare: bool) -> dict[str, float]:
-    """Measure the rate of the db_sink's SQL statements or, if `bare`, of COPY into a table without an index.
+    """Measure the rate of the db_sink's SQL statements. If `bare`, measure COPY into a table without an index instead.
 
-    The text to copy is prepared beforehand.
+    The input of COPY is prepared before the measurement starts.
     """
     batches = [copy_text(batch) for batch in _batches(rows)]
     with database(bench) as url, _engine(url) as engine:

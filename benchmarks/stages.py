@@ -24,7 +24,7 @@ _WHO = Provenance("fraud", "1", 0.99, 1_730_134_684_025, 0, 12_345)
 
 
 def producing(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Compare the producer, including its journal and Kafka transactions, with librdkafka alone."""
+    """Compare the producer with librdkafka alone. The producer also keeps a journal and uses Kafka transactions."""
     found = side_by_side(
         {
             "librdkafka, produce": lambda: _produced(bench, rows),
@@ -43,7 +43,7 @@ def producing(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def alerting(bench: Bench, *, rounds: int, mails: int) -> Section:
-    """Compare the alerter with an SMTP session alone. Here, the alerter sends one mail per record."""
+    """Compare the alerter with a plain SMTP session. Here, the alerter sends one mail per record."""
     (source,) = bench.topics("frauds")
     headers = to_headers(_WHO)
     values = [encode_prediction(encode_transaction(each), 1) for each in backlog(mails)]
@@ -60,7 +60,7 @@ def alerting(bench: Bench, *, rounds: int, mails: int) -> Section:
     return Section(
         "The alerter, and a mail session alone",
         f"Conditions: {mails:,} frauds, each with its own mail and its own commit. "
-        "Apache Kafka and the mail server (aiosmtpd) run on the same cores",
+        "Apache Kafka and the mail server (aiosmtpd) run on the same cores as the alerter",
         ("mails/s", "CPU s a million", "MB"),
         found,
         [memory_bar("alerter", found["alerter"]["MB"])],

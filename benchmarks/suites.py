@@ -1,4 +1,4 @@
-"""Run benchmark suites, print tables, and write JSON. Exit with code 1 if a bar is not reached."""
+"""Run benchmark suites, print tables, and write JSON. Exit with code 1 if a target is not reached."""
 
 import argparse
 import gc
@@ -51,7 +51,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"Suites to run: {', '.join(names)}. Default: all.")
     parser.add_argument(
-        "--guard", action="store_true", help="Run only the guard, which compares ratios with guard.json."
+        "--guard",
+        action="store_true",
+        help="Run only the guard, which compares measured ratios with the ratios in guard.json.",
     )
     parser.add_argument("--rounds", type=int, default=5, help="Number of times each variant is measured. Default: 5.")
     parser.add_argument(
@@ -91,7 +93,7 @@ def main() -> int:
 
 
 def started(stack: ExitStack, broker: str) -> Bench:
-    """Start a stack that has both models, and a database that records commit times."""
+    """Start a stack whose registry has both models and whose database records commit times."""
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fraud-alarm-bench-")))
     parts = stack.enter_context(local_stack(directory, broker=broker))
     predictor.register_forest(parts.registry.uri)

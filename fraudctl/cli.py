@@ -62,5 +62,5 @@ def say(text: str) -> None:
 
 
 def report(text: str) -> None:
-    """Print a line about a problem on stderr, after removing credentials from the URLs in the line."""
+    """Report a problem in one line on stderr. Credentials are removed from the URLs in `text`."""
     sys.stderr.write(f"fraudctl: {without_credentials(text)}\n")

@@ -1,4 +1,4 @@
-"""Accesses the database without SQLAlchemy, because importing SQLAlchemy takes longer than all of `fraudctl status`."""
+"""Accesses the database without SQLAlchemy. Importing SQLAlchemy takes longer than a whole run of `fraudctl status`."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +34,7 @@ class Address:
     """The host, port and name of the database, and the login for it."""
 
     def __init__(self, url: str) -> None:
-        """Parse a database URL. Raises SettingsError if it is not a PostgreSQL URL."""
+        """Parse a database URL. Raises SettingsError if `url` is not a PostgreSQL URL."""
         found = _URL(url)
         if found is None or "@" in (found["host"] or ""):
             raise SettingsError("DATABASE_URL: not a database URL. In a password, write @ as %40")
@@ -64,7 +64,7 @@ def transaction(address: Address, *, timeout_s: float = _TIMEOUT_S) -> Iterator[
 
     The function returns the first row of the result, or None.
 
-    A statement fails if it takes longer than `timeout_s` seconds, which include the time spent waiting for locks.
+    A statement fails if it takes longer than `timeout_s` seconds, including the time spent waiting for locks.
     Raises Outage if the database cannot be reached or a statement fails.
     """
     parameters: dict[str, Any] = {"connect_timeout": int(timeout_s), "application_name": "fraudctl"}

@@ -112,7 +112,7 @@ def examine() -> list[Finding]:
 
 
 def _areas(clocks: Clocks) -> Iterator[Area]:
-    """Yield, once each, the systems other than Kafka that the services need."""
+    """Yield one area for each system that the services need, except for Kafka."""
     names_and_checks: dict[catalogue.Need, tuple[str, Callable[[Any], Iterator[Finding]]]] = {
         "registry": ("MLflow", lambda settings: _mlflow(settings, clocks)),
         "database": ("database", lambda settings: _database(settings, clocks)),
@@ -214,7 +214,7 @@ def _acls(client: AdminClient, properties: Mapping[str, str], names: list[str], 
         remedy = "Use the operator's login, or grant the permissions with kafka-acls.sh --add, as in docs/security.md."
         yield Finding("failed", "ACLs", f"this login lacks {missing}. {remedy}")
     else:
-        others = "services with other logins log their missing permissions"
+        others = "a service that uses another login reports its missing permissions in its own log"
         yield Finding("ok", "ACLs", f"this login has every permission that fraudctl needs; {others}")
 
 
@@ -266,7 +266,7 @@ def _expected(ask: Callable[[], object], *codes: int) -> int | None:
 
 
 def _groups(loaded: Mapping[type[BaseSettings], Any]) -> list[str]:
-    """Return the consumer groups that `status` queries, except those of services with invalid settings."""
+    """Return the consumer groups that `status` queries, except the groups of services whose settings are invalid."""
     services = {service.name: loaded[service.settings] for service in catalogue.SERVICES if service.settings in loaded}
     return [each.group for each in status.configured_groups(services)]
 
@@ -288,7 +288,7 @@ def _mlflow(settings: RegistrySettings, clocks: Clocks) -> Iterator[Finding]:
             pass  # MLflow responded a moment ago, so only its clock remains unknown
     if version is None:
         remedy = "Run `fraudctl train` or `fraudctl promote VERSION`, or change MODEL_NAME."
-        yield Finding("failed", alias, f"no version of {name} is {alias}. {remedy}")
+        yield Finding("failed", alias, f"no version of {name} has the alias {alias}. {remedy}")
         return
     try:
         _read_artifact(settings, f"models:/{name}/{version}/MLmodel")
@@ -435,11 +435,13 @@ def _clock(clocks: Clocks) -> Finding:
         direction = "ahead of" if ahead_s > 0 else "behind"
         text = f"{who} is {abs(ahead_s):.0f} s {direction} this machine. Set up NTP on both (timedatectl)."
         return Finding("failed", "clock skew", text)
-    return Finding("ok", "clock skew", f"at most {_MAX_SKEW_S:.0f} s: {', '.join(name for name, _ in clocks)}")
+    systems = ", ".join(name for name, _ in clocks)
+    text = f"this machine's clock differs by at most {_MAX_SKEW_S:.0f} s from the clocks of: {systems}"
+    return Finding("ok", "clock skew", text)
 
 
 def _note(who: str, answer: requests.Response, began: float, clocks: Clocks) -> None:
-    """Append the server's clock to `clocks`. The clock is read from the response's Date header, in whole seconds."""
+    """Append the server's clock skew to `clocks`. The server's time is the response's Date header, in whole seconds."""
     try:
         date = email.utils.parsedate_to_datetime(answer.headers["Date"]).timestamp()
     except (KeyError, ValueError):
@@ -448,11 +450,10 @@ def _note(who: str, answer: requests.Response, began: float, clocks: Clocks) -> 
 
 
 def _ahead(earliest: float, latest: float, began: float) -> float:
-    """Return by how many seconds, at least, another clock is ahead of this machine's clock.
+    """Return the smallest possible difference between another clock and this machine's clock, in seconds.
 
-    The number is negative if the other clock is behind.
-
-    The other clock showed a time between `earliest` and `latest` at some moment between `began` and now.
+    The difference is positive if the other clock is ahead, and negative if it is behind. At some moment between `began`
+    and now, the other clock showed a time between `earliest` and `latest`.
     """
     return max(0.0, earliest - time.time()) + min(0.0, latest - began)
 

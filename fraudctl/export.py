@@ -111,7 +111,7 @@ def _read(path: Path, name: str) -> Iterator[Row]:
 
 
 def _merged(earlier: Iterable[Row], later: Iterable[Row], *, directory: Path) -> Iterator[Row]:
-    """Yield the rows of both sources, sorted by time. If both have a transaction, only the row of `later` is used.
+    """Yield the rows of both sources, sorted by time. If a transaction is in both sources, the row of `later` is used.
 
     SQLite sorts the rows, because they may not fit into memory.
     """
@@ -137,7 +137,7 @@ def _sorting(directory: Path) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def _target(out: str) -> Iterator[tuple[Path, Path]]:
-    """Yield the path of the earlier file, which may not exist, and the path to write the new file to.
+    """Yield two paths: the path of the earlier file, which may not exist, and the path at which to write the new file.
 
     At the end, the new file replaces the earlier file.
     """

@@ -55,9 +55,10 @@ class Performance:
 
 
 def read(path: Path, *, by: str | None) -> list[Label]:
-    """Read labels from a CSV file with the columns trans_num, is_fraud, and optionally unix_time and by.
+    """Read labels from a CSV file with the columns `trans_num` and `is_fraud`, and optionally `unix_time` and `by`.
 
-    Raises CallError, whose message has a line for each invalid row, and OSError if the file cannot be read.
+    Raises OSError if the file cannot be read, and CallError if it is invalid. The message of the CallError has a line
+    for each invalid row.
     """
     problems: list[str] = []
     labels: list[Label] = []
@@ -93,8 +94,7 @@ def confirm(engine: sa.Engine, labels: Sequence[Label], *, overrule: bool = Fals
     """Write all labels or none, and record the previous labels in label_changes.
 
     Raises CallError if transactions are unknown or ambiguous. Without `overrule`, also raises CallError if transactions
-    already have a different confirmed label. The message names all these transactions. Raises Outage if the database
-    fails.
+    already have a different confirmed label. The message lists every problem. Raises Outage if the database fails.
     """
     with transaction(engine) as connection:
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})  # serializes confirmations

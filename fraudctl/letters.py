@@ -1,7 +1,7 @@
 """Lists dead letters, shows them, and replays each of them exactly once.
 
 Kafka records cannot be changed. Therefore, a replayed letter is marked by a small record that is written to the same
-partition. Retention deletes the letter before the mark, because the letter is older.
+partition. A letter is older than its mark, so retention deletes the letter first.
 """
 
 import re
@@ -61,7 +61,7 @@ class LetterId(NamedTuple):
 
 
 class Letter(NamedTuple):
-    """A dead letter: the original record, and the reason, the time and the consumer group of its rejection."""
+    """A dead letter: the original record, and why, when and by which consumer group it was rejected."""
 
     id: LetterId
     value: bytes | None
@@ -95,7 +95,7 @@ class Letter(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A filter that selects the dead letters of `topics` that match all other fields."""
+    """A filter for the dead letters of `topics`. A letter is selected if it matches all other fields."""
 
     topics: Sequence[str]  # topics of the original records
     ids: Collection[LetterId] = ()
@@ -222,7 +222,7 @@ def replay(
 
 
 def batches(letters: Iterable[Letter]) -> Iterator[list[Letter]]:
-    """Split the letters, in their order, into batches that are each small enough for one Kafka transaction."""
+    """Split the letters, without reordering, into batches that are small enough for one Kafka transaction each."""
     batch: list[Letter] = []
     size = 0
     for letter in letters:
@@ -314,7 +314,7 @@ def _letter(message: Message) -> Letter:
 def _write(client: Producer, letters: Sequence[Letter], *, done: int) -> None:
     """Write the letters and their marks in one Kafka transaction.
 
-    The error message contains `done`, the number of letters that were replayed before.
+    `done` is the number of letters that are already replayed. The error message contains this number.
 
     Raises Fenced if another replay has started, and Outage if Kafka fails.
     """
@@ -383,7 +383,7 @@ def _wait_for_open_transactions(properties: Mapping[str, str], names: Sequence[s
 
 
 def _ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicPartition]:
-    """Return the end of the committed records in every partition of these topics.
+    """For every partition of these topics, return the offset at which the committed records end.
 
     Raises CallError if a topic is missing or is hidden from this login, and Outage if Kafka does not respond.
     """

@@ -32,7 +32,7 @@ class Trial:
 def promote(of: "Alias", version: str) -> tuple[Trial, Trial | None]:
     """Move the alias to `version`. Returns the trial of this version and the trial of the alias's previous version.
 
-    The second trial is None if the alias was on no other version, or if that version cannot be loaded. Raises
+    The second trial is None if the alias was not on another version, or if the other version cannot be loaded. Raises
     NoSuchVersion if `version` does not exist, UnusableModel if it cannot be served, and Outage if the registry does not
     respond.
     """

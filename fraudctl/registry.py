@@ -1,4 +1,4 @@
-"""Looks up, within seconds, which version of a model has an alias in the MLflow registry.
+"""Looks up, within seconds, which model version has a given alias in the MLflow registry.
 
 An http(s) registry is queried through its REST API, because importing MLflow takes longer than everything else that
 `fraudctl status` does. MLflow's client is used for other registries, and for logins that only this client supports.
@@ -17,6 +17,7 @@ from shared.privacy import without_credentials
 from shared.settings import RegistrySettings
 
 _TIMEOUT_S = 5.0
+_BACKOFF_S = 0.5
 _MOST_BYTES = 1024 * 1024
 _PIECE_BYTES = 64 * 1024
 _REMEDY = "Check that it runs, and check MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
@@ -56,10 +57,8 @@ def _by_client(settings: RegistrySettings, alias: str) -> str | None:
 def _by_rest(settings: RegistrySettings, alias: str) -> str | None:
     where = f"MLflow at {without_credentials(settings.mlflow_tracking_uri)}"
     timeout_s = float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", _TIMEOUT_S))
-    retries = urllib3.Retry(  # as MLflow's client does
-        total=int(os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")),
-        backoff_factor=float(os.environ.get("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "2")),
-    )
+    attempts = int(os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"))
+    retries = urllib3.Retry(attempts, read=False, backoff_factor=_BACKOFF_S)
     with requests.Session() as session:
         for prefix in ("http://", "https://"):
             session.mount(prefix, requests.adapters.HTTPAdapter(max_retries=retries))

@@ -138,7 +138,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Alert:
-    """The newest predicted fraud that the database has and that the alerter has processed."""
+    """The newest predicted fraud that is in the database and that the alerter has processed."""
 
     trans_num: str
     unix_time: int
@@ -218,7 +218,7 @@ def _topic_names(settings: ServiceSettings) -> list[str]:
 
 
 def _sources(settings: ServiceSettings) -> dict[str, str]:
-    """Return the names of the services that fetch transactions from outside, by the topic that each service writes."""
+    """Return the services that fetch transactions from outside: a mapping from topic written to service name."""
     return {
         getattr(settings, service.writes): service.name
         for service in catalogue.SERVICES
@@ -279,7 +279,10 @@ def _problems(status: Status, *, sources: Mapping[str, str], stall_seconds: floa
             where = ", ".join(str(each.partition) for each in late)
             yield f"{name}: its oldest record has waited {reader.oldest_seconds:.0f} s (partitions {where})"
     if status.models and not status.models.champion:
-        yield f"no version of {status.models.name} is champion. Run `fraudctl train` or `fraudctl promote VERSION`."
+        yield (
+            f"no version of {status.models.name} has the alias champion."
+            " Run `fraudctl train` or `fraudctl promote VERSION`."
+        )
     if (stored := status.database) and stored.schema != stored.newest_schema:
         yield (
             f"database: the schema version is {stored.schema or 'none'}, the newest is {stored.newest_schema}."
@@ -290,7 +293,7 @@ def _problems(status: Status, *, sources: Mapping[str, str], stall_seconds: floa
 def _known(properties: Mapping[str, str], names: Sequence[str]) -> dict[str, TopicMetadata]:
     """Return each topic's metadata. Raises Outage.
 
-    Topics are requested by name, because a list of all topics omits those that this login has no access to.
+    Topics are requested by name, because a list of all topics omits the topics that this login has no access to.
     """
     client = consumer(properties, group=_GROUP)  # unlike a producer, a consumer does not create missing topics
     try:
@@ -350,7 +353,7 @@ def _reader(
 
 
 def _with_coordinator(ask: Callable[[], T]) -> T:
-    """Return the result of `ask`, which is called again while the group's coordinator is not ready.
+    """Call `ask` until the group's coordinator is ready, and return the result of `ask`.
 
     Raises KafkaException for any other error, and if the coordinator takes too long.
     """
@@ -391,9 +394,10 @@ def _committed(client: AdminClient, group: str, places: list[TopicPartition]) ->
 
 
 def _firsts(properties: Mapping[str, str], places: Collection[TopicPartition]) -> dict[int, Message]:
-    """Return the first record at or after the offset of each of `places`, by partition.
+    """For each of `places`, return the first record at or after the place's offset.
 
-    A partition is left out if only Kafka's transaction markers follow the offset.
+    The result is a mapping from partition to record. A partition is left out if it has only Kafka's transaction markers
+    from this offset on.
     """
     reader = consumer({**properties, "enable.partition.eof": "true"}, group=_GROUP)
     unread = {place.partition for place in places}

@@ -46,8 +46,8 @@ def last(properties: Mapping[str, str], topic: str, count: int) -> list[Message]
 def follow(properties: Mapping[str, str], topic: str, *, report: Callable[[str], None]) -> Iterator[Message]:
     """Yield new records as they arrive, and never return.
 
-    Calls `report` with each problem, but only once per kind of problem until the next record arrives. Raises CallError
-    if the topic is missing, and Outage if Kafka does not respond or denies access.
+    Calls `report` with each problem. A problem of the same kind is reported again only after a record has arrived.
+    Raises CallError if the topic is missing, and Outage if Kafka does not respond or denies access.
     """
     reported: set[int] = set()
 

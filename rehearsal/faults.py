@@ -1,4 +1,4 @@
-"""Faults that scenarios inject into the services, and into the servers they depend on, while transactions stream."""
+"""Faults that scenarios inject into the services and into their servers, while transactions stream."""
 
 import json
 import random
@@ -273,7 +273,7 @@ def poison(run: Run) -> Iterator[None]:
 
 
 def _replay(run: Run, letter: Place, value: bytes) -> str:
-    """Replay a dead letter with this value, as an operator does. Returns the transaction's trans_num."""
+    """Replay a dead letter with this value, using the fraudctl command. Returns the transaction's trans_num."""
     path = run.work_dir / "fixed.json"
     path.write_bytes(value)
     topic, partition, offset = letter

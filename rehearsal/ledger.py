@@ -90,7 +90,7 @@ class Ledger:
 
     @property
     def balanced(self) -> bool:
-        """True if no transaction is missing, repeated on a topic, or out of order, and if every fraud was mailed."""
+        """True if every fraud was mailed and no transaction is missing, repeated on a topic or out of order."""
         return not self.suspects and self.mailed_frauds == self.predicted_frauds
 
     def report(self) -> dict[str, object]:
@@ -189,7 +189,7 @@ class TopicReader:
 
 
 def _origin(letter: Message) -> Place | None:
-    """Return the place of a dead letter's original record, or None if the message is only the mark of a replay."""
+    """Return the place of a dead letter's original record, or None if the message only marks a letter as replayed."""
     found = {name: content for name, content in headers(letter) if isinstance(content, bytes)}
     if "dlq-replayed" in found:
         return None
@@ -211,7 +211,7 @@ def draw_up(
 ) -> Ledger:
     """Compare the transactions that the source served with the topics, the mailbox and the table.
 
-    `repeats` is the number of repetitions: how often the source served a transaction that it had served before.
+    `repeats` counts how often the source served a transaction that it had already served before.
     """
     produced, predicted = topics.produced_ms.keys(), topics.visible_ms.keys()
     mailed_ms, emails = mailed(mailbox, predicted, since_ms=since_ms, sender=sender)

@@ -53,7 +53,7 @@ class GroupProgress:
         self._client.close()
 
     def done_and_lag(self, positions: Mapping[tuple[str, int], int]) -> tuple[int, int]:
-        """Return how many records were committed since the start, and how many up to `positions` are uncommitted.
+        """Return how many records were committed since the start, and how many before `positions` are not committed.
 
         While the broker does not respond, returns the last known numbers.
         """
@@ -104,7 +104,7 @@ class Progress:
         self._last_alert = "none yet"
 
     def stream(self, interrupted: Event, steps: Iterator[None]) -> None:
-        """Let transactions stream until the scenario is over, and the source is exhausted or the stream interrupted."""
+        """Stream until all `steps` are done, then continue until the source is exhausted or `interrupted` is set."""
         over = object()
         while True:
             stepped = next(steps, over)

@@ -15,10 +15,10 @@ from shared.records import REFERENCE
 
 
 class Rubbish:
-    """Writes records that no service can decode, with values of many kinds.
+    """Writes many kinds of records that no service can decode.
 
-    `places` has the place of each acknowledged record. `cut_off` has, by place, the values of the records that would be
-    valid if their last character were not missing.
+    `places` contains the place of each acknowledged record. `cut_off` contains the acknowledged records that are valid
+    transactions without their last character: a mapping from place to value.
     """
 
     def __init__(self, properties: Mapping[str, str], topic: str, dice: random.Random) -> None:

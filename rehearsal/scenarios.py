@@ -1,4 +1,4 @@
-"""Defines the scenarios of the fault campaign: their faults, length, and checks beyond those of the ledger."""
+"""Defines the fault campaign's scenarios: which faults to inject, how long, and what to check besides the ledger."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping

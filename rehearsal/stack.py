@@ -172,7 +172,6 @@ def _training(directory: Path, registry: Registry) -> Process:
     # One thread, because scikit-learn's threads wait minutes for each other while other processes keep the cores busy.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment |= {"MLFLOW_TRACKING_URI": registry.uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7"}
-    environment["MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"] = "0.5"
     log = directory / "logs" / "train.log"
     command = python("fraudctl", "train", "--seed", "1", "--if-absent")
     return Process("training", command, env=environment, log=log, cwd=directory)
@@ -181,7 +180,7 @@ def _training(directory: Path, registry: Registry) -> Process:
 def service(name: str, directory: Path, environment: Mapping[str, str], *, replica: int = 1) -> Process:
     """Create a process that runs this service and logs to `logs/<name>.log`.
 
-    The number of a replica above 1 is added to the process's name and to REPLICA.
+    A replica number above 1 is appended to the process's name and to the value of REPLICA.
 
     A service that reads a topic counts as ready once /ready has succeeded, because the service has then joined its
     group. A later outage does not change this. The producer joins no group and starts even if its API is down.

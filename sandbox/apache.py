@@ -101,7 +101,7 @@ def missing() -> str | None:
 
 
 def fetch() -> Path:
-    """Return the folder of Kafka's jars. If it does not exist, download the jars with Maven.
+    """Return the folder of Kafka's jars. If the folder does not exist, download the jars with Maven.
 
     Raises StandInError if Kafka cannot run on this machine, or if the download fails.
     """

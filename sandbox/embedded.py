@@ -2,8 +2,8 @@
 
 The broker speaks Kafka's protocol and stores nothing on disk. These limits were measured with librdkafka 2.16:
 
-- It keeps about 5 MB (some 24,000 lz4 records) per partition, and silently drops older records. Therefore, the source
-  must be throttled.
+- The broker keeps about 5 MB (some 24,000 lz4 records) per partition, and silently drops older records. Therefore, the
+  source must be throttled.
 - Topics are created on first use, with 4 partitions. Administrative calls fail or time out.
 - Kafka transactions do not work, although the broker accepts them: aborted records are visible, and offsets sent with a
   transaction are lost. Therefore, services need `DELIVERY=at_least_once`.
@@ -55,12 +55,12 @@ class EmbeddedBroker(Process):
 
     @property
     def bootstrap(self) -> str:
-        """The broker's address, HOST:PORT. Available once the broker is ready."""
+        """The broker's address, HOST:PORT. This address is available once the broker is ready."""
         return self._address_file.read_text()
 
 
 def main() -> int:
-    """Run a mock cluster until SIGTERM. Writes the cluster's address to the file once it accepts connections."""
+    """Run a mock cluster until SIGTERM. Once the cluster accepts connections, its address is in the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address-file", type=Path, required=True)
     arguments = parser.parse_args()
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def _start() -> str:
-    """Start a mock cluster of one broker for as long as this process lives. Returns the broker's HOST:PORT.
+    """Start a mock cluster of one broker, which runs until this process ends. Returns the broker's HOST:PORT.
 
     Uses librdkafka's C interface. The Python clients can start a mock cluster, too, but the groups of that cluster
     would wait 3 s for their first members.

@@ -106,7 +106,7 @@ def transactions(
     cards: int = 1000,
     mean_gap_s: float = MEAN_GAP_S,
 ) -> Iterator[list[Any]]:
-    """Yield rows without end, sorted by time, and on average `mean_gap_s` seconds apart.
+    """Yield an endless series of rows, sorted by time. The average gap between two rows is `mean_gap_s` seconds.
 
     The values of a row are in the order of RAW_COLUMNS. `fraud_hours` (24,) are the weights of the hours (UTC) at which
     frauds happen.
@@ -196,9 +196,10 @@ def _day(
 
 
 def _hits(world: np.random.Generator, cards: int, expected: float) -> np.ndarray:
-    """Draw the frauds (n, 2) with the cards that are stolen on one day.
+    """Draw the cards that are stolen on one day, and return the frauds with these cards, as an array of shape (n, 2).
 
-    The first column is the index of the card. The second column is 0 for a fraud on that day, and 1 for the next day.
+    The first column is the index of the card. The second column is 0 for a fraud on that day, and 1 for a fraud on the
+    next day.
     """
     victims = world.integers(0, cards, world.poisson(expected / _HITS_A_VICTIM))
     hits = np.repeat(victims, world.poisson(_HITS_A_VICTIM, len(victims)))
@@ -211,7 +212,7 @@ def _draw(world: np.random.Generator, weights: np.ndarray, count: int) -> np.nda
 
 @cache
 def _population(seed: int, cards: int) -> tuple[np.random.Generator, list[list[Any]], list[list[str]]]:
-    """Draw the customers and, by category, the merchants. Also returns the generator, for further draws."""
+    """Draw the customers, and the merchants of each category. Also returns the generator, for further draws."""
     world = np.random.default_rng(seed)
     customers = [_customer(world) for _ in range(cards)]
     return world, customers, [[_merchant(world) for _ in range(_MERCHANTS_A_CATEGORY)] for _ in _CATEGORIES]
@@ -242,7 +243,10 @@ def _customer(world: np.random.Generator) -> list[Any]:
 
 
 def _between(level: float, quantiles: Sequence[float] | np.ndarray) -> float:
-    """Return a distribution's value at a level (0 to 1), given its quantiles at _LEVELS without the two ends."""
+    """Return the quantile of a distribution at `level` (0 to 1).
+
+    `quantiles` are the known quantiles of the distribution, at _LEVELS without the two ends.
+    """
     return float(np.interp(level, _LEVELS[1:-1], quantiles))
 
 

@@ -63,8 +63,8 @@ class ReceivedMail:
 class Mailbox(Process):
     """The mail server on 127.0.0.1. Its port and messages survive stop, kill and restart.
 
-    With `login`, the server accepts mail only after AUTH. With `certificate`, a PEM file that includes the key, the
-    server requires STARTTLS.
+    With `login`, the server accepts mail only after AUTH. With `certificate`, the server requires STARTTLS. The
+    certificate's PEM file must include the private key.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Mailbox(Process):
           the connection.
         - `5xx-one-recipient`: the server permanently refuses only the recipients whose local part begins with "gone".
         - `hang`: the server accepts connections and commands but never responds. When the fault changes, hanging
-          sessions are closed. Their mails are not stored, because their clients may have given up.
+          sessions are closed. The mails of these sessions are not stored, because the clients may have given up.
 
         Raises ValueError for any other fault.
         """

@@ -2,10 +2,10 @@
 
 GET /current-transactions returns a JSON string that contains JSON in pandas' split form, with one or more rows. Each
 row is served once, in order. Like the real API, the simulator has no acknowledgements. Therefore, a row counts as
-served once its response is written.
+served as soon as its response is written.
 
-With --confirmed, a row counts as served once the client calls again on the same connection. If the connection ends
-before that call, the row is served again. Therefore, exactly the rows that clients have received are counted.
+With --confirmed, a row counts as served only when the client calls again on the same connection. If the connection ends
+before that call, the row is served again. Therefore, the count includes exactly the rows that clients have received.
 
 Without --rate and --source, each call returns one new transaction with the current time. Frauds are then as frequent at
 noon as at night.
@@ -370,9 +370,9 @@ class PaymentsApi(Process):
         self._order("limit", {"rows": rows})
 
     def misbehave(self, *kinds: str, share: float = 0.2, seed: int = 0) -> None:
-        """From now on, simulate one of the faults `kinds` in this share of the calls.
+        """From now on, simulate a random fault from `kinds` in this share of the calls.
 
-        Without `kinds`, no faults are simulated.
+        If `kinds` is empty, no faults are simulated.
         """
         self._order("misbehave", {"kinds": kinds, "share": share, "seed": seed})
 
@@ -434,15 +434,15 @@ def main() -> int:
     parser.add_argument(
         "--rate",
         type=float,
-        help="Rows per second; 0 means as fast as rows are fetched. Default: one row per call; with --source, 0.",
+        help="Rows per second; 0 means as fast as rows are fetched. Default: one row per call, or 0 with --source.",
     )
     parser.add_argument("--transactions", type=int, help="Number of rows to serve. Default: no limit.")
     parser.add_argument("--held", action="store_true", help="Serve no rows until POST /limit sets a limit.")
     parser.add_argument(
         "--confirmed",
         action="store_true",
-        help="Count a response's rows as served once the client calls again on the same connection. Serve the rows "
-        "again if the connection ends before that.",
+        help="Count a response's rows as served only when the client calls again on the same connection. If the "
+        "connection ends before that call, serve the rows again.",
     )
     parser.add_argument("--max-rows", type=int, default=500, help="Maximum number of rows per response. Default: 500.")
     parser.add_argument("--misbehave", default="", help=f"Faults to simulate, comma-separated: {', '.join(FAULTS)}.")

@@ -28,7 +28,8 @@ def _binaries() -> Path:
 class Postgres(Process):
     """A server on 127.0.0.1 with a database `fraud`. The server's port and data survive stop, kill and restart.
 
-    `settings` override the server's postgresql.conf. `programs` is the folder of programs of a different PostgreSQL.
+    `settings` override the server's postgresql.conf. To run a different PostgreSQL, pass the folder of its programs as
+    `programs`.
     """
 
     def __init__(

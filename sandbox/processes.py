@@ -21,7 +21,7 @@ _held: list[socket.socket] = []
 
 
 class StandInError(Exception):
-    """A part of the local stack did not start, or has failed. The message is one line that says which part, and why."""
+    """A part of the local stack did not start, or has failed. The message is one line with the part and the reason."""
 
 
 class Child(Protocol):
@@ -161,7 +161,7 @@ class Process:
             os.waitid(os.P_PID, self._child.pid, os.WSTOPPED)  # before it has stopped, a thread may still respond
 
     def resume(self) -> None:
-        """Continue the child after `suspend`."""
+        """Let the child continue after `suspend`."""
         if self._child:
             self._child.send_signal(signal.SIGCONT)
 
@@ -186,7 +186,7 @@ class Process:
 
 
 def as_account(account: pwd.struct_passwd | None) -> dict[str, Any]:
-    """Return the arguments for subprocess to run as this account, without the current user's groups.
+    """Return the `subprocess.Popen` arguments that run a child as this account, without the current user's groups.
 
     Returns no arguments if `account` is None.
     """

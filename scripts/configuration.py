@@ -162,7 +162,7 @@ def _with_cloud(others: tuple[Variable, ...]) -> str:
 
 
 def _by_readers() -> Mapping[tuple[str, ...], list[Variable]]:
-    """Return variables by the services that read them, most services first.
+    """Return the variables, grouped by the services that read them. Groups with the most services come first.
 
     A variable whose documentation differs between services is repeated.
     """

@@ -1,4 +1,4 @@
-"""Writes a CycloneDX bill of materials for each image, from its locked requirements. `make sbom` runs this."""
+"""Writes a CycloneDX bill of materials for each image, from the image's locked requirements. `make sbom` runs this."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def bill(venv: Path) -> dict[str, Any]:
 
 
 def licences(component: dict[str, Any]) -> list[str]:
-    """Return the names of a component's licences, as SPDX identifiers where the component has them."""
+    """Return the SPDX identifiers of a component's licences, and the names of the licences without an identifier."""
     declared = (entry.get("expression") or entry["license"] for entry in component.get("licenses", []))
     named = (each if isinstance(each, str) else each.get("id") or each["name"] for each in declared)
     return [name for name in named if name != _UNSPECIFIC]

@@ -1,4 +1,4 @@
-"""Finds words to avoid, in prose and in names.
+"""Finds unwanted words in prose and in names.
 
 `python -m scripts.wording` prints `path:line: word: use X` for each word.
 
@@ -59,7 +59,7 @@ _PATTERNS = {
 
 
 class Finding(NamedTuple):
-    """A word to avoid, the number of its line (from 1), and what to use instead."""
+    """An unwanted word, the number of its line (from 1), and what to use instead."""
 
     line: int
     word: str
@@ -67,7 +67,7 @@ class Finding(NamedTuple):
 
 
 def in_text(text: str, first_line: int = 1) -> Iterator[Finding]:
-    """Find everything to avoid in a text that begins on line `first_line` of its file."""
+    """Find everything unwanted in a text that begins on line `first_line` of its file."""
     for pattern, advice in _PATTERNS.items():
         for match in pattern.finditer(text):
             line = first_line + text.count("\n", 0, match.start())
@@ -75,7 +75,7 @@ def in_text(text: str, first_line: int = 1) -> Iterator[Finding]:
 
 
 def in_python(source: str) -> Iterator[Finding]:
-    """Find everything to avoid in the comments, strings, names and docstrings of a module."""
+    """Find everything unwanted in the comments, strings, names and docstrings of a module."""
     comments: list[tokenize.TokenInfo] = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -99,7 +99,7 @@ def _in_comment(lines: list[tokenize.TokenInfo]) -> Iterator[Finding]:
 
 
 def in_file(path: str, text: str) -> Iterator[Finding]:
-    """Find everything to avoid in a file, except for EXCEPTIONS. `path` is relative to the root."""
+    """Find everything unwanted in a file, except for EXCEPTIONS. `path` is relative to the root."""
     lines = text.splitlines()
     for found in in_python(text) if path.endswith(".py") else in_text(text):
         if not any(fnmatch(path, glob) and part in lines[found.line - 1] for glob, part, _ in EXCEPTIONS):
@@ -107,7 +107,7 @@ def in_file(path: str, text: str) -> Iterator[Finding]:
 
 
 def main() -> int:
-    """Check every file that git tracks or would add. Returns 1 if a word to avoid is found."""
+    """Check every file that git tracks or would add. Returns 1 if an unwanted word is found."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     wrong = 0

@@ -38,7 +38,7 @@ class Limit:
         return cls(ratio=settings.dead_letter_limit_ratio, consecutive=settings.dead_letter_limit_consecutive)
 
     def check(self, results: Sequence[object]) -> None:
-        """Count the results of a batch, in order. A result that is a Poison means a refused row.
+        """Count the results of a batch, in order. Each Poison in `results` counts as a refused row.
 
         Raises Outage if the limit is exceeded. The batch is then not counted, because it will be redelivered.
         """
@@ -74,7 +74,8 @@ def reason_of(letter: Record) -> str:
 def dead_letter(message: Message, reason: str, *, group: str) -> Record:
     """Make a dead letter of `message`.
 
-    The dead letter has the message's value, key, headers and coordinates, the group that refused it, and the reason.
+    The dead letter has the message's value, key and headers. Further headers contain the message's coordinates, the
+    group that refused the message, and the reason.
     """
     topic, partition, offset = coordinates(message)
     original = [header for header in headers(message) if not header[0].startswith("dlq-")]

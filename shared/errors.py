@@ -12,7 +12,8 @@ class Poison(Exception):
 class Outage(Exception):
     """Something that the service needs is unavailable. Nothing is lost or dead-lettered. The work is retried later.
 
-    `retry_after_s` is the number of seconds that the payments API asked the producer to wait, or 0.
+    `retry_after_s` is the number of seconds that the payments API asked the producer to wait, or 0 if the API did not
+    ask.
     """
 
     def __init__(self, reason: str, *, retry_after_s: float = 0.0) -> None:

@@ -12,7 +12,8 @@ log = structlog.get_logger()
 class Flow:
     """Adds up counts, and logs the sums as one `event`.
 
-    Each line also has the first count's rate and running total, the values that `levels()` returns, and `names`.
+    Each line also has the rate (`per_s`) and the running total (`total`) of the first count, the values that `levels()`
+    returns, and `names`.
     """
 
     def __init__(self, event: str, *, levels: Callable[[], Mapping[str, int]] = dict, **names: str) -> None:
@@ -50,5 +51,5 @@ class Flow:
 
 
 def _p99(values: list[float]) -> float:
-    """Return the 99th percentile (nearest rank): the smallest value that at least 99 % of the values do not exceed."""
+    """Return the 99th percentile (nearest rank): the smallest value v such that at least 99 % of values are <= v."""
     return sorted(values)[-(-99 * len(values) // 100) - 1]

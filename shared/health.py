@@ -48,9 +48,10 @@ def call(name: str) -> Iterator[None]:
 
 
 def slow(longer_than_s: float = 0.0) -> dict[str, float]:
-    """Return, by name, the seconds since each loop last made progress, or each running call began.
+    """Return a number of seconds for each loop and each running call, by name.
 
-    Loops and calls with at most `longer_than_s` seconds are left out.
+    The seconds count from the loop's last progress, or from the start of the call. Loops and calls with at most
+    `longer_than_s` seconds are left out.
     """
     now = time.monotonic()
     return {name: now - at for name, at in list(_turns.items()) if now - at > longer_than_s}

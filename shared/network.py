@@ -12,9 +12,9 @@ import ssl
 def why_unreachable(error: BaseException, *, default: str | None = None) -> str:
     """Return why a connection failed, for example `connection refused`.
 
-    The reason is that of the first system error among `error` and its causes. If there is no system error, the
-    reason is `default`. If there is no `default` either, the reason is the name of the error's type, in words. The
-    reason is never a library's message, because a message may contain a secret.
+    The reason comes from the first system error among `error` and its causes. If there is no system error, the reason
+    is `default`. If there is no `default` either, the reason is the name of the error's type, in words. The reason is
+    never a library's message, because a message may contain a secret.
     """
     at: BaseException | None = error
     while at is not None:

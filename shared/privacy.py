@@ -24,7 +24,7 @@ def mask_card(cc_num: int) -> str:
 
 
 def without_cards(text: str) -> str:
-    """Mask card numbers in the text (11 to 19 digits that pass the Luhn test) as `**** 1234`."""
+    """In the text, mask card numbers (11 to 19 digits that pass the Luhn test) as `**** 1234`."""
     return _CARD_DIGITS.sub(
         lambda run: f"**** {run[0][-4:]}" if run["card"] and passes_luhn(run["card"]) else run[0], text
     )

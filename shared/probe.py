@@ -13,7 +13,7 @@ _TIMEOUT_S = 5.0
 
 
 def main() -> int:
-    """Print the service's response. Returns the exit code, which is 0 if the check passes or METRICS_PORT is 0."""
+    """Print the service's response. Returns the exit code, which is 0 if the check passes or if METRICS_PORT is 0."""
     what = sys.argv[1] if len(sys.argv) > 1 else "live"
     try:
         settings = load(ServiceSettings)

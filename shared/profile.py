@@ -68,17 +68,24 @@ def make_profile(columns: Mapping[str, Sequence[Any]], times: Sequence[str]) -> 
 
 
 def quarters_of(times: Sequence[str]) -> np.ndarray:
-    """Return the quarter of the day (n,), from 0 to 3, of each time. Times are written as `YYYY-MM-DD HH:MM:SS`."""
+    """For each time, return the quarter of the day that it falls in (0 to 3), as an array of shape (n,).
+
+    Times are written as `YYYY-MM-DD HH:MM:SS`.
+    """
     return np.array([int(time[11:13]) * QUARTERS // 24 for time in times])
 
 
 def numbers_of(feature: str, values: Sequence[Any]) -> np.ndarray:
-    """Return a feature's values as numbers (n,). A date of birth becomes its year."""
+    """Return a feature's values as an array of numbers, of shape (n,). A date of birth becomes its year."""
     return np.array([int(value[:4]) for value in values] if feature == "dob" else values, dtype=float)
 
 
 def _shares(bins: np.ndarray, quarters: np.ndarray, count: int) -> list[list[float]]:
-    """Return each bin's share in each quarter of the day, smoothed by _PRIOR_ROWS rows with the whole day's shares."""
+    """Return each bin's share in each quarter of the day.
+
+    To smooth the shares, _PRIOR_ROWS rows are added to each quarter. The added rows are distributed over the
+    bins like the rows of the whole day.
+    """
     whole = np.bincount(bins, minlength=count)
     found = [np.bincount(bins[quarters == quarter], minlength=count) for quarter in range(QUARTERS)]
     mixed = [each + _PRIOR_ROWS * whole / whole.sum() for each in found]  # a few rows may differ from their quarter

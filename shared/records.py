@@ -146,7 +146,7 @@ def encode_prediction(value: bytes, label: int) -> bytes:
 
 
 def decode_prediction(value: bytes | None) -> Prediction:
-    """Read a topic_2 value. Raises Poison if it is not a valid prediction."""
+    """Read a topic_2 value. Raises Poison if the value is not a valid prediction."""
     if not value:
         raise Poison("empty value")
     try:
@@ -156,7 +156,7 @@ def decode_prediction(value: bytes | None) -> Prediction:
 
 
 def read_topic_1(value: bytes | None) -> Rows:
-    """Read a topic_1 value, in canonical or in the older split form. Raises Poison if it has another form."""
+    """Read a topic_1 value, in canonical or in the older split form. Raises Poison for any other value."""
     if not value:
         raise Poison("empty value")
     try:
@@ -176,12 +176,15 @@ def read_topic_1(value: bytes | None) -> Rows:
 
 
 def read_split(body: bytes) -> Rows:
-    """Read a response of the payments API: split form, JSON-encoded once or twice. Raises Poison for other forms."""
+    """Read a response of the payments API, which is in split form and JSON-encoded once or twice.
+
+    Raises Poison for any other response.
+    """
     return _rows(_parse(body))
 
 
 def to_seconds(epoch: int) -> int:
-    """Convert an epoch in milliseconds to seconds. An epoch in seconds stays as it is."""
+    """Convert an epoch in milliseconds to seconds. An epoch in seconds is returned unchanged."""
     return epoch // 1000 if epoch > _LARGEST_SECONDS else epoch
 
 

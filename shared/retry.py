@@ -31,9 +31,10 @@ def delay_s(attempt: int, *, initial_s: float, max_s: float) -> float:
 class OutageLog:
     """Logs an outage when it starts, every minute while it lasts, and when it ends. Also updates the outage metrics.
 
-    If the service cannot work during the outage, `waits_for` is shown on /ready as what the service waits for.
+    `waits_for` names what the service cannot work without, for example "a model". During the outage, /ready shows this
+    name with the reason, and reports the service as not ready. If `waits_for` is None, /ready does not show the outage.
     `waiting()` returns the size of the backlog. The backlog's largest size is logged when the outage ends.
-    `names` are added to each log line.
+    `names` contains fields to add to each log line.
     """
 
     def __init__(self, waits_for: str | None = None, *, waiting: Callable[[], int] | None = None, **names: str) -> None:
@@ -51,7 +52,7 @@ class OutageLog:
         return self._began is not None
 
     def failed(self, reason: str, **more: object) -> None:
-        """Record a failed try, which starts or continues an outage. If a line is logged, it includes `more`."""
+        """Record a failed try, which starts or continues an outage. `more` contains more fields for the log line."""
         now = time.monotonic()
         if self._began is None:
             self._began = self._counted = now

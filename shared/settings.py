@@ -1,4 +1,7 @@
-"""Reads settings from the environment, `secrets.env` and `client.properties`. One line reports all wrong settings."""
+"""Reads settings from the environment, `secrets.env` and `client.properties`.
+
+All wrong settings are reported in one line.
+"""
 
 import difflib
 import os
@@ -59,8 +62,8 @@ _FOREIGN_PROPERTIES = ("schema.registry.", "basic.auth.")
 class Settings(BaseSettings):
     """Each field is read from the environment variable with the field's name in capitals, or from a file.
 
-    The variable NAME_FILE has the path of the file with the value of NAME. `repr` does not show fields that may be
-    secret.
+    If the value of NAME is in a file, the variable NAME_FILE contains the path of this file. `repr` does not show
+    fields that may be secret.
     """
 
     model_config = SettingsConfigDict(env_file=SECRETS_FILE, env_ignore_empty=True, extra="ignore", frozen=True)
@@ -74,7 +77,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's secrets folder, which is not used
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the sources of settings: the environment, `secrets.env`, and the files that NAME_FILE variables name.
+        """Return the sources of settings: the environment, `secrets.env`, and the files of NAME_FILE variables.
 
         Raises SettingsError if one of these files cannot be used.
         """
@@ -199,7 +202,10 @@ def unknown_variables() -> dict[str, str | None]:
 
 
 def kafka_properties(settings: ServiceSettings) -> dict[str, str]:
-    """Read `client.properties`, and add credentials from the environment. Raises SettingsError if one is unusable."""
+    """Read `client.properties`, and add credentials from the environment.
+
+    Raises SettingsError if the file cannot be used, or if required credentials are missing.
+    """
     path = settings.client_properties
     try:
         properties = parse_properties(path.read_text(encoding="utf-8"))
@@ -237,9 +243,9 @@ def parse_properties(text: str) -> dict[str, str]:
 
 
 def _from_files(fields: Mapping[str, Any], given: Mapping[str, str | None]) -> dict[str, str]:
-    """Return, by field, the contents of the files that NAME_FILE variables name, without the final newline.
+    """For each field whose NAME_FILE variable is set, return the content of the named file, without the final newline.
 
-    Raises SettingsError if a file cannot be used, or if a setting is also given as a variable.
+    Raises SettingsError if a file cannot be used, or if NAME and NAME_FILE are both set.
     """
     found = {}
     for field in fields:

@@ -1,4 +1,4 @@
-"""Finds the model version that has an alias in the registry, moves the alias, and moves the alias back."""
+"""Looks up which model version has a given alias, moves the alias to another version, and moves it back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -51,7 +51,7 @@ def make_features(raw: pd.DataFrame) -> np.ndarray:
 
 
 def _distance_km(lat_1: np.ndarray, long_1: np.ndarray, lat_2: np.ndarray, long_2: np.ndarray) -> np.ndarray:
-    """Return the great-circle distance between points that are given in degrees.
+    """For each pair of points, return the great-circle distance in km. The coordinates are in degrees.
 
     Uses the haversine formula (Sinnott, Sky and Telescope 68, 1984).
     """

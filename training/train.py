@@ -90,10 +90,10 @@ def build_pipeline(*, seed: int) -> Pipeline:
 
 
 def choose_threshold(labels: np.ndarray, probabilities: np.ndarray, *, target_precision: float) -> float:
-    """Return the lowest threshold that reaches the target precision for labels of 0 or 1 (n,) and probabilities (n,).
+    """Return the lowest threshold that reaches the target precision on these rows.
 
-    If no threshold reaches the target, returns the threshold with the highest precision, because few alarms are better
-    than many false alarms.
+    `labels` (n,) are 0 or 1, and `probabilities` (n,) are the probabilities of fraud. If no threshold reaches the
+    target, returns the threshold with the highest precision, because few alarms are better than many false alarms.
     """
     precision, _, thresholds = precision_recall_curve(labels, probabilities)
     reaching = np.flatnonzero(precision[:-1] >= target_precision)
@@ -129,11 +129,11 @@ def fit(frame: pd.DataFrame, *, seed: int, target_precision: float = TARGET_PREC
 
 
 def split(frame: pd.DataFrame, labels: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return the masks (n,) of the training rows and of the held-out rows, and a description of the held-out rows.
+    """Return the mask (n,) of training rows, the mask (n,) of held-out rows, and a description of the held-out rows.
 
     No card has rows in both parts. If enough frauds and legitimate rows remain in both parts, the rows are also split
     by time. In this case, only the last part of the period is held out. Otherwise, the rows are split by card alone.
-    This happens, for example, if a file's frauds and legitimate rows are from different years.
+    For example, a split by time is impossible if a file's frauds and legitimate rows are from different years.
 
     Raises ValueError if a part of the split by card has no frauds, or has only frauds.
     """
@@ -194,7 +194,7 @@ def register(trained: Trained, of: Alias) -> str:
 
 
 def curves(trained: Trained) -> dict[str, Figure]:
-    """Return plots of the results on the held-out rows, by the name of the plot."""
+    """Return plots of the results on the held-out rows: a mapping from the plot's name to the plot."""
     labels, probabilities = trained.labels, trained.probabilities
     found = {}
     for name, draw in {
@@ -244,6 +244,9 @@ def read(sources: Sequence[str]) -> pd.DataFrame:
 
 
 def together(frame: pd.DataFrame, confirmed: pd.DataFrame) -> pd.DataFrame:
-    """Return the training rows and the confirmed rows in one frame. A confirmed row replaces the same training row."""
+    """Return the training rows and the confirmed rows in one frame.
+
+    A confirmed row replaces the training row of the same transaction.
+    """
     rows = pd.concat([frame, confirmed.dropna(subset=["is_fraud"])], ignore_index=True)
     return rows.drop_duplicates(["trans_num", "unix_time"], keep="last", ignore_index=True)

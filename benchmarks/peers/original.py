@@ -1,4 +1,4 @@
-"""The design that this project replaced, without the avoidable delays of that design.
+"""An implementation of the design that this project replaced, without unnecessary delays.
 
 For each message, the program makes one DataFrame and one model call. Predictions are written without waiting for
 acknowledgements. The client commits offsets automatically.
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def predict(consumer: Consumer, arguments: argparse.Namespace) -> None:
-    """Read rows from the source topic and write them to the target topic with a prediction."""
+    """Read rows from the source topic, add a prediction to each row, and write the rows to the target topic."""
     model = mlflow.sklearn.load_model(arguments.model)
     columns = arguments.columns.split(",")
     producer = Producer({"bootstrap.servers": arguments.bootstrap})

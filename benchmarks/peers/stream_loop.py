@@ -1,4 +1,4 @@
-"""Adds a field to every record, with this project's stream loop and at-least-once delivery."""
+"""Adds a field to every record, using this project's stream loop and at-least-once delivery."""
 
 import argparse
 from collections.abc import Sequence

@@ -50,10 +50,12 @@ def import_file(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="CSV file with the columns trans_num and is_fraud, and optionally unix_time and by (the reviewer).",
+            help="CSV file with the columns trans_num and is_fraud. Optional columns: unix_time and by (the reviewer).",
         ),
     ],
-    by: Annotated[str | None, typer.Option(metavar="NAME", help="Reviewer's name, for rows that have no name.")] = None,
+    by: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Reviewer's name, for rows that do not name a reviewer.")
+    ] = None,
     overrule: Overwrite = False,
 ) -> None:
     """Import all labels from a CSV file, or none if one is invalid."""
@@ -115,7 +117,7 @@ def export_confirmed(
         str | None, typer.Option(metavar="TIME", help="Only rows before this UTC time, or older than this age.")
     ] = None,
     append: Annotated[
-        bool, typer.Option("--append", help="Keep the rows that the file already has, without duplicates.")
+        bool, typer.Option("--append", help="Keep the rows of the existing file, and remove repeated rows.")
     ] = False,
 ) -> None:
     """Export confirmed transactions as a training file."""

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fraudctl import registry
 from fraudctl.call import refusing
 from fraudctl.cli import Commands, console
 
@@ -54,6 +53,8 @@ def train(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Train a model, evaluate it on unseen cards, and register it."""
+    from fraudctl import registry
+
     settings = _settings(name, alias, tracking_uri)
     if if_absent and (present := registry.version_with_alias(settings, settings.model_alias)):
         console.print(f"{settings.model_name} version {present} is already {settings.model_alias}")
@@ -115,7 +116,10 @@ def rollback(name: ModelName = None, alias: ModelAlias = None, tracking_uri: Tra
 
 
 def _settings(name: str | None, alias: str | None, tracking_uri: str | None) -> "RegistrySettings":
-    """Return the settings, overridden by the options. Also limits MLflow's retries and output."""
+    """Return the settings. The value of each given option replaces the setting's value.
+
+    Also limits MLflow's retries and output.
+    """
     from shared.settings import RegistrySettings, load
 
     options = {"mlflow_tracking_uri": tracking_uri, "model_name": name, "model_alias": alias}

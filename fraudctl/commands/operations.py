@@ -85,7 +85,7 @@ def show_tail(
 def run_migrations() -> None:
     """Migrate the database schema to its newest version.
 
-    DATABASE_URL needs the login of the tables' owner.
+    DATABASE_URL must contain the login of the tables' owner.
     """
     from fraudctl.labels import engine
     from services.db_sink.table import migrate

@@ -63,6 +63,6 @@ def check(
 
 
 def _topics(settings: "ServiceSettings") -> Iterator[tuple[list[str], bool]]:
-    """Yield lists of topic names, each list with a flag that says whether its topics have dead-letter topics."""
+    """Yield pairs: a list of topic names, and whether these topics have dead-letter topics."""
     yield [settings.topic_1, settings.topic_2], True
     yield [settings.challenger_topic], False

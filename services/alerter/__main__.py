@@ -1,4 +1,4 @@
-"""The alerter: reports every predicted fraud on topic_2 by e-mail, by webhook, or by both."""
+"""The alerter: reads predictions from topic_2, and reports every predicted fraud by e-mail, by webhook, or by both."""
 
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial

@@ -37,7 +37,7 @@ class Channel(Protocol):
     group: str
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Send alarms from a batch. Messages after the first `Outcome.done` messages are redelivered.
+        """Send alarms from a batch. The first `Outcome.done` messages are finished, and later messages are redelivered.
 
         Raises Outage if the alarms cannot be sent now.
         """
@@ -72,7 +72,7 @@ class ByMail:
         self._refused_digests = 0
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Send at most one mail: either about the first alarm, or a digest whose gathering time is over.
+        """Send at most one mail: either a mail about the first alarm, or a digest whose gathering time is over.
 
         Messages after the last mailed alarm are redelivered. A crash therefore repeats at most one mail.
         """

@@ -138,7 +138,8 @@ def _environment(loader: jinja2.BaseLoader) -> jinja2.Environment:
 def _context(alarms: Sequence[Alarm]) -> dict[str, object]:
     """Return the template variables.
 
-    These are `alarm` (the first alarm), `cards`, `count` (of the alarms) and `amount` (the alarms' total, as text).
+    The variables are `alarm` (the first alarm), `cards`, `count` (the number of alarms) and `amount` (the alarms'
+    total, as text).
     """
     return {
         "alarm": show(alarms[0]),
@@ -278,7 +279,7 @@ class Mailer:
 
 
 def _about_this_message(error: smtplib.SMTPDataError | smtplib.SMTPSenderRefused) -> bool:
-    """Return whether the refusal is permanent and concerns only this message, so that the next one may be accepted.
+    """Return whether the refusal is permanent and concerns only this message. Other messages may still be accepted.
 
     If the response has an enhanced status code (RFC 3463), that code decides. Codes 5.6.x are about the content. Codes
     5.2.3 and 5.3.4 are about the size. All other enhanced codes are about the account, the sender or a policy.

@@ -22,7 +22,10 @@ class Pace:
         self._due: float | None = None  # when the current digest is due; None if there is none
 
     def allows_single(self) -> bool:
-        """Return whether an alarm may be mailed on its own: if a token is left and no digest is being gathered."""
+        """Return whether an alarm may be mailed on its own.
+
+        This requires that a token is left and that no digest is being gathered.
+        """
         now = self._clock()
         self._tokens = min(self.burst, self._tokens + (now - self._counted_at) / self._window_s)
         self._counted_at = now
@@ -33,7 +36,7 @@ class Pace:
         self._tokens -= 1
 
     def gather_s(self, *, at_most_s: float = inf) -> float:
-        """Return the seconds until the digest is due. The first call for a digest starts the digest's time window.
+        """Return the seconds until the digest is due. If no digest is being gathered, start a new digest's time window.
 
         The window lasts `window_s` or `at_most_s` seconds, whichever is less.
         """

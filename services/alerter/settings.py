@@ -48,7 +48,7 @@ class AlerterSettings(StreamSettings):
     alert_digest_seconds: float = Field(
         60.0,
         gt=0,
-        description="Seconds to gather alarms into a digest; ALERT_BURST's allowance also refills by one in this time",
+        description="Seconds to gather alarms into a digest, and to refill the allowance of ALERT_BURST by one",
     )
     alert_templates: Path | None = Field(
         None, description="Folder with mail templates; each template replaces the built-in template of the same name"

@@ -1,4 +1,4 @@
-"""The db_sink: stores each transaction from topic_2, with its prediction, in PostgreSQL exactly once."""
+"""The db_sink: stores each transaction from topic_2 and its prediction in PostgreSQL, exactly once."""
 
 from collections.abc import Sequence
 from threading import Event

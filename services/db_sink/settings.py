@@ -6,7 +6,7 @@ from shared.settings import Settings, StreamSettings
 
 
 class DatabaseSettings(Settings):
-    """The settings for the database, which every program that uses the database reads."""
+    """The database settings, shared by all programs that use the database."""
 
     database_url: SecretStr = Field(
         description="URL of the database, for example postgresql://user:password@host:5432/name"

@@ -178,7 +178,7 @@ def _csv_field(value: object) -> str:
 
 @lru_cache(1000)
 def _timestamp(epoch_ms: int | None) -> str | None:
-    """Format the time. The text is cached, because all rows of one batch of the predictor have the same time."""
+    """Format the time. The text is cached, because the predictor gives all rows of a batch the same time."""
     return None if epoch_ms is None else datetime.fromtimestamp(epoch_ms / 1000, UTC).isoformat()
 
 

@@ -1,10 +1,10 @@
 """Detects drift: compares a sliding window of live rows with the profile of the model's training data.
 
 The main measure is the population stability index (Siddiqi, Credit Risk Scorecards, Wiley 2006, chapter 9). The index
-is the sum of (live - expected) * ln(live / expected) over the bins of a feature. `live` and `expected` are the actual
-and the expected share of the rows in a bin. The profile has one set of shares for each quarter of the day (six hours).
-The expected shares are the weighted average of the profile's four sets. The weight of a quarter of the day is the
-number of rows in the window that are from that quarter.
+is the sum of (live - expected) * ln(live / expected) over the bins of a feature. `live` is the share of the window's
+rows that are in the bin, and `expected` is the share according to the profile. The profile has one set of shares for
+each quarter of the day (six hours). The expected shares are the weighted average of the profile's four sets. The weight
+of a quarter of the day is the number of rows in the window that are from that quarter.
 """
 
 from collections import deque
@@ -44,7 +44,7 @@ class _Feature(NamedTuple):
     name: str
     stray: str  # the measure that counts values outside all bins: outside_range or unknown
     shares: np.ndarray  # shape: (quarters of the day, bins)
-    bins_of: Callable[[Sequence[Any]], np.ndarray]  # returns the bin (n,) of each value; `bins` means no bin
+    bins_of: Callable[[Sequence[Any]], np.ndarray]  # returns the values' bins (n,); `bins` means no bin
 
     @property
     def bins(self) -> int:
@@ -89,7 +89,7 @@ class Window:
         return found
 
     def _count(self, rows: Sequence[Seen]) -> np.ndarray:
-        """Count the rows in each quarter of the day, with each of two flags, and in each bin. Returns one array."""
+        """Return one array with the counts of rows per quarter of the day, per flag, and per feature and bin."""
         transactions = [row.transaction for row in rows]
         quarters = quarters_of(list(map(attrgetter("trans_date_trans_time"), transactions)))
         flags = [sum(row.fraud for row in rows), sum(row.in_milliseconds for row in rows)]
@@ -121,7 +121,10 @@ def _of_names(name: str, known: Names) -> _Feature:
 
 
 def psi(live: np.ndarray, expected: np.ndarray) -> float:
-    """Return the population stability index of live and expected counts (bins,). It is 0 if the shares are equal."""
+    """Return the population stability index of the live and the expected counts, which have the shape (bins,).
+
+    The index is 0 if the shares are equal.
+    """
     if not live.sum():
         return 0.0
     live_share, expected_share = _smoothed(live), _smoothed(expected)

@@ -50,8 +50,8 @@ class Followed:
     def look(self) -> None:
         """Load the version that has the alias now, unless this version is already loaded.
 
-        If the version cannot be used, that is logged once, and the current model stays in use. Raises Outage if the
-        registry does not respond, or if the alias is required but no version has it.
+        If the version cannot be used, the reason is logged once, and the current model stays in use. Raises Outage if
+        the registry does not respond, or if the alias is required but no version has it.
         """
         try:
             found = self._registry.find(self._alias)

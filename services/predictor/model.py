@@ -91,8 +91,8 @@ def make_model(
     """Make a model that uses one thread, and test that it can score the recorded transactions.
 
     `columns` are the input columns in the model's signature (default: the estimator's `feature_names_in_`). If
-    `compiled` is true, trees are compiled, unless compiling is impossible, would change a label, or is interrupted by
-    `shutdown`.
+    `compiled` is true, the model's trees are compiled. The original model is returned if compiling is impossible, if
+    compiling would change scores, or if `shutdown` interrupts the compilation.
 
     Raises UnusableModel if the test fails, if the input columns are unknown, or if transactions do not have them.
     """
@@ -151,7 +151,7 @@ def _compiled(model: Model, shutdown: Event | None) -> Model:
         )
         if difference > TOLERANCE or [each.label for each in wanted] != [each.label for each in found]:
             raise NotCompiled(
-                f"the compiled model has other labels, or probabilities that differ by up to {difference:.1e}"
+                f"the compiled model predicts other labels, or its probabilities differ by up to {difference:.1e}"
             )
     except Exception as reason:  # compiling is optional, so a failure is only logged
         log.info("scoring_not_compiled", model=model.name, version=model.version, reason=str(reason))
@@ -162,7 +162,10 @@ def _compiled(model: Model, shutdown: Event | None) -> Model:
 
 @cache
 def recorded() -> Sequence[Transaction]:
-    """Return several hundred transactions of made-up people. A model is usable only if it can score all of them."""
+    """Return several hundred transactions of made-up people.
+
+    A model is usable only if it can score all of these transactions.
+    """
     return [row for line in gzip.open(_RECORDED) for row in read_topic_1(line).transactions]
 
 
@@ -183,7 +186,7 @@ def score(model: Model, transactions: Sequence[Transaction]) -> list[Score]:
 
 
 def _predict(model: Model, rows: pd.DataFrame | np.ndarray) -> tuple[Any, Any]:
-    """Return labels (n,), each 0 or 1, and probabilities of fraud (n,).
+    """Return two arrays of shape (n,): the labels (0 or 1) and the probabilities of fraud.
 
     If the model provides no probabilities, the second result is None.
     """
@@ -222,12 +225,12 @@ def _labels(predicted: Any) -> Any:
 
 
 def _frame(transactions: Sequence[Transaction], columns: Sequence[str]) -> pd.DataFrame:
-    """Return the transactions as a DataFrame (n, len(columns)), with the columns in the given order."""
+    """Return the transactions as a DataFrame of shape (n, len(columns)), with the columns in the given order."""
     return pd.DataFrame({column: list(map(attrgetter(column), transactions)) for column in columns})
 
 
 def _array(transactions: Sequence[Transaction], columns: Sequence[str]) -> np.ndarray:
-    """Return the transactions as an array (n, len(columns)), with the columns in the given order."""
+    """Return the transactions as an array of shape (n, len(columns)), with the columns in the given order."""
     values = list(map(attrgetter(*columns), transactions))
     return np.array(values, dtype=float).reshape(len(transactions), len(columns))
 

@@ -205,7 +205,7 @@ def _estimator(folder: Path, logged: LoggedModel) -> Any:
 
 
 def _release_memory() -> None:
-    """Return free memory to the system. Otherwise, glibc keeps tens of megabytes that loading a model has used."""
+    """Give unused memory back to the system. Otherwise, glibc keeps tens of megabytes that only the loading needed."""
     with suppress(AttributeError):  # C libraries other than glibc have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 

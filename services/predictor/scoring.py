@@ -33,9 +33,9 @@ class Predicted(NamedTuple):
 def predict(
     model: Model, messages: Sequence[Message], *, topic: str, group: str, now_ms: int, limit: Limit
 ) -> Predicted:
-    """Make a prediction for every valid transaction of the batch, and a dead letter of every message with a bad row.
+    """Make a prediction for every valid transaction of the batch, and a dead letter for every message with a bad row.
 
-    The predictions are records for `topic`. Raises Outage if the model is at fault, rather than the rows.
+    The predictions are records for `topic`. Raises Outage if the failure is caused by the model and not by the rows.
     """
     transactions: list[Transaction] = []
     in_milliseconds: list[bool] = []

@@ -97,7 +97,7 @@ class Scorer:
         self._broken: str | None = None
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
-        """Score the batch. Raises Outage if the champion is broken, until the alias has moved to another version."""
+        """Score the batch. If the champion is broken, raises Outage until the alias has moved to another version."""
         model = self._champion.model
         if model is None:
             raise Outage("no model is loaded yet")

@@ -69,7 +69,7 @@ class Shadow:
         return model is self._resting and time.monotonic() < self._rests_until
 
     def _score(self, model: Model, messages: Sequence[Message]) -> str | None:
-        """Score a batch. If the challenger should rest after the batch, returns the reason, otherwise None."""
+        """Score a batch. Returns the reason if the challenger should rest after this batch, otherwise None."""
         began = time.monotonic()
         try:
             now_ms, limit = time.time_ns() // 1_000_000, Limit(ratio=1, consecutive=len(messages))

@@ -42,7 +42,7 @@ _FORGOTTEN_S = 30.0  # every 10 s, brokers abort Kafka transactions that are old
 
 
 def serve(settings: ProducerSettings, shutdown: Event) -> None:
-    """Poll until shutdown, then write the records that are still in the journal to Kafka.
+    """Poll until shutdown. Then write the remaining records of the journal to Kafka.
 
     Raises SettingsError if a setting is invalid.
     """
@@ -84,7 +84,7 @@ def serve(settings: ProducerSettings, shutdown: Event) -> None:
 def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: Event) -> None:
     """Fetch records into the journal until shutdown. Set `polled` after each response that is JSON.
 
-    Raises Outage if, at shutdown, fetched records still cannot be saved to disk.
+    Raises Outage if fetched records still cannot be saved to disk at shutdown.
     """
     flow = Flow("fetched")
     outage, full = OutageLog(_API), OutageLog("room in the journal")
@@ -220,7 +220,7 @@ def _write_left_behind(
 
 
 def _records(transactions: Iterable[Transaction], topic: str) -> list[tuple[bytes, Record]]:
-    """Return, for each transaction, its identity in the journal and its record for `topic`."""
+    """For each transaction, return its identity in the journal and its record for `topic`."""
     return [
         (f"{each.unix_time} {each.trans_num}".encode(), Record(topic, encode_transaction(each), each.key, []))
         for each in transactions
@@ -228,7 +228,7 @@ def _records(transactions: Iterable[Transaction], topic: str) -> list[tuple[byte
 
 
 def _dead_letters(rows: Sequence[BadRow], topic: str) -> list[tuple[bytes, Record]]:
-    """Return, for each unreadable row of `topic`, its identity in the journal and its dead letter."""
+    """For each unreadable row, return its identity in the journal and its dead letter for `topic`."""
     records = []
     for row in rows:
         cut = (
@@ -267,7 +267,7 @@ def _save(
 class _OpenTransactions(Outage):
     """Records cannot be read yet, because open Kafka transactions hide them.
 
-    `first_offsets` are the (topic, partition, offset) at which the open Kafka transactions begin.
+    `first_offsets` has the (topic, partition, offset) at which each open Kafka transaction begins.
     """
 
     def __init__(self, first_offsets: Sequence[tuple[str, int, int]]) -> None:
@@ -283,7 +283,10 @@ class _ForgottenTransactions:
         self._first_seen: dict[tuple[str, int, int], float] = {}
 
     def among(self, first_offsets: Iterable[tuple[str, int, int]]) -> list[tuple[str, int]]:
-        """Return the (topic, partition) of each forgotten transaction, given the `first_offsets` of all open ones."""
+        """Return the (topic, partition) of each forgotten transaction.
+
+        `first_offsets` has the (topic, partition, offset) at which each open transaction begins.
+        """
         now = time.monotonic()
         self._first_seen = {place: self._first_seen.get(place, now) for place in first_offsets}
         return [place[:2] for place, seen in self._first_seen.items() if now - seen > _FORGOTTEN_S]

@@ -1,4 +1,4 @@
-"""The journal: an SQLite file with fetched records that are not on their topics yet, and with recent identities.
+"""The journal: an SQLite file with the identities of recent records, and with fetched records not yet on their topics.
 
 If a producer is killed, no fetched record is lost, and the next producer still recognises repeated records.
 """
@@ -34,7 +34,10 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class Entry(NamedTuple):
-    """A record that waits to be written. After a delivery with an unknown result, it may already be on its topic."""
+    """A record that waits to be written.
+
+    After a delivery with an unknown result, the record may already be on its topic.
+    """
 
     number: int
     fetched_ms: int  # epoch milliseconds
@@ -42,13 +45,13 @@ class Entry(NamedTuple):
 
 
 class Journal:
-    """A file with the waiting records and the last `remembered` identities.
+    """A file with the waiting records, and with the identities of recent records.
 
     Several threads may use a journal at once, but only one process can open its file.
     """
 
     def __init__(self, path: Path, *, remembered: int) -> None:
-        """Open or create the file.
+        """Open or create the file. The file keeps the identities of the last `remembered` records.
 
         Raises sqlite3.Error if that fails. The error's code is SQLITE_BUSY if another process has the file open.
         """

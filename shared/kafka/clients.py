@@ -104,8 +104,10 @@ def producer(
     broker is an outage, not an error. `on_failure(error, message)` is called only for records that the producer has
     given up on.
 
-    As for a consumer, `on_error(error)` is called for broken connections. `on_error(error)` is also called for topics
-    to which a Kafka transaction is not permitted to write. Raises SettingsError if the properties are wrong.
+    Like a consumer, the producer calls `on_error(error)` for broken connections. The producer also calls
+    `on_error(error)` if a Kafka transaction is not permitted to write to a topic.
+
+    Raises SettingsError if the properties are wrong.
     """
     defaults = {
         "compression.type": "lz4",
@@ -128,7 +130,7 @@ def producer(
 
 
 def admin(properties: Mapping[str, str], *, on_error: OnError | None = None) -> AdminClient:
-    """Make an admin client. While it is polled, it calls `on_error` as a consumer does.
+    """Make an admin client. Like a consumer, the client calls `on_error(error)` while it is polled.
 
     Raises SettingsError if the properties are wrong.
     """

@@ -24,7 +24,7 @@ _HANDSHAKE_S = 5.0
 class ConnectionReports:
     """Combines a client's error callback with the client's log.
 
-    The client logs the cause of each broken connection. It calls the error callback only once all connections are
+    The client logs the cause of each broken connection. It calls the error callback only when all connections are
     broken, and does not pass the cause to the callback.
     """
 
@@ -58,7 +58,10 @@ class ConnectionReports:
 
 
 def why_broken(said: str, properties: Mapping[str, Any]) -> str:
-    """Return why a connection broke, from librdkafka's log line `said`. Adds causes and remedies that `said` lacks."""
+    """Return why a connection broke, according to `said`, which is a line of librdkafka's log.
+
+    Adds causes and remedies that `said` lacks.
+    """
     if not (found := _SAID.match(said)):
         return "Kafka: no broker answers"
     host, port, what = found["host"], int(found["port"]), found["what"]

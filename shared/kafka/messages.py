@@ -31,7 +31,7 @@ def headers(message: Message) -> Headers:
 
 
 def says_nothing(message: Message) -> bool:
-    """Return whether the record is empty, and was written only to give its Kafka transaction a marker.
+    """Return whether this is an empty record, written only so that its Kafka transaction gets a marker.
 
     Readers skip such records.
     """

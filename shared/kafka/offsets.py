@@ -22,8 +22,7 @@ def ends(
     """Return the next offset of each partition. Raises Outage if the broker does not answer.
 
     With `committed`, returns the last stable offset instead: `read_committed` consumers read only records before this
-    offset. While a Kafka transaction is open, the last stable offset is that of the transaction's first
-    record.
+    offset. While a Kafka transaction is open, the last stable offset is the offset of the transaction's first record.
     """
     latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
     found = _listed(admin(properties), partitions, latest, committed=committed)
@@ -48,9 +47,9 @@ def newest_ms(properties: Mapping[str, str], partitions: Sequence[TopicPartition
 
 
 def since(properties: Mapping[str, str], topic: str, epoch_ms: int) -> list[TopicPartition]:
-    """Return, for each partition, the offset of its first record at or after `epoch_ms`, committed or not.
+    """For each partition, return the offset of the first record at or after `epoch_ms`.
 
-    Partitions without such a record are left out.
+    Uncommitted records are included. Partitions that contain only older records, or none, are left out.
     Raises Outage if the broker does not answer, or denies access to the topic.
     """
     client = admin(properties)

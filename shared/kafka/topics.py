@@ -101,13 +101,16 @@ def check(
 
 
 def _settings(names: Sequence[str], *, letters: bool) -> dict[str, dict[str, str]]:
-    """Return the settings with which each topic is created, by topic name."""
+    """For each topic name, return the settings with which the topic is created."""
     kinds = (("", _RECORDS), (SUFFIX, _LETTERS))[: 1 + letters]
     return {name + suffix: settings for name in names for suffix, settings in kinds}
 
 
 def _in_sync(copies: int) -> int:
-    """Return `min.insync.replicas` for this many replicas. If there are several replicas, one broker may be down."""
+    """Return `min.insync.replicas` for this many replicas.
+
+    With several replicas, writing continues while one broker is down.
+    """
     return 2 if copies >= _COPIES else 1
 
 
@@ -154,7 +157,7 @@ def use(properties: Mapping[str, str], names: Sequence[str]) -> None:
 
 
 def ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicPartition]:
-    """Return the next offset of every partition of these topics, once all partitions have leaders.
+    """Wait until all partitions of these topics have leaders, and return the end offset of each partition.
 
     Raises Outage if the broker does not answer in time.
     """

@@ -23,7 +23,7 @@ class CommittedOffsets:
         self._unknown_since: float | None = None  # monotonic time
 
     def assigned(self) -> None:
-        """Record that partitions were assigned. The consumer now waits for their committed offsets, without logging."""
+        """Record that partitions were assigned. The consumer now waits silently for their committed offsets."""
         self._unknown_since = time.monotonic()
 
     def read(self, consumer: Consumer, places: Iterable[Place]) -> dict[Place, int]:

@@ -37,7 +37,7 @@ class Delivery(Protocol):
     def open(self) -> None:
         """Take over from a process or client that died: abort or complete the Kafka transaction that it left open.
 
-        Raises Outage if that fails.
+        Raises Outage if the transaction cannot be aborted or completed.
         """
 
     def deliver(
@@ -54,7 +54,7 @@ class Delivery(Protocol):
         """Commit the offsets, unless `deliver` has already committed them. After an Outage, call this again."""
 
     def release(self, places: Sequence[tuple[str, int]]) -> None:
-        """Make the broker end our own Kafka transactions that it left open on these partitions.
+        """If the broker left our own Kafka transactions open on these partitions, make the broker end them.
 
         A broker may be killed right after it confirmed a transaction to the client. Such a broker may never write the
         marker that ends the transaction, not even after a restart (seen with Apache Kafka 4.3.1). Our next transaction
@@ -62,11 +62,11 @@ class Delivery(Protocol):
         """
 
     def undo(self, place: TopicPartition, generation: object) -> None:
-        """Make the broker drop our offsets in a Kafka transaction that it left open.
+        """If our offsets are in a Kafka transaction that the broker left open, make the broker drop these offsets.
 
         Until the offsets are dropped, no member of the group can continue to read. `place` is any partition that the
         group reads, and `generation` is the group's generation. It is unknown whether the transaction was committed.
-        The batch may therefore be processed twice, which is better than not at all. Raises Outage if dropping fails.
+        The batch may therefore be processed twice, which is better than losing it. Raises Outage if dropping fails.
         """
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class Delivery(Protocol):
 
 
 class AtLeastOnce:
-    """Writes outputs first, and commits offsets afterwards. A crash between the two repeats a batch, but loses none."""
+    """Writes outputs first, and commits offsets afterwards. If a crash happens in between, the batch is repeated."""
 
     def __init__(self, *, properties: Mapping[str, str], shutdown: Event) -> None:
         self._shutdown = shutdown
@@ -162,9 +162,10 @@ class AtLeastOnce:
 class ExactlyOnce:
     """Writes outputs, dead letters and offsets in one Kafka transaction.
 
-    Consumers with `read_committed` read either all of them or none. When a transaction fails, its client is discarded.
-    The next client uses the same transactional ID, so the broker aborts or completes the transaction that the old
-    client left open. The committed offsets show whether the transaction was aborted or completed.
+    Consumers with `read_committed` read either the whole transaction or nothing of it. When a transaction fails, its
+    client is discarded. The next client uses the same transactional ID, so the broker aborts or completes the
+    transaction that the old client left open. The committed offsets show whether the transaction was aborted or
+    completed.
     """
 
     def __init__(self, *, properties: Mapping[str, str], transactional_id: str, shutdown: Event) -> None:
@@ -273,7 +274,7 @@ class ExactlyOnce:
                 break
             except _Stuck:
                 raise Outage(
-                    f"cannot use Kafka transactions as {self._id}: the client hung for {_STUCK_S:.0f} s"
+                    f"cannot use Kafka transactions with the ID {self._id}: the client hung for {_STUCK_S:.0f} s"
                 ) from None
             except KafkaException as exception:
                 error = exception.args[0]
@@ -282,7 +283,9 @@ class ExactlyOnce:
                     if not (self._away or self._shutdown.is_set() or time.monotonic() > deadline):
                         continue
                     self._fresh = producer
-                raise Outage(f"cannot use Kafka transactions as {self._id}: {self._away or error.str()}") from None
+                raise Outage(
+                    f"cannot use Kafka transactions with the ID {self._id}: {self._away or error.str()}"
+                ) from None
         self._producer, self._suspect, self._away = producer, False, ""
         return producer
 

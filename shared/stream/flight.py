@@ -29,15 +29,15 @@ T = TypeVar("T")
 class Outcome(NamedTuple):
     """What a handler did with a batch.
 
-    The first `done` messages are finished for good. The offsets of these messages are committed after `outputs` and
-    `dead` (the dead letters) are written. `finish()` is called after the previous batch is delivered, but before
-    `outputs` and `dead` are written. `finish()` returns further dead letters. `finish()` must be idempotent, and may
-    raise Outage.
+    The first messages of the batch are finished for good, and `done` is their number. The offsets of these messages are
+    committed after `outputs` and `dead` (the dead letters) are written. `finish()` is called after the previous batch
+    is delivered, but before `outputs` and `dead` are written. `finish()` returns further dead letters. `finish()` must
+    be idempotent, and may raise Outage.
 
-    Messages after the first `done` are redelivered together with newer messages: after `again_in_s` seconds, or sooner
-    if the batch fills up. If `keep` is given, only the messages in `keep` are redelivered. The messages that are not in
-    `keep` are committed together with the next finished message of their partition. Therefore, `keep` must contain the
-    last message of every partition.
+    The other messages are redelivered together with newer messages: after `again_in_s` seconds, or sooner if the batch
+    fills up. If `keep` is given, only the messages in `keep` are redelivered. The messages that are not in `keep` are
+    committed together with the next finished message of their partition. Therefore, `keep` must contain the last
+    message of every partition.
     """
 
     done: int
@@ -110,7 +110,7 @@ class Flights:
         self._flights.popleft()
 
     def abandon(self) -> list[Message]:
-        """Remove all batches. Returns their messages, in order, except those of revoked partitions."""
+        """Remove all batches. Returns their messages in order, but without the messages of revoked partitions."""
         left = [message for flight in self._flights for message in flight.still_assigned(flight.batch)]
         self._flights.clear()
         return left
@@ -121,7 +121,7 @@ class Flights:
             flight.revoked |= partitions
 
     def between_deliveries(self, call: Callable[[], T]) -> Future[T]:
-        """Run `call` in the delivery thread, since a Kafka client accepts only one transactional call at a time."""
+        """Run `call` in the delivery thread, because a Kafka client accepts only one transactional call at a time."""
         return self._delivering.submit(call)
 
     def close(self) -> None:

@@ -76,7 +76,7 @@ class Lag:
 
 
 def _end(consumer: Consumer, place: TopicPartition, *, ask: bool) -> tuple[int, bool]:
-    """Return the partition's next offset (-1 if unknown), and whether to ask the broker about further partitions."""
+    """Return the offset of the partition's end (-1 if unknown), and whether to ask the broker about more partitions."""
     if ask:
         try:
             _, end = consumer.get_watermark_offsets(place, timeout=_ANSWER_S)

@@ -1,7 +1,7 @@
 """The loop of every consumer: polls, hands batches over, commits, rebalances, and pauses during outages.
 
 A service passes a handler to the loop, and never commits an offset itself. Handler and delivery run in other threads.
-The loop keeps polling however long these threads take, and therefore stays a member of the group. On SIGTERM, the loop
+However long these threads take, the loop keeps polling, and therefore stays a member of the group. On SIGTERM, the loop
 finishes the batches in flight. docs/architecture.md has a diagram of the loop's states.
 """
 
@@ -48,13 +48,13 @@ _CONNECTION = frozenset({KafkaError._TRANSPORT, KafkaError._RESOLVE, KafkaError.
 
 
 class Observer(Protocol):
-    """Receives a stream's partition changes, so that it can keep state for each partition.
+    """Receives a stream's partition changes, for example to keep state for each partition.
 
     The methods are called in the loop's thread, so they must not block.
 
     For each partition, `assigned` is called once, then `final` any number of times, then `revoked`. Records before a
-    `final` offset are committed and are never handed over again. Any later records of a revoked partition are handed
-    over again, by the member to which the partition is assigned next.
+    `final` offset are committed and are never handed over again. After a partition is revoked, the next member that
+    reads the partition hands over the uncommitted records again.
     """
 
     def assigned(self, partitions: Sequence[TopicPartition]) -> None:
@@ -111,11 +111,11 @@ class Stream:
         health.waits_for(self._place, "has not joined the group yet")
 
     def run(self, handle: Handler, *, ahead: bool = False, idle: Callable[[], object] | None = None) -> None:
-        """Hand over one batch after another until the shutdown event is set, then finish the batches in flight.
+        """Hand one batch after another to `handle` until the shutdown event is set, then finish the batches in flight.
 
         With `ahead`, a batch is handled while the previous batch is still being delivered. Use `ahead` only for
         handlers that finish the whole batch, and that have no side effects except in `Outcome.finish`. `idle()` is
-        called whenever no message is waiting, because all messages are done or their partitions were revoked.
+        called whenever no message is left, that is, all messages are done or their partitions were revoked.
         """
         self._idle = idle
         self._most_in_flight = 2 if ahead else 1
@@ -218,7 +218,7 @@ class Stream:
         )
 
     def _attempt(self, handle: Handler) -> None:
-        """Hand a batch over, and keep polling while too many batches are in flight.
+        """Hand a batch to the handler, and keep polling while too many batches are in flight.
 
         After an Outage, the messages wait for the next attempt.
         """
@@ -410,7 +410,10 @@ def open_stream(
     shutdown: Event,
     observers: Sequence[Observer] = (),
 ) -> Stream:
-    """Make a stream: a static member of the group with the name REPLICA. Raises SettingsError if a setting is wrong."""
+    """Make a stream, which is a static member of the group. The setting REPLICA is the name of the member.
+
+    Raises SettingsError if a setting is wrong.
+    """
     return Stream(
         make_consumer=lambda on_error: consumer(properties, group=group, replica=settings.replica, on_error=on_error),
         group=group,

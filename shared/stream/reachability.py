@@ -1,4 +1,7 @@
-"""Checks whether a group can reach its brokers and may read its topic, using its client's reports and probes."""
+"""Checks whether a group can reach its brokers and may read its topic.
+
+The Kafka client reports a problem. Probes then show when the problem is over.
+"""
 
 import time
 
@@ -11,7 +14,7 @@ _PROBE_S = 1.0
 
 
 class Reachability:
-    """Logs an outage when the client reports unavailable brokers or a forbidden topic, until a probe succeeds."""
+    """Logs an outage after the client has reported unavailable brokers or a forbidden topic, until a probe succeeds."""
 
     def __init__(self, *, group: str, topic: str) -> None:
         self._topic = topic
@@ -37,8 +40,9 @@ class Reachability:
     def check(self, consumer: Consumer, *, other_outage: bool, at_least_s: float) -> None:
         """Probe the brokers after a report, and log whether the outage continues.
 
-        With `other_outage`, no outage starts here, because the log already shows an outage. The first probe is made
-        `at_least_s` seconds after the report. Until then, a batch may fail for the same reason, or the outage may end.
+        If `other_outage` is true, no new outage is logged here, because the log already shows an outage. The first
+        probe is made at least `at_least_s` seconds after the report. Until then, a batch may fail for the same reason,
+        or the outage may end.
         """
         due = self._reason and not other_outage and time.monotonic() - self._reported_at >= at_least_s
         if not (due or self._outage.under_way):

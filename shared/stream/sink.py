@@ -35,7 +35,7 @@ class Sink(ABC, Generic[Row]):
         """Make a row from a message, without side effects. Raises Poison if the message can never be stored."""
 
     def prepare(self, rows: Sequence[Row]) -> Any:
-        """Make the argument of `store` from a batch: the rows, or a form that can be stored faster.
+        """Return the argument of `store` for a batch: the rows, or another form of them that can be stored faster.
 
         This must not have side effects, because it may run before the previous batch is stored.
         """
@@ -53,7 +53,7 @@ class Sink(ABC, Generic[Row]):
 
 
 def run(sink: Sink[Any], settings: StreamSettings, *, group: str, topic: str, shutdown: Event) -> None:
-    """Store every record of the topic, at least once, until shutdown. Raises SettingsError if a setting is wrong."""
+    """Until shutdown, store every record of the topic at least once. Raises SettingsError if a setting is wrong."""
     properties = kafka_properties(settings)
     delivery = AtLeastOnce(properties=properties, shutdown=shutdown)
     stream = open_stream(settings, properties, group=group, topic=topic, delivery=delivery, shutdown=shutdown)

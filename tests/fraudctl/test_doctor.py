@@ -211,7 +211,7 @@ def missing_setting(_stack: Rig, _engine: sa.Engine) -> Environment:
         (
             no_champion,
             "champion",
-            "no version of nobody is champion. Run `fraudctl train` or `fraudctl promote VERSION`",
+            "no version of nobody has the alias champion. Run `fraudctl train` or `fraudctl promote VERSION`",
         ),
         (no_schema, "migrations", "the schema version is 0002, not 0003. Run `fraudctl migrate`"),
         (

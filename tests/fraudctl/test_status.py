@@ -266,7 +266,7 @@ def test_no_champion_no_schema_and_no_topic_are_named(stack: Rig, engine: sa.Eng
 
     assert found.exit_code == 1
     assert (
-        "unhealthy: no version of nobody is champion. Run `fraudctl train` or `fraudctl promote VERSION`."
+        "unhealthy: no version of nobody has the alias champion. Run `fraudctl train` or `fraudctl promote VERSION`."
         in found.stdout
     )
     assert "unhealthy: database: the schema version is none, the newest is 0003" in found.stdout

@@ -109,7 +109,7 @@ def test_predictor_not_ready(stack: Rig, runbook: Runbook) -> None:
 
     shown = runbook("Predictor not ready")
 
-    assert "failed   champion: no version of nobody is champion" in shown
+    assert "failed   champion: no version of nobody has the alias champion" in shown
 
 
 def test_database_full_or_away(stack: Rig, engine: sa.Engine, runbook: Runbook) -> None:

@@ -377,9 +377,9 @@ def test_doctor_asks_for_the_operators_rights_and_no_more(
         guarded.forbid(acl)
         line = doctor("ACLs")
         guarded.allow([acl])
-        assert re.match(rf"failed   ACLs: this login lacks {acl.operation} on [\w ]*\b{acl.name}[^;:]*: ", line), line
+        assert re.match(rf"failed   ACLs: this login lacks {acl.operation} on [\w ]*\b{acl.name}[^;:]*\. Use ", line), line
     assert doctor("ACLs").startswith("ok ")
-    assert "services with other logins" in doctor("ACLs")
+    assert "a service that uses another login" in doctor("ACLs")
 
 
 def test_losing_the_right_to_read_a_followed_topic_is_reported(guarded: Guarded) -> None:

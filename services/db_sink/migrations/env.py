@@ -1,4 +1,7 @@
-"""Runs the migrations on the connection in the config's attributes. A lock makes other processes wait."""
+"""Runs the migrations on the connection in the config's attributes.
+
+A lock makes other processes wait until the migrations are done.
+"""
 
 import sqlalchemy as sa
 from alembic import context

@@ -48,7 +48,7 @@ def test_a_client_that_does_not_return_is_an_outage_and_is_replaced(monkeypatch:
     deliver = ExactlyOnce(properties={}, transactional_id="producer-1", shutdown=Event())
 
     for _ in range(2):
-        with pytest.raises(Outage, match="cannot use Kafka transactions as producer-1: the client hung"):
+        with pytest.raises(Outage, match="cannot use Kafka transactions with the ID producer-1: the client hung"):
             deliver.open()
 
     over.set()
