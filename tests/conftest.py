@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fcntl import LOCK_EX, LOCK_SH, LOCK_UN, flock
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -59,6 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     A test that starts a server without these fixtures carries the mark `server` itself: `_no_server` sees to it.
     """
+    stacks = cycle(["stack 1", "stack 2"])
     for item in items:
         assert isinstance(item, pytest.Function)
         if _SERVERS & set(item.fixturenames):
@@ -68,6 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group("alone"))
         elif not item.get_closest_marker("xdist_group") and any(each[-1].scope == "module" for each in fixtures):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))  # one worker makes it, once
+        elif item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.xdist_group(next(stacks)))  # more whole stacks at once would only be slower
         group = item.get_closest_marker("xdist_group")
         if group and getattr(config.option, "loadgroup", False):
             item._id = coerce_node_id(f"{item.nodeid}@{group.args[0]}")  # as pytest-xdist 3.8 still did for pytest 9.1
