@@ -30,7 +30,7 @@ _WHO = Provenance("fraud", "1", 0.01, 1_730_134_684_025, 0, 12_345)
 
 
 def against_postgres(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Compare the whole service with its SQL statements alone."""
+    """Compare the rows per second of the service with those of its SQL statements, run without the service."""
     source = _predicted(bench, rows)
     found = side_by_side(
         {"COPY and upsert": lambda: _alone(bench, rows, bare=False), "db_sink": lambda: drained(bench, source, rows)},
@@ -40,7 +40,7 @@ def against_postgres(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def throughput(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Compare the service with common alternatives, and with its SQL statements alone."""
+    """Compare the service with common alternatives, and with its SQL statements, run without the service."""
     source = _predicted(bench, rows)
     found = side_by_side(
         {

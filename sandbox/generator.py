@@ -39,7 +39,7 @@ class _Category:
     name: str
     legitimate: tuple[float, float]  # weights in hours 0-11 and 12-23
     fraudulent: tuple[float, float, float]  # weights in hours 0-3, 4-21 and 22-23
-    amounts: tuple[float, ...]  # quantiles of legitimate amounts, at _LEVELS without the two ends
+    amounts: tuple[float, ...]  # quantiles of legitimate amounts, at _LEVELS[1:-1]
     fraud_amounts: tuple[float, ...]
 
 
@@ -92,7 +92,7 @@ _STATES = {
     "MA": (9, 42.3, -71.8), "NH": (8, 43.4, -71.6), "ND": (8, 47.3, -100.6), "MT": (7, 46.6, -110.9),
     "UT": (7, 39.7, -111.3), "AZ": (6, 34.0, -111.8), "VT": (6, 44.0, -72.8), "CT": (5, 41.6, -72.7),
 }  # fmt: skip
-# Quantiles of a customer's town size and year of birth, at _LEVELS without the two ends.
+# Quantiles of a customer's town size and year of birth, at _LEVELS[1:-1].
 _INHABITANTS = (60.0, 270.0, 740.0, 2_400.0, 19_000.0, 190_000.0, 1_530_000.0)
 _BIRTH_YEARS = (1928.0, 1946.0, 1960.0, 1973.5, 1986.0, 1993.0, 2001.0)
 
@@ -245,7 +245,7 @@ def _customer(world: np.random.Generator) -> list[Any]:
 def _between(level: float, quantiles: Sequence[float] | np.ndarray) -> float:
     """Return the quantile of a distribution at `level` (0 to 1).
 
-    `quantiles` are the known quantiles of the distribution, at _LEVELS without the two ends.
+    `quantiles` are the known quantiles of the distribution, one for each of _LEVELS[1:-1].
     """
     return float(np.interp(level, _LEVELS[1:-1], quantiles))
 

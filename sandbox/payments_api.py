@@ -434,7 +434,7 @@ def main() -> int:
     parser.add_argument(
         "--rate",
         type=float,
-        help="Rows per second; 0 means as fast as rows are fetched. Default: one row per call, or 0 with --source.",
+        help="Rows to serve per second; 0 means no limit. If omitted: no limit with --source, else one row per call.",
     )
     parser.add_argument("--transactions", type=int, help="Number of rows to serve. Default: no limit.")
     parser.add_argument("--held", action="store_true", help="Serve no rows until POST /limit sets a limit.")

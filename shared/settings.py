@@ -253,7 +253,7 @@ def _from_files(fields: Mapping[str, Any], given: Mapping[str, str | None]) -> d
         if not path:
             continue
         if given.get(field):
-            raise SettingsError(f"{name}: set together with {name}_FILE; set only one of them")
+            raise SettingsError(f"{name} and {name}_FILE are both set. Set only one of them")
         try:
             found[field] = Path(path).read_text(encoding="utf-8").removesuffix("\n")
         except (OSError, ValueError) as error:

@@ -377,9 +377,8 @@ def test_doctor_asks_for_the_operators_rights_and_no_more(
         guarded.forbid(acl)
         line = doctor("ACLs")
         guarded.allow([acl])
-        assert re.match(rf"failed   ACLs: this login lacks {acl.operation} on [\w ]*\b{acl.name}[^;:]*\. Use ", line), (
-            line
-        )
+        wanted = rf"failed   ACLs: this login lacks {acl.operation} on [\w ]*\b{acl.name}[^;:]*\. Use "
+        assert re.match(wanted, line), line
     assert doctor("ACLs").startswith("ok ")
     assert "a service that uses another login" in doctor("ACLs")
 

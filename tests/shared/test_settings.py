@@ -155,7 +155,7 @@ def test_a_secret_can_lie_in_a_file(by: str, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("environment", "line"),
     [
-        ({"TOKEN": "a", "TOKEN_FILE": "token"}, "TOKEN: set together with TOKEN_FILE"),
+        ({"TOKEN": "a", "TOKEN_FILE": "token"}, "TOKEN and TOKEN_FILE are both set"),
         ({"TOKEN_FILE": "none"}, "TOKEN_FILE: No such file or directory"),
         ({"TOKEN_FILE": "."}, "TOKEN_FILE: Is a directory"),
         ({"TOKEN_FILE": "empty"}, "TOKEN_FILE: the file is empty"),
@@ -187,7 +187,7 @@ def test_the_same_setting_in_secrets_env_and_as_a_file_is_refused(
     (tmp_path / "secrets.env").write_text("PLACE=here\nTOKEN=a\n")
     monkeypatch.setenv("TOKEN_FILE", "token")
 
-    with pytest.raises(SettingsError, match="TOKEN: set together with TOKEN_FILE"):
+    with pytest.raises(SettingsError, match="TOKEN and TOKEN_FILE are both set"):
         load(ExampleSettings)
 
 
