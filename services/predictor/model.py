@@ -151,7 +151,7 @@ def _compiled(model: Model, shutdown: Event | None) -> Model:
         )
         if difference > TOLERANCE or [each.label for each in wanted] != [each.label for each in found]:
             raise NotCompiled(
-                f"the compiled model does not score as the original does: probabilities differ by up to {difference:.1e}"
+                f"the compiled model and the original score differently: probabilities differ by up to {difference:.1e}"
             )
     except Exception as reason:  # compiling is optional, so a failure is only logged
         log.info("scoring_not_compiled", model=model.name, version=model.version, reason=str(reason))

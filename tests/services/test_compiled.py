@@ -215,4 +215,4 @@ def test_what_would_answer_otherwise_is_not_served(
     with capture_logs() as logs:
         assert model_of(forest).estimator is forest
 
-    assert "the compiled model does not score as the original does: probabilities differ by up to" in str(logs)
+    assert "the compiled model and the original score differently: probabilities differ by up to" in str(logs)
