@@ -1,4 +1,4 @@
-"""Measure how the cost per row changes with the numbers of partitions and replicas, and with backlog and table size."""
+"""Measure how the cost per row changes with the number of partitions, replicas, waiting rows and existing rows."""
 
 import math
 import statistics

@@ -1,4 +1,7 @@
-"""Measure the time from topic_1 to a prediction, to a mail and to a row. Measure the time to work off a backlog."""
+"""Measure how soon a transaction on topic_1 becomes a prediction, a mail and a row in the table.
+
+Measure the time to work off a backlog.
+"""
 
 import shutil
 import time

@@ -67,7 +67,7 @@ def backlog(rows: int, *, fraud_rate: float = FRAUD_RATE) -> tuple[Transaction, 
 
 
 def topic_1_records(topic: str, rows: int) -> Iterator[Record]:
-    """Return the backlog as records on topic_1, as the producer writes them."""
+    """Yield the backlog as the records that the producer would write to topic_1."""
     for transaction in backlog(rows):
         yield Record(topic, encode_transaction(transaction), transaction.key, [])
 
@@ -161,7 +161,7 @@ Suite = Callable[[Bench, int], Section]
 
 
 def _all_share(client: AdminClient, group: str, members: int) -> bool:
-    """Return whether the number of group members that have partitions is `members`."""
+    """Return whether exactly `members` members of the group have partitions."""
     (description,) = client.describe_consumer_groups([group]).values()
     try:
         found = description.result().members
@@ -223,7 +223,7 @@ def _first(processes: Sequence[Process], count: Callable[[], int], begun: Callab
 
 
 def cpu_s(process: Process) -> float:
-    """Return the CPU time that the process has used so far, user and system, in seconds."""
+    """Return the user and system CPU time, in seconds, that the process has used so far."""
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
@@ -236,7 +236,7 @@ def _machine() -> tuple[int, int]:
 
 
 def memory_bar(service: str, seen: Figure) -> Bar:
-    """Return the upper limit for a service's memory, in MB, as a bar."""
+    """Return a Bar with the upper limit, in MB, for a service's memory."""
     return Bar(f"{service}, MB", seen, 350 if service.startswith("predictor") else 110, at_most=True)
 
 

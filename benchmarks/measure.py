@@ -71,8 +71,9 @@ def side_by_side(
 ) -> dict[str, dict[str, Figure]]:
     """Run all variants in every round, and return a figure for each variant and each quantity.
 
-    Every second round runs in reverse order, so that a slow minute of the machine affects all variants. A variant
-    is a function that returns a value for each quantity. A warm-up round runs first and is not counted.
+    Every second round runs the variants in reverse order, so that a slow minute of the machine does not always affect
+    the same variant. A variant is a function that returns a value for each quantity. A warm-up round runs first and is
+    not counted.
     """
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in variants}
     for number in range(-1, rounds):

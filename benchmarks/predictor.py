@@ -1,4 +1,4 @@
-"""Compare the speed of the predictor with the speed of its computation without Kafka. Compare different settings."""
+"""Measure the speed of the predictor with different settings, and the speed of its computation without Kafka."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -99,7 +99,7 @@ def drained(
     settings: Mapping[str, str] | None = None,
     at_most_s: float = 60.0,
 ) -> dict[str, float]:
-    """Measure `replicas` predictors that process the backlog on `source` in a new consumer group."""
+    """Start this number of predictors, and measure how they process the backlog on `source` in a new consumer group."""
     (target,) = bench.topics("predicted")
     own = {"TOPIC_1": source, "TOPIC_2": target, "PREDICTOR_GROUP": target} | dict(settings or {})
     processes = [bench.service("predictor", own, replica=number) for number in range(1, replicas + 1)]

@@ -1,4 +1,4 @@
-"""Compare the db_sink with other ways to insert rows, and with PostgreSQL alone.
+"""Compare the db_sink with other ways to insert rows, and with its own SQL statements run directly.
 
 Compare the db_sink's speed on an empty table with its speed on a large table.
 """
@@ -30,7 +30,7 @@ _WHO = Provenance("fraud", "1", 0.01, 1_730_134_684_025, 0, 12_345)
 
 
 def against_postgres(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Compare the rows per second of the service with those of its SQL statements, run without the service."""
+    """Compare the rows per second of the db_sink with those of its SQL statements run directly by the benchmark."""
     source = _predicted(bench, rows)
     found = side_by_side(
         {"COPY and upsert": lambda: _alone(bench, rows, bare=False), "db_sink": lambda: drained(bench, source, rows)},
@@ -40,7 +40,7 @@ def against_postgres(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 
 def throughput(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Compare the service with common alternatives, and with its SQL statements, run without the service."""
+    """Compare the db_sink with common alternatives, and with its own SQL statements run directly by the benchmark."""
     source = _predicted(bench, rows)
     found = side_by_side(
         {
@@ -120,7 +120,7 @@ def _predicted(bench: Bench, rows: int) -> str:
 
 
 def topic_2_records(topic: str, rows: int) -> Iterator[Record]:
-    """Return the backlog as records on topic_2, as the predictor writes them."""
+    """Yield the backlog's transactions as topic_2 records, in the form that the predictor writes."""
     headers = to_headers(_WHO)
     for transaction in backlog(rows):
         yield Record(topic, encode_prediction(encode_transaction(transaction), 0), transaction.key, headers)
@@ -141,7 +141,7 @@ def database(bench: Bench) -> Iterator[str]:
 
 
 def drained(bench: Bench, source: str, rows: int) -> dict[str, float]:
-    """Measure a db_sink that stores the backlog on `source` in an empty database."""
+    """Measure a db_sink while it stores the records of the topic `source` in an empty database."""
     with database(bench) as url:
         return _into(bench, url, source, rows)
 

@@ -1,4 +1,4 @@
-"""Compare the producer with librdkafka alone, and the alerter with a plain SMTP session."""
+"""Compare the producer with plain librdkafka clients, and the alerter with a plain SMTP session."""
 
 import smtplib
 import time
@@ -24,7 +24,10 @@ _WHO = Provenance("fraud", "1", 0.99, 1_730_134_684_025, 0, 12_345)
 
 
 def producing(bench: Bench, *, rounds: int, rows: int) -> Section:
-    """Compare the producer with librdkafka alone. The producer also keeps a journal and uses Kafka transactions."""
+    """Compare the producer with plain librdkafka clients.
+
+    Unlike these clients, the producer keeps a journal and uses Kafka transactions.
+    """
     found = side_by_side(
         {
             "librdkafka, produce": lambda: _produced(bench, rows),

@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def started(stack: ExitStack, broker: str) -> Bench:
-    """Start a stack whose registry has both models and whose database records commit times."""
+    """Start a stack with both models in its registry and with commit timestamps enabled in its database."""
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fraud-alarm-bench-")))
     parts = stack.enter_context(local_stack(directory, broker=broker))
     predictor.register_forest(parts.registry.uri)

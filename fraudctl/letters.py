@@ -95,7 +95,7 @@ class Letter(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A filter for the dead letters of `topics`. A letter is selected if it matches all other fields."""
+    """A filter that selects the dead letters of `topics` that match all the other fields."""
 
     topics: Sequence[str]  # topics of the original records
     ids: Collection[LetterId] = ()
@@ -147,7 +147,7 @@ def parse_id(text: str, topics: Sequence[str]) -> LetterId:
 
 
 def parse_topic(text: str, topics: Sequence[str]) -> str:
-    """Return a topic's name, without the suffix of a dead-letter topic. Raises CallError if the topic is unknown."""
+    """Return the topic's name without the dead-letter suffix. Raises CallError if the topic is unknown."""
     name = text.removesuffix(SUFFIX)
     if name not in topics:
         raise CallError(f"there is no topic {text!r}. Choose from: {', '.join(topics)}")

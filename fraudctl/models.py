@@ -32,9 +32,9 @@ class Trial:
 def promote(of: "Alias", version: str) -> tuple[Trial, Trial | None]:
     """Move the alias to `version`. Returns the trial of this version and the trial of the alias's previous version.
 
-    The second trial is None if the alias was not on another version, or if the other version cannot be loaded. Raises
-    NoSuchVersion if `version` does not exist, UnusableModel if it cannot be served, and Outage if the registry does not
-    respond.
+    The second trial is None if the alias did not exist or was already on `version`, or if the previous version cannot
+    be loaded. Raises NoSuchVersion if `version` does not exist, UnusableModel if it cannot be served, and Outage if the
+    registry does not respond.
     """
     # These imports change os.environ, through MLflow and scikit-learn. Importing fraudctl.models must not change it.
     from services.predictor.model import UnusableModel

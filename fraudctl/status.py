@@ -218,7 +218,7 @@ def _topic_names(settings: ServiceSettings) -> list[str]:
 
 
 def _sources(settings: ServiceSettings) -> dict[str, str]:
-    """Return the services that fetch transactions from outside: a mapping from topic written to service name."""
+    """For each topic that a service fills with transactions from outside, return the name of this service."""
     return {
         getattr(settings, service.writes): service.name
         for service in catalogue.SERVICES
@@ -396,8 +396,8 @@ def _committed(client: AdminClient, group: str, places: list[TopicPartition]) ->
 def _firsts(properties: Mapping[str, str], places: Collection[TopicPartition]) -> dict[int, Message]:
     """For each of `places`, return the first record at or after the place's offset.
 
-    The result is a mapping from partition to record. A partition is left out if it has only Kafka's transaction markers
-    from this offset on.
+    The result is a mapping from partition to record. A partition is left out if it contains only Kafka's transaction
+    markers from the place's offset on.
     """
     reader = consumer({**properties, "enable.partition.eof": "true"}, group=_GROUP)
     unread = {place.partition for place in places}

@@ -49,7 +49,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """The running demo, as a scenario sees it."""
+    """The parts of the running demo that a scenario can use."""
 
     stack: Stack
     services: dict[str, Process]  # by name; the demo fails if a service exits unexpectedly

@@ -115,7 +115,7 @@ def stops(*, pause_s: float = 3.0) -> Faults:
 
 
 def scaling(*, pause_s: float = 8.0) -> Faults:
-    """Scale the predictor to three replicas and back to one. One replica gets SIGTERM, and one gets SIGKILL."""
+    """Repeatedly scale the predictor to three replicas, then stop one with SIGTERM and kill one with SIGKILL."""
 
     def faults(run: Run) -> Iterator[None]:
         services = run.scene.services
@@ -223,7 +223,7 @@ def mail_troubles(*kinds: str, rest_s: float = 6.0) -> Faults:
 
 
 def registry_away(run: Run) -> Iterator[None]:
-    """Stop the registry once the predictor has a model. Restart the predictor three times, and then the registry."""
+    """When the predictor has a model, stop the registry, restart the predictor three times, then start the registry."""
     registry, predictor = run.scene.stack.registry, run.scene.services["predictor"]
     while not run.over and not predictor.ready:
         yield

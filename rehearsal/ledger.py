@@ -1,6 +1,6 @@
 """The ledger: tracks every transaction, by its identity, through the topics, the mailbox and the table.
 
-All figures are counted in the topics, in the mailbox and in the table. No figure is reported by a service.
+All figures are counted in the topics, in the mailbox and in the table. No figure comes from the services themselves.
 """
 
 import time
@@ -270,9 +270,10 @@ def mailed(
 
 
 def _stored(engine: sa.Engine, identities: Iterable[Identity], *, since_ms: int) -> dict[Identity, float]:
-    """Return when each transaction was first stored (epoch ms), for transactions predicted at or after `since_ms`.
+    """Return when each of these transactions was first stored (epoch ms).
 
-    If an earlier run inserted the row, the time is from that run, because an upsert does not change `ingested_at`.
+    Transactions that were predicted before `since_ms` are left out. If an earlier run inserted the row, the time is
+    from that run, because an upsert does not change `ingested_at`.
     """
     wanted = set(identities)
     query = sa.text("""

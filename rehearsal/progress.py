@@ -53,7 +53,7 @@ class GroupProgress:
         self._client.close()
 
     def done_and_lag(self, positions: Mapping[tuple[str, int], int]) -> tuple[int, int]:
-        """Return how many records were committed since the start, and how many before `positions` are not committed.
+        """Return the number of records committed since the start, and the lag behind `positions`.
 
         While the broker does not respond, returns the last known numbers.
         """

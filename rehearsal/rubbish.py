@@ -17,8 +17,8 @@ from shared.records import REFERENCE
 class Rubbish:
     """Writes many kinds of records that no service can decode.
 
-    `places` contains the place of each acknowledged record. `cut_off` contains the acknowledged records that are valid
-    transactions without their last character: a mapping from place to value.
+    `places` contains the place of each acknowledged record. `cut_off` contains the place and the value of each
+    acknowledged record that was made by removing the last character of a valid transaction.
     """
 
     def __init__(self, properties: Mapping[str, str], topic: str, dice: random.Random) -> None:
@@ -34,7 +34,7 @@ class Rubbish:
         )
 
     def write(self) -> None:
-        """Write one more record. The first record is always a valid transaction without its last character."""
+        """Write one more record. The first record is always a valid transaction whose last character was removed."""
         number = next(self._numbers)
         kind, value_of = _CUT_OFF if number == 1 else self._dice.choice(_KINDS)
         self._producer.produce(self._topic, value_of(number), on_delivery=partial(self._delivered, kind))

@@ -107,10 +107,11 @@ def local_stack(
 ) -> Iterator[Stack]:
     """Start all servers that the services need, train a champion, and stop the servers at the end.
 
-    Files are kept in `directory`. `broker` is `embedded`, `apache`, or the HOST:PORT or client.properties file of a
-    running broker. With `database_url`, no database is started. A champion from an earlier run in `directory` is kept.
-    Raises StandInError if a server does not start or training fails. Raises Outage if the running broker does not
-    respond, and SettingsError if the client.properties file is invalid.
+    Files are kept in `directory`. `broker` is `embedded` or `apache` to start a broker. To use a broker that is already
+    running, `broker` is its HOST:PORT or the path of a client.properties file. With `database_url`, no database is
+    started. A champion from an earlier run in `directory` is kept. Raises StandInError if a server does not start or
+    training fails. Raises Outage if the running broker does not respond, and SettingsError if the client.properties
+    file is invalid.
     """
     directory = directory.resolve()
     given = Path(broker).resolve() if Path(broker).is_file() else None

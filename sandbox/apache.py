@@ -90,7 +90,7 @@ class ApacheKafka(Process):
 
 
 def missing() -> str | None:
-    """Return a phrase that says what this machine lacks to run Apache Kafka, or None if it lacks nothing."""
+    """Return which requirement of Apache Kafka this machine does not meet, or None if it meets all of them."""
     if (version := _java_version()) is None or version < _OLDEST_JAVA:
         return f"Java {_OLDEST_JAVA} or newer is missing"
     if _jars().is_dir():

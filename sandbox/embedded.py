@@ -60,7 +60,7 @@ class EmbeddedBroker(Process):
 
 
 def main() -> int:
-    """Run a mock cluster until SIGTERM. Once the cluster accepts connections, its address is in the file."""
+    """Run a mock cluster until SIGTERM. When the cluster is ready, write its address to the file `--address-file`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address-file", type=Path, required=True)
     arguments = parser.parse_args()

@@ -108,8 +108,8 @@ def transactions(
 ) -> Iterator[list[Any]]:
     """Yield an endless series of rows, sorted by time. The average gap between two rows is `mean_gap_s` seconds.
 
-    The values of a row are in the order of RAW_COLUMNS. `fraud_hours` (24,) are the weights of the hours (UTC) at which
-    frauds happen.
+    The values of a row are in the order of RAW_COLUMNS. `fraud_hours` contains 24 weights, one for each
+    hour of the day in UTC. The frauds are distributed over the day according to these weights.
     """
     drawn, customers, merchants = _population(seed, cards)
     world = deepcopy(drawn)
@@ -137,9 +137,9 @@ def training_frame(
     fraud_rate: float = TRAINING_FRAUD_RATE,
     fraud_hours: np.ndarray = FRAUD_HOURS,
 ) -> "pd.DataFrame":
-    """Generate `rows` labelled transactions with the training file's columns.
+    """Generate labelled transactions with the training file's columns.
 
-    By default, there are more frauds than in reality.
+    `rows` is the number of transactions. By default, there are more frauds than in reality.
     """
     made = transactions(seed=seed, start=start, fraud_rate=fraud_rate, fraud_hours=fraud_hours)
     import pandas as pd  # importing pandas takes seconds, and serving a stream does not need it
@@ -159,7 +159,10 @@ def _day(
     day: datetime,
     legitimate: int,
 ) -> Iterator[list[Any]]:
-    """Yield one day's payments, sorted by time. The first column of `frauds` (n, 2) has the card of each fraud."""
+    """Yield one day's payments, sorted by time.
+
+    `frauds` has the shape (n, 2). Its first column contains the index of each fraud's card.
+    """
     count = legitimate + len(frauds)
     is_fraud = np.arange(count) >= legitimate
     hour = np.concatenate([_draw(world, _LEGITIMATE_HOURS, legitimate), _draw(world, fraud_hours, len(frauds))])

@@ -212,7 +212,10 @@ class _Keeper:
 
 
 def _refusal(server: _Session, stage: str) -> str | None:
-    """Return the temporary refusal to send at this stage, or None. A refusal is sent at DATA at the latest."""
+    """Return the response that temporarily refuses the mail at this stage, or None.
+
+    With the fault `4xx`, a mail that was not refused earlier is refused at DATA.
+    """
     due, reply = server.refusal
     return reply if server.fault == "4xx" and stage in (due, "DATA") else None
 

@@ -272,7 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.queue.done(rows, repeats)
 
     def _check_client(self) -> None:
-        """Raise OSError if the client has disconnected. Writing the response would not raise an error."""
+        """Raise OSError if the client has disconnected. Writing to a disconnected client would not raise an error."""
         with suppress(BlockingIOError):
             if not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
                 raise ConnectionAbortedError

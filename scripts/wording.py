@@ -2,8 +2,8 @@
 
 `python -m scripts.wording` prints `path:line: word: use X` for each word.
 
-In Python files, it checks comments, strings and names. In other text files, it checks everything. A phrase may span
-lines.
+In Python files, the script checks comments, strings and names. In other text files, the script checks everything. A
+phrase may span lines.
 """
 
 import ast

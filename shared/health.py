@@ -48,10 +48,9 @@ def call(name: str) -> Iterator[None]:
 
 
 def slow(longer_than_s: float = 0.0) -> dict[str, float]:
-    """Return a number of seconds for each loop and each running call, by name.
+    """Return how many seconds ago each loop last made progress, and each running call began, by name.
 
-    The seconds count from the loop's last progress, or from the start of the call. Loops and calls with at most
-    `longer_than_s` seconds are left out.
+    Loops and calls with at most `longer_than_s` seconds are left out.
     """
     now = time.monotonic()
     return {name: now - at for name, at in list(_turns.items()) if now - at > longer_than_s}

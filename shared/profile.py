@@ -22,7 +22,7 @@ _PRIOR_ROWS = 100
 class Numbers(msgspec.Struct, frozen=True):
     """A numeric feature's distribution over BINS bins, each with about a tenth of the rows.
 
-    `edges` separate the bins. There are fewer bins if a value is so frequent that several edges coincide.
+    `edges` separate the bins. There are fewer than BINS bins if a value is so frequent that several edges coincide.
     """
 
     low: float

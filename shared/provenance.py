@@ -35,7 +35,10 @@ def to_headers(provenance: Provenance) -> Headers:
 
 
 def from_headers(headers: Headers) -> Provenance:
-    """Read the provenance. If it is missing or unreadable, every field is None, but the prediction is still valid."""
+    """Read the provenance. If the header is missing or unreadable, every field is None.
+
+    The prediction is valid even without provenance.
+    """
     for name, raw in headers:
         if name == HEADER and isinstance(raw, bytes):
             try:

@@ -1,4 +1,4 @@
-"""Reads and writes the records of topic_1 (N+1 features) and topic_2 (N+2 features).
+"""Reads and writes the records of topic_1 (N+1 fields) and topic_2 (N+2 fields).
 
 The canonical value of a record is a flat JSON object. The payments API and older topic_1 messages use the "split" form
 of pandas (`{"columns": ..., "index": ..., "data": ...}`), often as a JSON string inside JSON. `read_split` and
@@ -176,7 +176,7 @@ def read_topic_1(value: bytes | None) -> Rows:
 
 
 def read_split(body: bytes) -> Rows:
-    """Read a response of the payments API, which is in split form and JSON-encoded once or twice.
+    """Read a response of the payments API: transactions in split form, JSON-encoded once or twice.
 
     Raises Poison for any other response.
     """

@@ -52,7 +52,7 @@ class OutageLog:
         return self._began is not None
 
     def failed(self, reason: str, **more: object) -> None:
-        """Record a failed try, which starts or continues an outage. `more` contains more fields for the log line."""
+        """Record a failed try, which starts or continues an outage. `more` contains extra fields for the log line."""
         now = time.monotonic()
         if self._began is None:
             self._began = self._counted = now
@@ -67,7 +67,7 @@ class OutageLog:
         self.remind(**more)
 
     def remind(self, **more: object) -> None:
-        """If an outage is under way and was last logged a minute ago, log the outage again."""
+        """If an outage is under way and has not been logged for a minute, log the outage again."""
         if self._began is None:
             return
         now = time.monotonic()

@@ -58,7 +58,7 @@ def _tune() -> None:
 
 
 def _log_crash(error: BaseException | None) -> None:
-    """Log the error's traceback, type and message. Digits in the message are masked, because it may quote values."""
+    """Log the error's traceback, type and message. Mask the message's digits, because messages may quote values."""
     if error:
         where = "".join(traceback.format_tb(error.__traceback__))
         reason = f"{type(error).__name__}: {without_digits(str(error))}"

@@ -143,7 +143,7 @@ class StreamSettings(ServiceSettings):
 
 
 class RegistrySettings(Settings):
-    """The settings for the model registry, which every program that uses the registry reads."""
+    """The settings for the model registry. Every program that uses the registry reads these settings."""
 
     mlflow_tracking_uri: str = Field(min_length=1, repr=False, description="URI of the MLflow registry")
     mlflow_tracking_username: str | None = Field(None, description="User name for the registry, if it requires a login")
@@ -152,7 +152,10 @@ class RegistrySettings(Settings):
     model_alias: str = Field("champion", min_length=1, description="Alias of the model version to use")
 
     def set_up_mlflow(self) -> None:
-        """Put MLflow's login into the environment, and disable its telemetry. Call this before importing MLflow."""
+        """Put MLflow's login into the environment, and disable MLflow's telemetry.
+
+        Call this before importing MLflow.
+        """
         # MLflow's telemetry thread changes os.environ while the `requests` library reads os.environ.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         if self.mlflow_tracking_username and self.mlflow_tracking_password:

@@ -29,7 +29,9 @@ _EARTH_RADIUS_KM = 6371.0
 
 
 def make_features(raw: pd.DataFrame) -> np.ndarray:
-    """Compute the columns FEATURES (n, 6) from the columns RAW (n, 9). An unknown category becomes NaN.
+    """From n rows with the columns RAW, compute the features: an array (n, 6) with the columns FEATURES.
+
+    An unknown category becomes NaN.
 
     Raises ValueError for an invalid time or date of birth.
     """

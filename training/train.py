@@ -135,7 +135,7 @@ def split(frame: pd.DataFrame, labels: np.ndarray, *, seed: int) -> tuple[np.nda
     by time. In this case, only the last part of the period is held out. Otherwise, the rows are split by card alone.
     For example, a split by time is impossible if a file's frauds and legitimate rows are from different years.
 
-    Raises ValueError if a part of the split by card has no frauds, or has only frauds.
+    Raises ValueError if, after the split by card, one part has no frauds or only frauds.
     """
     cards = GroupShuffleSplit(n_splits=1, test_size=_HELD_OUT, random_state=seed)
     unseen = np.zeros(len(frame), dtype=bool)
@@ -147,7 +147,7 @@ def split(frame: pd.DataFrame, labels: np.ndarray, *, seed: int) -> tuple[np.nda
         return *by_time, f"{_HELD_OUT:.0%} of the cards, in the last {_HELD_OUT:.0%} of the time"
     if any(len(np.unique(labels[part])) < 2 for part in (~unseen, unseen)):
         raise ValueError(
-            "training needs frauds on more cards, because the training rows or the held-out rows have none"
+            "training needs frauds on more cards, because the training rows or the held-out rows contain no frauds"
         )
     return ~unseen, unseen, f"{_HELD_OUT:.0%} of the cards"
 

@@ -1,4 +1,4 @@
-"""An implementation of the design that this project replaced, without unnecessary delays.
+"""Implements the design that this project replaced. The implementation has no unnecessary delays.
 
 For each message, the program makes one DataFrame and one model call. Predictions are written without waiting for
 acknowledgements. The client commits offsets automatically.

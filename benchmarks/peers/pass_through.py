@@ -1,4 +1,4 @@
-"""Copies every record unchanged, with the Kafka clients alone. No loop in Python can be faster."""
+"""Copies every record unchanged, and uses only the Kafka clients. No loop in Python can be faster."""
 
 import argparse
 from threading import Event

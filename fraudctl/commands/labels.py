@@ -50,7 +50,7 @@ def import_file(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="CSV file with the columns trans_num and is_fraud. Optional columns: unix_time and by (the reviewer).",
+            help="CSV file with the columns trans_num and is_fraud. Optional columns: by (the reviewer) and unix_time.",
         ),
     ],
     by: Annotated[
@@ -58,7 +58,7 @@ def import_file(
     ] = None,
     overrule: Overwrite = False,
 ) -> None:
-    """Import all labels from a CSV file, or none if one is invalid."""
+    """Import all labels from a CSV file, or none of them if any label is invalid."""
     from fraudctl import labels
 
     _confirm(labels.read(file, by=by), overrule=overrule)

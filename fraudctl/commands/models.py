@@ -116,7 +116,7 @@ def rollback(name: ModelName = None, alias: ModelAlias = None, tracking_uri: Tra
 
 
 def _settings(name: str | None, alias: str | None, tracking_uri: str | None) -> "RegistrySettings":
-    """Return the settings. The value of each given option replaces the setting's value.
+    """Return the settings. An option that is given overrides the corresponding setting.
 
     Also limits MLflow's retries and output.
     """

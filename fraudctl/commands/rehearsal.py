@@ -35,7 +35,10 @@ def demo(
         typer.Option(metavar="FILE", help="CSV file in the training format. Default: generated transactions."),
     ] = None,
     broker: Annotated[
-        str, typer.Option(metavar="BROKER", help="auto, embedded, apache, HOST:PORT or a client.properties file.")
+        str,
+        typer.Option(
+            metavar="BROKER", help="Broker to use: auto, embedded, apache, HOST:PORT or a client.properties file."
+        ),
     ] = "auto",
     database: Annotated[
         str | None, typer.Option(metavar="URL", help="PostgreSQL database to use. Default: a temporary database.")

@@ -31,19 +31,22 @@ class Alarm(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Alarms and dead letters from the first `read` messages of a batch.
+    """Alarms and dead letters from the first messages of a batch.
 
     Each alarm and each dead letter has the number of its message. The messages are numbered from 1.
     """
 
-    read: int
+    read: int  # number of messages that were searched
     alarms: list[tuple[int, Alarm]]
     dead: list[tuple[int, Record]]  # one dead letter for each unreadable message
     repeats: int  # number of alarms skipped because they were already sent or are in the batch twice
 
 
 def find(messages: Sequence[Message], sent: Remembered, *, group: str, most: int) -> Found:
-    """Find at most `most` alarms that are not in `sent`. Also make a dead letter of each unreadable message."""
+    """Find alarms that are not in `sent`, and stop after `most` alarms.
+
+    Also make a dead letter of each unreadable message.
+    """
     alarms: list[tuple[int, Alarm]] = []
     dead: list[tuple[int, Record]] = []
     identities: set[tuple[str, int]] = set()

@@ -74,7 +74,7 @@ class ByMail:
     def handle(self, messages: Sequence[Message]) -> Outcome:
         """Send at most one mail: either a mail about the first alarm, or a digest whose gathering time is over.
 
-        Messages after the last mailed alarm are redelivered. A crash therefore repeats at most one mail.
+        Messages after the last mailed alarm are redelivered. Therefore, at most one mail is repeated after a crash.
         """
         single = not self._catching_up and self._pace.allows_single()
         found = find(messages, self._mailed, group=self.group, most=1 if single else self._largest_digest)
@@ -115,8 +115,7 @@ class ByMail:
         """Continue at the normal pace, because at most `burst` alarms were waiting when this process started.
 
         A larger backlog is mailed as a digest. The previous process may have mailed the same digest, and may have been
-        killed before it committed the offsets. A digest then repeats the alarms in one mail, rather than in one mail
-        per alarm.
+        killed before it committed the offsets. In that case, only one mail is repeated, rather than one mail per alarm.
         """
         self._catching_up = False
         self._pace.digest_sent()
@@ -280,8 +279,8 @@ def _send(
 def _to_keep(messages: Sequence[Message], found: Found) -> list[Message]:
     """Return the messages to redeliver while a digest is gathered.
 
-    From the first alarm on, the alarms and the unreadable messages in `found` must be redelivered.
-    The last message of each partition is included as well, because `Outcome.keep` requires that message.
+    Only messages from the first alarm on are returned: the alarms and the unreadable messages in `found`, and the last
+    message of each partition, which `Outcome.keep` requires.
     """
     wanted = {number for number, _ in (*found.alarms, *found.dead)}
     wanted |= set({message.partition(): number for number, message in enumerate(messages, start=1)}.values())

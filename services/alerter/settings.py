@@ -48,7 +48,10 @@ class AlerterSettings(StreamSettings):
     alert_digest_seconds: float = Field(
         60.0,
         gt=0,
-        description="Seconds to gather alarms into a digest, and to refill the allowance of ALERT_BURST by one",
+        description=(
+            "Seconds for which alarms are gathered into a digest; in this time, "
+            "the allowance of ALERT_BURST refills by one"
+        ),
     )
     alert_templates: Path | None = Field(
         None, description="Folder with mail templates; each template replaces the built-in template of the same name"

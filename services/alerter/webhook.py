@@ -25,7 +25,10 @@ class Webhook:
     """A client for one webhook."""
 
     def __init__(self, *, url: str, secret: str, timeout_s: float) -> None:
-        """`secret` is either `whsec_` followed by a base64 key, or other text. Raises ValueError for invalid base64."""
+        """`secret` is either `whsec_` followed by a base64 key, or any other text, which is then the key itself.
+
+        Raises ValueError for invalid base64.
+        """
         self._url = url
         found = _HOST.match(url)
         self._host = found[1] if found else ""  # messages show the host only, since the rest of the URL may be secret

@@ -52,7 +52,10 @@ class _Feature(NamedTuple):
 
 
 class Window:
-    """Counts how many of the last `rows` rows are in each bin of a profile. `rows` is rounded up to whole chunks."""
+    """Counts how many of the most recent rows are in each bin of a profile.
+
+    The window has `rows` rows, rounded up to whole chunks.
+    """
 
     def __init__(self, profile: Profile, *, rows: int) -> None:
         self._features = [

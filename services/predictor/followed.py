@@ -106,7 +106,7 @@ def keep_up(
 ) -> Thread:
     """Start a thread that checks the aliases every `every_s` seconds and whenever `now` is set, until shutdown.
 
-    Join the thread at the end, so that no conversion process and no partial download is left behind.
+    The caller must join the thread at the end, so that no conversion process and no partial download is left behind.
     """
 
     def look() -> None:

@@ -94,7 +94,7 @@ def make_model(
     `compiled` is true, the model's trees are compiled. The original model is returned if compiling is impossible, if
     compiling would change scores, or if `shutdown` interrupts the compilation.
 
-    Raises UnusableModel if the test fails, if the input columns are unknown, or if transactions do not have them.
+    Raises UnusableModel if the test fails, if the input columns are unknown, or if transactions lack an input column.
     """
     wanted = tuple(columns if columns is not None else getattr(estimator, "feature_names_in_", ()))
     if not wanted:
@@ -219,7 +219,8 @@ def _labels(predicted: Any) -> Any:
     labels = np.asarray(predicted).ravel().astype(float)
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(
-            "the model returns labels that are neither zero nor one; if they are probabilities, log a threshold"
+            "the model returns labels that are neither zero nor one;"
+            " if they are probabilities, log the model with a threshold"
         )
     return labels.astype(int)
 

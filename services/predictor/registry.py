@@ -78,9 +78,9 @@ class Registry:
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
-            raise self._outage(f"cannot read the alias {alias} of {self.name}", error) from None
+            raise self._outage(f"cannot read the alias {alias} of the model {self.name}", error) from None
         except Exception as error:
-            raise self._outage(f"cannot read the alias {alias} of {self.name}", error) from None
+            raise self._outage(f"cannot read the alias {alias} of the model {self.name}", error) from None
         return Found(str(found.version), found.run_id)
 
     def load(self, found: Found) -> Model:
@@ -103,7 +103,7 @@ class Registry:
         except (Outage, UnusableModel):
             raise
         except Exception as error:  # raised by MLflow, its HTTP client or an artifact store
-            raise self._outage(f"cannot fetch version {found.version} of {self.name}", error) from None
+            raise self._outage(f"cannot fetch version {found.version} of the model {self.name}", error) from None
 
     def last_good(self, alias: str) -> tuple[Found, Model] | None:
         """Load the version that `keep` recorded for the alias.

@@ -35,7 +35,8 @@ def predict(
 ) -> Predicted:
     """Make a prediction for every valid transaction of the batch, and a dead letter for every message with a bad row.
 
-    The predictions are records for `topic`. Raises Outage if the failure is caused by the model and not by the rows.
+    The predictions are records to write to `topic`. Raises Outage if scoring fails because of the model, not because of
+    the rows.
     """
     transactions: list[Transaction] = []
     in_milliseconds: list[bool] = []

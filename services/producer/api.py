@@ -16,7 +16,7 @@ _MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
 def fetch(session: requests.Session, url: str, *, timeout_s: float) -> bytes:
-    """Send a GET request. Returns the body of the response, which has at most 64 MB.
+    """Send a GET request. Returns the body of the response (at most 64 MB).
 
     Raises Outage if the API does not respond, or if the status is not 200. Also raises Outage if the response is too
     large, or is not complete within `timeout_s` seconds. The message of the Outage does not contain the URL.
@@ -41,7 +41,7 @@ def fetch(session: requests.Session, url: str, *, timeout_s: float) -> bytes:
 
 
 def retry_after_s(header: str | None) -> float:
-    """Return how many seconds a Retry-After header asks to wait, but at most 300.
+    """Return how many seconds to wait according to a Retry-After header, but at most 300.
 
     The header contains a number of seconds or a date (RFC 9110, 10.2.3).
     """

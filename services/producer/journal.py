@@ -1,4 +1,4 @@
-"""The journal: an SQLite file with the identities of recent records, and with fetched records not yet on their topics.
+"""The journal: an SQLite file with fetched records that are not on their topics yet, and identities of recent records.
 
 If a producer is killed, no fetched record is lost, and the next producer still recognises repeated records.
 """
@@ -53,7 +53,7 @@ class Journal:
     def __init__(self, path: Path, *, remembered: int) -> None:
         """Open or create the file. The file keeps the identities of the last `remembered` records.
 
-        Raises sqlite3.Error if that fails. The error's code is SQLITE_BUSY if another process has the file open.
+        Raises sqlite3.Error on failure. The error's code is SQLITE_BUSY if another process has the file open.
         """
         self._path = path
         self._remembered = remembered

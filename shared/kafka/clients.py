@@ -60,11 +60,11 @@ def consumer(
     """Make a consumer that reads only committed records and never commits offsets by itself.
 
     With a `replica` name, the consumer is a static member (KIP-345). A static member that restarts under the same name
-    gets its partitions back at once, without waiting for the old session to expire. A consumer with a `replica` name
-    also reports the ends of its partitions.
+    gets its partitions back at once, without waiting for the old session to expire. With a `replica` name, the consumer
+    also reports when it has reached the end of a partition.
 
-    While the consumer polls, it calls `on_error(error)` for broken connections. Once all connections are broken, the
-    error gives the cause. Raises SettingsError if the properties are wrong.
+    While the consumer polls, it calls `on_error(error)` for broken connections. If all connections are broken, the
+    text of the error contains the cause. Raises SettingsError if the properties are wrong.
     """
     defaults = {
         "auto.offset.reset": "earliest",

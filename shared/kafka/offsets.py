@@ -1,4 +1,4 @@
-"""Queries the first and next offsets of partitions, and reads partitions to their current end."""
+"""Finds where partitions begin and end, as offsets, and reads partitions to their current ends."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -19,10 +19,12 @@ _READ_TIMEOUT_S = 10.0
 def ends(
     properties: Mapping[str, str], partitions: Sequence[TopicPartition], *, committed: bool
 ) -> dict[tuple[str, int], int]:
-    """Return the next offset of each partition. Raises Outage if the broker does not answer.
+    """For each partition, return the offset that its next record will get.
 
     With `committed`, returns the last stable offset instead: `read_committed` consumers read only records before this
     offset. While a Kafka transaction is open, the last stable offset is the offset of the transaction's first record.
+
+    Raises Outage if the broker does not answer.
     """
     latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
     found = _listed(admin(properties), partitions, latest, committed=committed)
@@ -49,8 +51,8 @@ def newest_ms(properties: Mapping[str, str], partitions: Sequence[TopicPartition
 def since(properties: Mapping[str, str], topic: str, epoch_ms: int) -> list[TopicPartition]:
     """For each partition, return the offset of the first record at or after `epoch_ms`.
 
-    Uncommitted records are included. Partitions that contain only older records, or none, are left out.
-    Raises Outage if the broker does not answer, or denies access to the topic.
+    Uncommitted records are included. Partitions that are empty, or contain only older records, are left out. Raises
+    Outage if the broker does not answer, or denies access to the topic.
     """
     client = admin(properties)
     try:
@@ -89,7 +91,7 @@ def read_to_end(properties: Mapping[str, str], starts: Sequence[TopicPartition],
                 elif error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
                     raise Outage(f"Kafka: {message.topic()}: {error.str()}")
                 else:
-                    problem = error.str()  # the client retries by itself
+                    problem = f"{error.str()}; no data"  # the client retries by itself
     except KafkaException as error:
         raise Outage(f"Kafka: {error.args[0].str()}") from None
     finally:
@@ -115,7 +117,7 @@ def _listed(
 
 
 def next_offsets(messages: Sequence[Message]) -> list[TopicPartition]:
-    """Return the next offset to read in each partition after `messages`.
+    """For each partition of `messages`, return the offset to read next.
 
     The messages must be from one topic, and in order within each partition.
     """

@@ -187,7 +187,7 @@ def away(properties: Mapping[str, str], error: KafkaException) -> Outage:
 
 
 def _known(client: AdminClient, names: Sequence[str]) -> bool:
-    """Return whether the broker knows the topics. A broker knows new topics only after a moment."""
+    """Return whether the broker knows the topics. A broker needs a moment to learn of new topics."""
     topics = client.list_topics(timeout=_TIMEOUT_S).topics
     return all(name in topics and topics[name].partitions for name in names)
 

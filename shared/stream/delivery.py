@@ -57,8 +57,9 @@ class Delivery(Protocol):
         """If the broker left our own Kafka transactions open on these partitions, make the broker end them.
 
         A broker may be killed right after it confirmed a transaction to the client. Such a broker may never write the
-        marker that ends the transaction, not even after a restart (seen with Apache Kafka 4.3.1). Our next transaction
-        on the same partition writes a marker that ends both transactions. Raises Outage if that transaction fails.
+        marker that ends the transaction, not even after a restart (seen with Apache Kafka 4.3.1). Therefore, commit a
+        new transaction on the same partitions. Its markers also end the old transactions. Raises Outage if the new
+        transaction fails.
         """
 
     def undo(self, place: TopicPartition, generation: object) -> None:
@@ -142,7 +143,10 @@ class AtLeastOnce:
 
     @contextmanager
     def _noting_errors(self) -> Iterator[None]:
-        """Record an error of the client. After a fatal error, such as no permission to write, replace the client."""
+        """Record an error of the client. After a fatal error, replace the client.
+
+        For example, a missing permission to write is a fatal error.
+        """
         try:
             yield
         except KafkaException as exception:
@@ -162,7 +166,7 @@ class AtLeastOnce:
 class ExactlyOnce:
     """Writes outputs, dead letters and offsets in one Kafka transaction.
 
-    Consumers with `read_committed` read either the whole transaction or nothing of it. When a transaction fails, its
+    Consumers with `read_committed` read either the whole transaction or none of it. When a transaction fails, its
     client is discarded. The next client uses the same transactional ID, so the broker aborts or completes the
     transaction that the old client left open. The committed offsets show whether the transaction was aborted or
     completed.

@@ -29,10 +29,10 @@ T = TypeVar("T")
 class Outcome(NamedTuple):
     """What a handler did with a batch.
 
-    The first messages of the batch are finished for good, and `done` is their number. The offsets of these messages are
-    committed after `outputs` and `dead` (the dead letters) are written. `finish()` is called after the previous batch
-    is delivered, but before `outputs` and `dead` are written. `finish()` returns further dead letters. `finish()` must
-    be idempotent, and may raise Outage.
+    The first `done` messages of the batch are finished for good. The offsets of these messages are committed after
+    `outputs` and `dead` (the dead letters) are written. `finish()` is called after the previous batch is delivered, but
+    before `outputs` and `dead` are written. `finish()` returns further dead letters. `finish()` must be idempotent, and
+    may raise Outage.
 
     The other messages are redelivered together with newer messages: after `again_in_s` seconds, or sooner if the batch
     fills up. If `keep` is given, only the messages in `keep` are redelivered. The messages that are not in `keep` are

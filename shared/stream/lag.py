@@ -47,7 +47,7 @@ class Lag:
                 gauge.remove(*self._names, str(each.partition))
 
     def measure(self, consumer: Consumer, pending: Sequence[Message], *, paused: bool) -> None:
-        """Set the metrics. `pending` are the messages consumed but not committed, in order within each partition.
+        """Set the metrics. `pending` has the consumed but uncommitted messages, in order within each partition.
 
         While partitions are paused, the client does not follow their ends, so the broker is asked for the ends.
         """

@@ -1,6 +1,6 @@
 """Checks whether a group can reach its brokers and may read its topic.
 
-The Kafka client reports a problem. Probes then show when the problem is over.
+After the Kafka client has reported a problem, probes show when the problem is over.
 """
 
 import time
@@ -14,7 +14,7 @@ _PROBE_S = 1.0
 
 
 class Reachability:
-    """Logs an outage after the client has reported unavailable brokers or a forbidden topic, until a probe succeeds."""
+    """After the client has reported unavailable brokers or a forbidden topic, logs an outage until a probe succeeds."""
 
     def __init__(self, *, group: str, topic: str) -> None:
         self._topic = topic
@@ -41,8 +41,8 @@ class Reachability:
         """Probe the brokers after a report, and log whether the outage continues.
 
         If `other_outage` is true, no new outage is logged here, because the log already shows an outage. The first
-        probe is made at least `at_least_s` seconds after the report. Until then, a batch may fail for the same reason,
-        or the outage may end.
+        probe is made at least `at_least_s` seconds after the report. By then, the outage may be over, or the log may
+        already show it because a batch has failed.
         """
         due = self._reason and not other_outage and time.monotonic() - self._reported_at >= at_least_s
         if not (due or self._outage.under_way):

@@ -53,7 +53,7 @@ class Sink(ABC, Generic[Row]):
 
 
 def run(sink: Sink[Any], settings: StreamSettings, *, group: str, topic: str, shutdown: Event) -> None:
-    """Until shutdown, store every record of the topic at least once. Raises SettingsError if a setting is wrong."""
+    """Store the topic's records until shutdown, each at least once. Raises SettingsError if a setting is wrong."""
     properties = kafka_properties(settings)
     delivery = AtLeastOnce(properties=properties, shutdown=shutdown)
     stream = open_stream(settings, properties, group=group, topic=topic, delivery=delivery, shutdown=shutdown)

@@ -42,7 +42,7 @@ def test_probabilities_are_labelled_by_the_logged_threshold() -> None:
 @pytest.mark.parametrize(
     ("estimator", "metadata", "reason"),
     [
-        pytest.param(Answers(0.4), {}, "log a threshold", id="a probability without a threshold"),
+        pytest.param(Answers(0.4), {}, "log the model with a threshold", id="a probability without a threshold"),
         pytest.param(Answers([0, 1]), {}, "does not return one prediction for each row", id="two columns"),
         pytest.param(Answers(1, rows=2), {}, "does not return one prediction for each row", id="too few"),
         pytest.param(Answers(7), {"threshold": 0.5}, "does not return probabilities", id="no probability"),
