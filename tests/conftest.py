@@ -77,12 +77,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=_turn)
 
 
-def _turn(item: pytest.Item) -> tuple[bool, float, bool]:
-    """What may take long comes first, what starts no server late, and what must be alone when nothing else is left."""
+def _turn(item: pytest.Item) -> tuple[bool, float, bool, bool]:
+    """What may take long comes first, what starts no server late, and what must be alone when nothing else is left.
+
+    One worker has all tests of a group, so groups come before single tests.
+    """
     timeout = item.get_closest_marker("timeout")
     return (
         item.get_closest_marker("alone") is not None,
         -timeout.args[0] if timeout else 0,
+        item.get_closest_marker("xdist_group") is None,
         item.get_closest_marker("server") is None,
     )
 

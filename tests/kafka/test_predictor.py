@@ -176,7 +176,6 @@ def test_two_share_the_work_and_one_takes_over(predictor_rig: Rig) -> None:
     assert other.running
 
 
-@pytest.mark.alone
 def test_sigterm_in_the_middle_is_clean(predictor_rig: Rig) -> None:
     batch = make_transactions(12_000)
     predictor_rig.put_transactions(batch)

@@ -56,7 +56,6 @@ def streaming(rig: Rig, handle: Handler, client: Consumer, gate: Event) -> Itera
         assert not thread.is_alive()
 
 
-@pytest.mark.alone
 def test_what_is_in_flight_is_committed_before_its_partitions_go_to_another(apache_rig: Rig) -> None:
     for number in range(40):
         apache_rig.put(apache_rig.topic_1, [str(number).encode()], key=str(number).encode())
