@@ -22,7 +22,7 @@ test: $(VENV)/.ready
 
 ## Quick check (1 minute): lint, types, import rules, and the tests that start no server
 check: lint
-	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not server" $(ARGS)
+	@$(BIN)/python -m pytest -q -n 3 --dist loadgroup --no-loadscope-reorder -m "not server" $(ARGS)
 
 lint: $(VENV)/.ready
 	@$(BIN)/ruff check .

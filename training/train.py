@@ -5,13 +5,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import cloudpickle
 import mlflow
 import msgspec
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
 from sklearn.calibration import CalibrationDisplay
@@ -33,6 +33,9 @@ from shared.profile import Profile, make_profile
 from shared.records import FEATURES, REFERENCE
 from training import aliases, features
 from training.aliases import Alias
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TARGET_PRECISION = 0.9
 _TIME = "trans_date_trans_time"
@@ -193,8 +196,10 @@ def register(trained: Trained, of: Alias) -> str:
     return number
 
 
-def curves(trained: Trained) -> dict[str, Figure]:
+def curves(trained: Trained) -> dict[str, "Figure"]:
     """Return plots of the results on the held-out rows: a mapping from the plot's name to the plot."""
+    from matplotlib.figure import Figure
+
     labels, probabilities = trained.labels, trained.probabilities
     found = {}
     for name, draw in {

@@ -284,8 +284,8 @@ def _about_this_message(error: smtplib.SMTPDataError | smtplib.SMTPSenderRefused
     If the response has an enhanced status code (RFC 3463), that code decides. Codes 5.6.x are about the content. Codes
     5.2.3 and 5.3.4 are about the size. All other enhanced codes are about the account, the sender or a policy.
 
-    If the response has no enhanced code, code 552 is about the size (RFC 1870). Any other permanent refusal is about
-    the message if the server has already received the message's data; otherwise, the refusal is not about the message.
+    If the response has no enhanced code, code 552 is about the size (RFC 1870). For any other code, the stage decides:
+    a refusal after the server has received the message's data is about the message, an earlier one is not.
     """
     enhanced = re.match(rb"5\.\d+\.\d+", error.smtp_error if isinstance(error.smtp_error, bytes) else b"")
     if enhanced:

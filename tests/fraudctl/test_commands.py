@@ -10,6 +10,7 @@ from conftest import START, Rig
 
 from sandbox.generator import training_frame
 from sandbox.registry import Registry
+from shared.kafka import topics
 
 
 def fraudctl(*arguments: str, cwd: Path, **environment: str) -> CompletedProcess[str]:
@@ -67,7 +68,8 @@ def test_topics_are_created_once_with_their_dead_letters(tmp_path: Path, apache_
     assert second.stdout.strip() == "all topics exist"
 
 
-def test_topics_refuses_without_a_broker_and_without_settings(tmp_path: Path) -> None:
+def test_topics_refuses_without_a_broker_and_without_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topics, "_TIMEOUT_S", 1.0)
     unset = fraudctl("topics", "create", cwd=tmp_path)
     (tmp_path / "client.properties").write_text("bootstrap.servers=127.0.0.1:9\n")
     away = fraudctl("topics", "create", cwd=tmp_path)

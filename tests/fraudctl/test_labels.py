@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import fsspec
 import pandas as pd
 import pytest
-import s3fs
 import sqlalchemy as sa
 from command_line import call
 from conftest import SAMPLE, make_transactions, needs_sample
-from moto.server import ThreadedMotoServer
 
 from fraudctl import export, labels
 from fraudctl.call import CallError
@@ -311,6 +310,9 @@ def test_many_rows_come_back_value_by_value_and_appending_them_changes_nothing(
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket of an S3 server of this test's own, which the usual AWS variables lead to."""
+    import s3fs  # which takes seconds, as the next does
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -339,7 +341,7 @@ def test_to_s3_and_back_into_training(engine: sa.Engine, bucket: str, tmp_path: 
     assert exported(engine, bucket, append=True, since=batch[200].unix_time) == 300
 
     assert exported(engine, tmp_path / "validated.csv") == 300
-    assert s3fs.S3FileSystem().cat(bucket) == (tmp_path / "validated.csv").read_bytes()
+    assert fsspec.filesystem("s3").cat(bucket) == (tmp_path / "validated.csv").read_bytes()
     assert set(read([bucket])["trans_num"]) == {each.trans_num for each in batch}
 
 

@@ -1,8 +1,9 @@
 """Compiled scoring: the same answers as the model's own, or none at all."""
 
+import pickle
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -38,6 +39,30 @@ def training() -> tuple[np.ndarray, np.ndarray]:
     return rows, (rows[:, 0] * np.sin(rows[:, 4]) > 20).astype(int)
 
 
+@pytest.fixture(scope="module")
+def converted() -> dict[bytes, bytes]:
+    """The graphs of the trees, pickled, that were converted."""
+    return {}
+
+
+@pytest.fixture
+def converting_once(converted: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convert the same trees once: each conversion is a process that imports scikit-learn."""
+    genuine = compiled._convert
+
+    def convert(trees: Any, graph: IO[bytes], shutdown: Any) -> None:
+        known = pickle.dumps(trees)
+        if known not in converted:
+            genuine(trees, graph, shutdown)
+            graph.seek(0)
+            converted[known] = graph.read()
+        graph.seek(0)
+        graph.write(converted[known])
+        graph.flush()
+
+    monkeypatch.setattr(compiled, "_convert", convert)
+
+
 def model_of(estimator: Any, *, compiled: bool = True, **metadata: Any) -> Model:
     return make_model(
         name="fraud",
@@ -50,6 +75,7 @@ def model_of(estimator: Any, *, compiled: bool = True, **metadata: Any) -> Model
     )
 
 
+@pytest.mark.usefixtures("converting_once")
 @pytest.mark.parametrize("threshold", [None, 0.2], ids=["likeliest", "threshold"])
 @pytest.mark.parametrize(
     "estimator",
@@ -66,7 +92,8 @@ def test_what_is_compiled_answers_as_the_model_does(
     training: tuple[np.ndarray, np.ndarray], estimator: Any, threshold: float | None
 ) -> None:
     metadata = {} if threshold is None else {"threshold": threshold}
-    estimator.fit(*training)
+    if not hasattr(estimator, "classes_"):  # the other threshold's test has fitted the same one
+        estimator.fit(*training)
     fast, own = model_of(estimator, **metadata), model_of(estimator, compiled=False, **metadata)
     batch = make_transactions(2000)
 
@@ -78,6 +105,7 @@ def test_what_is_compiled_answers_as_the_model_does(
     assert [each.probability for each in ours] == pytest.approx([each.probability for each in theirs], abs=1e-6)
 
 
+@pytest.mark.usefixtures("converting_once")
 def test_a_row_on_the_very_threshold_is_decided_by_the_model(training: tuple[np.ndarray, np.ndarray]) -> None:
     forest = RandomForestClassifier(20, random_state=0).fit(*training)
     batch = make_transactions(2000)
@@ -87,6 +115,7 @@ def test_a_row_on_the_very_threshold_is_decided_by_the_model(training: tuple[np.
     assert [each.label for each in score(fast, batch)] == [each.label for each in score(own, batch)]
 
 
+@pytest.mark.usefixtures("converting_once")
 def test_a_number_too_large_for_the_model_is_so_for_what_is_compiled(training: tuple[np.ndarray, np.ndarray]) -> None:
     forest = RandomForestClassifier(20, random_state=0).fit(*training)
     (transaction,) = make_transactions(1)
@@ -184,6 +213,7 @@ def test_a_conversion_that_takes_too_long_leaves_the_model_as_it_is(
     assert "conversion took more than 0.05 s" in str(logs)
 
 
+@pytest.mark.usefixtures("converting_once")
 def test_a_forest_too_large_for_a_container_is_served_as_it_is(
     training: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +229,7 @@ def test_a_forest_too_large_for_a_container_is_served_as_it_is(
     assert isinstance(model_of(forest).estimator, Compiled)
 
 
+@pytest.mark.usefixtures("converting_once")
 @pytest.mark.parametrize("off_by", [2e-6, 0.4])
 def test_what_would_answer_otherwise_is_not_served(
     training: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch, off_by: float
