@@ -37,8 +37,6 @@ from shared.dead_letters import SUFFIX
 from shared.kafka import topics
 from shared.kafka.clients import consumer
 from shared.records import RAW_COLUMNS, Transaction, encode_transaction, read_split
-from training import train
-from training.aliases import Alias
 
 hypothesis.settings.register_profile("unhurried", hypothesis.settings(deadline=None))
 hypothesis.settings.load_profile("unhurried")
@@ -307,6 +305,8 @@ def engine(postgres: Postgres) -> Iterator[sa.Engine]:
 @pytest.fixture(scope="session")
 def registry(shared: Shared) -> Registry:
     """An MLflow registry whose model `fraud` has a champion."""
+    from training import train  # which takes seconds: not for the process that only deals out the tests
+    from training.aliases import Alias
 
     def champion(server: Registry) -> None:
         train.register(train.fit(training_frame(seed=1), seed=1), Alias(server.uri, "fraud", "champion"))

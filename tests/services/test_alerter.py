@@ -313,11 +313,10 @@ def test_a_flood_becomes_a_few_mails_that_name_every_fraud_once(rig: Rig, mailbo
     assert "event='dead_letters'" not in rig.log("alerter")
 
 
-@pytest.mark.alone
 def test_a_flood_among_many_others_is_gathered_all_the_same(rig: Rig, mailbox: Mailbox) -> None:
     batch = make_transactions(8000)
     labels = [int(number % 50 == 0) for number in range(len(batch))]
-    process = rig.start("alerter", SMTP_PORT=str(mailbox.port), ALERT_BURST="2", ALERT_DIGEST_SECONDS="4")
+    process = rig.start("alerter", SMTP_PORT=str(mailbox.port), ALERT_BURST="2", ALERT_DIGEST_SECONDS="15")
     put_predictions(rig, list(zip(batch, labels, strict=True)))
 
     until(lambda: sum(map(len, named(list(messages(mailbox.directory))))) >= 160, what="all of them")
@@ -730,7 +729,6 @@ def test_a_connection_that_the_server_closed_is_opened_again(mailbox: Mailbox) -
     assert len(received(mailbox, 2)) == 2
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("reused", [False, True])
 def test_a_server_that_hangs_is_an_outage_after_one_timeout(mailbox: Mailbox, reused: bool) -> None:
     mailer = plain_mailer(mailbox.port, timeout_s=1.5)
