@@ -57,14 +57,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     A test that starts a server without these fixtures carries the mark `server` itself: `_no_server` sees to it.
     """
-    stacks = cycle(["stack 1", "stack 2"])
+    stacks, alone = cycle(["stack 1", "stack 2"]), cycle(["alone 1", "alone 2"])
     for item in items:
         assert isinstance(item, pytest.Function)
         if _SERVERS & set(item.fixturenames):
             item.add_marker("server")
         fixtures = item._fixtureinfo.name2fixturedefs.values()
         if item.get_closest_marker("alone"):
-            item.add_marker(pytest.mark.xdist_group("alone"))
+            item.add_marker(pytest.mark.xdist_group(next(alone)))
         elif not item.get_closest_marker("xdist_group") and any(each[-1].scope == "module" for each in fixtures):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))  # one worker makes it, once
         elif item.get_closest_marker("timeout"):
@@ -91,11 +91,18 @@ def _turn(item: pytest.Item) -> tuple[bool, float, bool, bool]:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Tests of how long something takes have the machine for themselves; the others run side by side."""
-    here = Path(__file__)  # any two files do, and nothing is left behind
-    with (here.parent / "pipeline.py").open() as queue, here.open() as machine:
-        flock(queue, LOCK_EX)  # so that nobody overtakes who waits to be alone
-        flock(machine, LOCK_EX if item.get_closest_marker("alone") else LOCK_SH)
+    """While tests of how long something takes run, two at once, none of the others does."""
+    alone = item.get_closest_marker("alone") is not None
+    here = Path(__file__).parent  # any three files do, and nothing is left behind
+    with (
+        (here / "pipeline.py").open() as queue,
+        (here / f"{'conftest' if alone else 'secured'}.py").open() as own,
+        (here / f"{'secured' if alone else 'conftest'}.py").open() as other,
+    ):
+        flock(queue, LOCK_EX)  # so that nobody overtakes who waits
+        flock(other, LOCK_EX)  # until none of the other kind runs
+        flock(other, LOCK_UN)
+        flock(own, LOCK_SH)
         flock(queue, LOCK_UN)
         return (yield)
 
@@ -176,7 +183,8 @@ class Rig:
             reader.close()
 
 
-def _rig(directory: Path, properties: Mapping[str, str], environment: Mapping[str, str], *, embedded: bool) -> Rig:
+def make_rig(directory: Path, properties: Mapping[str, str], environment: Mapping[str, str], *, embedded: bool) -> Rig:
+    """Topics and consumer groups of the test's own on a broker that is there."""
     (directory / "client.properties").write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
     name = uuid.uuid4().hex[:8]
     rig = Rig(directory, properties, dict(environment), f"in-{name}", f"out-{name}")
@@ -354,7 +362,7 @@ def rig(tmp_path: Path, embedded: EmbeddedBroker, environment: dict[str, str]) -
     properties = {"bootstrap.servers": embedded.bootstrap} | CLIENT_SETTINGS
     # Coverage counts what services do here. On Apache Kafka they do the same, and being counted costs a start a second.
     environment |= {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
-    made = _rig(tmp_path, properties, environment, embedded=True)
+    made = make_rig(tmp_path, properties, environment, embedded=True)
     yield made
     with ThreadPoolExecutor() as pool:  # a process that is killed writes nothing of what it covered
         list(pool.map(lambda process: process.stop(5.0), made.processes))
@@ -363,7 +371,7 @@ def rig(tmp_path: Path, embedded: EmbeddedBroker, environment: dict[str, str]) -
 @pytest.fixture
 def apache_rig(tmp_path: Path, apache: ApacheKafka, environment: dict[str, str]) -> Iterator[Rig]:
     """Services on Apache Kafka, exactly once."""
-    made = _rig(
+    made = make_rig(
         tmp_path, {"bootstrap.servers": apache.bootstrap}, environment | {"DELIVERY": "exactly_once"}, embedded=False
     )
     yield made

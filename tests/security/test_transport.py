@@ -11,15 +11,19 @@ from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 from certificates import Authority
 from confluent_kafka.admin import ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion  # type: ignore[attr-defined]
-from conftest import Rig, until
+from conftest import Rig, make_rig, until
+from pipeline import pipeline
 from secured import OWNER, SecuredKafka, SecuredPostgres, password_of, programs_with_tls
 
 from rehearsal.stack import RECIPIENT, SENDER
+from sandbox.mailbox import Mailbox
 from sandbox.processes import free_port
+from sandbox.registry import Registry
 from services.alerter.mail import Mailer
 from services.db_sink.table import connect, migrate
 from shared.errors import Outage
@@ -36,11 +40,28 @@ def written(path: Path, properties: dict[str, str]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("listener", ["PLAIN", "SCRAM", "MTLS"])
-def test_the_ledger_of_the_demo_balances(
-    tmp_path: Path, trained_directory: Path, secured: SecuredKafka, listener: str
+@pytest.mark.parametrize("listener", ["PLAIN", "MTLS"])
+def test_every_transaction_gets_through(
+    tmp_path: Path,
+    secured: SecuredKafka,
+    listener: str,
+    environment: dict[str, str],
+    engine: sa.Engine,
+    registry: Registry,
+    mailbox: Mailbox,
 ) -> None:
-    properties = written(tmp_path / "own.properties", secured.properties(listener))
+    exactly_once = environment | {"DELIVERY": "exactly_once"}
+    rig = make_rig(tmp_path, secured.properties(listener), exactly_once, embedded=False)
+    with pipeline(rig, engine=engine, registry=registry, mailbox=mailbox) as running:
+        running.stream(300)
+
+        assert set(running.stop(10).values()) == {0}
+        for log in running.logs().values():
+            assert password_of(OWNER) not in log
+
+
+def test_the_ledger_of_the_demo_balances(tmp_path: Path, trained_directory: Path, secured: SecuredKafka) -> None:
+    properties = written(tmp_path / "own.properties", secured.properties("SCRAM"))
     report = tmp_path / "report.json"
 
     done = subprocess.run(
