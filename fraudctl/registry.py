@@ -27,26 +27,26 @@ _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _REST_SETTINGS = frozenset(f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"))
 
 
-def version_with_alias(settings: RegistrySettings, alias: str) -> str | None:
+def version_with_alias(settings: RegistrySettings, alias: str, *, timeout_s: float = _TIMEOUT_S) -> str | None:
     """Return the model version that has the alias, or None. Raises Outage if the registry does not respond."""
     others = [name for name in os.environ if name.startswith("MLFLOW_TRACKING_") and name not in _REST_SETTINGS]
     if others or not settings.mlflow_tracking_uri.startswith(("http://", "https://")):
-        return _by_client(settings, alias)
-    return _by_rest(settings, alias)
+        return _by_client(settings, alias, timeout_s)
+    return _by_rest(settings, alias, timeout_s)
 
 
-def limit_mlflow() -> None:
+def limit_mlflow(timeout_s: float = _TIMEOUT_S) -> None:
     """Make MLflow's client try only once, with a short timeout, because an operator is waiting.
 
     If the environment already sets the number of retries or the timeout, that value is kept.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{_TIMEOUT_S:.0f}")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{timeout_s:.0f}")
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
 
 
-def _by_client(settings: RegistrySettings, alias: str) -> str | None:
-    limit_mlflow()
+def _by_client(settings: RegistrySettings, alias: str, timeout_s: float) -> str | None:
+    limit_mlflow(timeout_s)
     settings.set_up_mlflow()
 
     from training import aliases
@@ -54,9 +54,9 @@ def _by_client(settings: RegistrySettings, alias: str) -> str | None:
     return aliases.bearer(aliases.Alias(settings.mlflow_tracking_uri, settings.model_name, alias))
 
 
-def _by_rest(settings: RegistrySettings, alias: str) -> str | None:
+def _by_rest(settings: RegistrySettings, alias: str, timeout_s: float) -> str | None:
     where = f"MLflow at {without_credentials(settings.mlflow_tracking_uri)}"
-    timeout_s = float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", _TIMEOUT_S))
+    timeout_s = float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", timeout_s))
     attempts = int(os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"))
     retries = urllib3.Retry(attempts, read=False, backoff_factor=_BACKOFF_S)
     with requests.Session() as session:

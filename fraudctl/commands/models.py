@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 commands = Commands()
 
+_PATIENT_S = 60.0  # a registry that has just been started takes many seconds for its first response
+
 ModelName = Annotated[
     str | None, typer.Option("--name", metavar="MODEL", help="Name of the registered model. Default: MODEL_NAME.")
 ]
@@ -56,7 +58,7 @@ def train(
     from fraudctl import registry
 
     settings = _settings(name, alias, tracking_uri)
-    if if_absent and (present := registry.version_with_alias(settings, settings.model_alias)):
+    if if_absent and (present := registry.version_with_alias(settings, settings.model_alias, timeout_s=_PATIENT_S)):
         console.print(f"{settings.model_name} version {present} is already {settings.model_alias}")
         return
 
