@@ -70,8 +70,10 @@ class Forked:
 def unmeasured() -> Iterator[None]:
     """No coverage of the interpreters that are started meanwhile."""
     measured = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("COVERAGE_")}
-    yield
-    os.environ.update(measured)
+    try:
+        yield
+    finally:
+        os.environ.update(measured)
 
 
 def _run(module: str, log: Path, environment: dict[str, str], directory: Path, ready: Connection) -> None:
