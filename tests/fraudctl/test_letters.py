@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from command_line import call
 from conftest import make_transactions
 
 from fraudctl.letters import CallError, Letter, LetterId, Selection, batches, parse_id, parse_since, save, totals
@@ -203,17 +204,24 @@ WRONG_CALLS: Mapping[tuple[str, ...], str] = {
     ("replay", "--value", "corrected"): "--value needs exactly one ID",
     ("replay", "topic_1.dlq:0:0", "topic_1.dlq:0:1", "--value", "corrected"): "--value needs exactly one ID",
     ("replay", "topic_1.dlq:0:0", "--value", "nowhere"): "nowhere: No such file or directory",
-    ("list",): "Kafka at 127.0.0.1:9: ",
-    ("show", "topic_1.dlq:0:0"): "Kafka at 127.0.0.1:9: ",
-    ("replay",): "Kafka at 127.0.0.1:9: ",
 }
 
 
-def test_a_wrong_call_and_a_broker_that_is_away_are_one_line(tmp_path: Path) -> None:
+def test_a_wrong_call_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "client.properties").write_text("bootstrap.servers=127.0.0.1:9\n")
     (tmp_path / "corrected").write_text("{}")
 
-    def call(arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    for arguments, line in WRONG_CALLS.items():
+        done = call("dead-letters", *arguments, cwd=tmp_path, environment={"PATH": os.environ["PATH"]})
+        assert (done.returncode, done.stdout) == (2, ""), arguments
+        assert done.stderr.startswith(f"fraudctl: {line}"), arguments
+        assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_broker_that_is_away_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "client.properties").write_text("bootstrap.servers=127.0.0.1:9\n")
+
+    def start(arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "fraudctl", "dead-letters", *arguments],
             capture_output=True,
@@ -224,11 +232,8 @@ def test_a_wrong_call_and_a_broker_that_is_away_are_one_line(tmp_path: Path) -> 
             check=False,
         )
 
-    with ThreadPoolExecutor(4) as pool:
-        answers = dict(zip(WRONG_CALLS, pool.map(call, WRONG_CALLS), strict=True))
-
-    for arguments, line in WRONG_CALLS.items():
-        done = answers[arguments]
-        assert (done.returncode, done.stdout) == (2, ""), arguments
-        assert done.stderr.startswith(f"fraudctl: {line}"), arguments
-        assert done.stderr.count("\n") == 1, done.stderr
+    with ThreadPoolExecutor(3) as pool:  # each waits ten seconds for the broker
+        for done in pool.map(start, [("list",), ("show", "topic_1.dlq:0:0"), ("replay",)]):
+            assert (done.returncode, done.stdout) == (2, ""), done.args
+            assert done.stderr.startswith("fraudctl: Kafka at 127.0.0.1:9: "), done.args
+            assert done.stderr.count("\n") == 1, done.stderr
