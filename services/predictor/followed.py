@@ -59,6 +59,7 @@ class Followed:
                 raise Outage(f"no version of {self._registry.name} has the alias {self._alias}; run fraudctl promote")
             if found == self._found or (found and found == self._refused):
                 return
+            began = time.monotonic()
             model = self._load(found) if found else None
         except UnusableModel as error:
             self._refused, self._refusal_reason = found, str(error)
@@ -66,10 +67,21 @@ class Followed:
             return
         except Outage as outage:
             raise Outage(f"{outage}; still serving version {self.version}" if self.model else str(outage)) from None
-        if model is None:
-            log.info("model_gone", alias=self._alias, version=self.version)
+        gone = self.version
         self._serve(model)
         self._found = found
+        # Logged only now, because whoever reads these lines expects the next batch to be scored accordingly.
+        if model is None:
+            log.info("model_gone", alias=self._alias, version=gone)
+        else:
+            log.info(
+                "model_loaded",
+                alias=self._alias,
+                model=model.name,
+                version=model.version,
+                digest=model.digest,
+                took_ms=round(1000 * (time.monotonic() - began)),
+            )
 
     @property
     def version(self) -> str:
@@ -77,18 +89,8 @@ class Followed:
         return self.model.version if self.model else "none"
 
     def _load(self, found: Found) -> Model:
-        began = time.monotonic()
         model = self._registry.load(found)
         self._registry.keep(found, self._alias)
-        took_ms = round(1000 * (time.monotonic() - began))
-        log.info(
-            "model_loaded",
-            alias=self._alias,
-            model=model.name,
-            version=model.version,
-            digest=model.digest,
-            took_ms=took_ms,
-        )
         return model
 
     def _serve(self, model: Model | None) -> None:
