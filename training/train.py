@@ -234,7 +234,13 @@ def read(sources: Sequence[str]) -> pd.DataFrame:
             raise ValueError(f"{source}: {error}") from None
         except OSError as error:
             raise error if error.filename and error.strerror else OSError(f"{source}: {error}") from None
-        except Exception as error:  # pandas and the transports raise their own errors
+        except pd.errors.EmptyDataError:
+            raise ValueError(f"{source}: the file is empty") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{source}: not a text file in UTF-8") from None
+        except pd.errors.ParserError:
+            raise ValueError(f"{source}: not a CSV file whose lines have as many values as its header") from None
+        except Exception as error:  # the transports raise their own errors
             raise ValueError(f"{source}: {error or type(error).__name__}") from None
         if absent := [name for name in FEATURES if name not in frame]:
             raise ValueError(f"{source}: columns missing: {', '.join(absent)}")

@@ -48,7 +48,7 @@ def test_train_refuses_by_name(tmp_path: Path, registry: Registry) -> None:
 
     refused = (unset, away, no_file, gaps, empty)
     assert [done.returncode for done in refused] == [2] * len(refused)
-    assert "empty.csv: No columns" in empty.stderr
+    assert "empty.csv: the file is empty" in empty.stderr
     assert "gaps.csv: empty values" in gaps.stderr
     assert "MLFLOW_TRACKING_URI: missing" in unset.stderr
     assert "MLflow at http://127.0.0.1:9" in away.stderr

@@ -216,6 +216,21 @@ def test_files_are_read_with_and_without_their_row_numbers(history: pd.DataFrame
     assert frame["cc_num"].tolist() == [str(card) for card in pd.concat([history.head(20), history.tail(10)])["cc_num"]]
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "the file is empty"),
+        (b"\xff\xfea,b\n", "not a text file in UTF-8"),
+        (b"a,b\n1,2\n1,2,3,4\n", "not a CSV file whose lines have as many values as its header"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused_in_plain_words(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "other.csv").write_bytes(content)
+
+    with pytest.raises(ValueError, match=rf"other\.csv: {said}$"):
+        train.read([str(tmp_path / "other.csv")])
+
+
 def test_a_file_in_another_format_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
 
