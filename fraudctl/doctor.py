@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import requests
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AclOperation, AdminClient  # type: ignore[attr-defined]
 from confluent_kafka.cimpl import NewTopic
@@ -27,6 +26,7 @@ from services.producer.api import fetch
 from services.producer.settings import ProducerSettings
 from shared.dead_letters import SUFFIX
 from shared.errors import Outage, Poison, SettingsError
+from shared.http import Answer, Client
 from shared.kafka import topics
 from shared.kafka.clients import DENIED, admin, consumer, producer
 from shared.privacy import without_credentials
@@ -283,8 +283,10 @@ def _mlflow(settings: RegistrySettings, clocks: Clocks) -> Iterator[Finding]:
     if uri.startswith("http"):
         try:
             began = time.time()
-            _note("MLflow", requests.head(uri, timeout=_TIMEOUT_S), began, clocks)
-        except requests.RequestException:
+            with Client() as client:
+                answer = client.send("HEAD", uri, timeout_s=_TIMEOUT_S, most_bytes=0)
+            _note("MLflow", answer, began, clocks)
+        except Outage:
             pass  # MLflow responded a moment ago, so only its clock remains unknown
     if version is None:
         remedy = "Run `fraudctl train` or `fraudctl promote VERSION`, or change MODEL_NAME."
@@ -401,11 +403,12 @@ def _connection_reason(error: Exception) -> str:
 
 def _api(settings: ProducerSettings, clocks: Clocks) -> Iterator[Finding]:
     what, url = "API contract", without_credentials(str(settings.api_url))
-    session = requests.Session()
+    client = Client()
     began = time.time()
-    session.hooks["response"].append(lambda answer, *_, **__: _note("payments API", answer, began, clocks))
     try:
-        rows = read_split(fetch(session, str(settings.api_url), timeout_s=_TIMEOUT_S))
+        answer = fetch(client, str(settings.api_url), timeout_s=_TIMEOUT_S, most_bytes=settings.api_max_bytes)
+        _note("payments API", answer, began, clocks)
+        rows = read_split(answer.body)
     except Outage as outage:
         if str(outage) == "HTTP 429":
             yield Finding(
@@ -424,7 +427,7 @@ def _api(settings: ProducerSettings, clocks: Clocks) -> Iterator[Finding]:
         else:
             yield Finding("ok", what, f"{url}: {len(rows.transactions)} transactions in one response")
     finally:
-        session.close()
+        client.close()
 
 
 def _clock(clocks: Clocks) -> Finding:
@@ -440,7 +443,7 @@ def _clock(clocks: Clocks) -> Finding:
     return Finding("ok", "clock skew", text)
 
 
-def _note(who: str, answer: requests.Response, began: float, clocks: Clocks) -> None:
+def _note(who: str, answer: Answer, began: float, clocks: Clocks) -> None:
     """Append the server's clock skew to `clocks`. The server's time is the response's Date header, in whole seconds."""
     try:
         date = email.utils.parsedate_to_datetime(answer.headers["Date"]).timestamp()

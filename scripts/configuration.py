@@ -89,6 +89,9 @@ _AROUND = {
             "FRAUD_ALARM_SAMPLE", "path", "", "CSV file with real labelled rows, for the tests that need such rows"
         ),
         Variable(
+            "FRAUD_ALARM_EFFORT", "whole number", "`1`", "How many times as many examples and kills some tests try"
+        ),
+        Variable(
             "CI", "text", "", "If set, tests that need Apache Kafka fail where it is missing, instead of being skipped"
         ),
     ),

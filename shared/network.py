@@ -1,4 +1,4 @@
-"""Describes in plain words why a connection failed.
+"""Ends connections that take too long, and describes in plain words why a connection failed.
 
 The messages of client libraries hide the operating system's error, and quote URLs with logins.
 """
@@ -7,6 +7,51 @@ import http.client
 import re
 import socket
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Timer
+
+
+class Watch:
+    """Ends a connection if the other side takes too long, however few bytes it sends at a time.
+
+    The timeout of a socket begins anew with each byte that arrives.
+    """
+
+    def __init__(self) -> None:
+        self.late = False  # whether the last limit has passed
+        self._connection: socket.socket | None = None  # a copy, which stays usable when TLS takes over the original
+
+    def opened(self, connection: socket.socket) -> None:
+        """Watch this connection from now on. Raises TimeoutError if the limit has passed already."""
+        self.close()
+        self._connection = connection.dup()
+        if self.late:
+            raise TimeoutError
+
+    @contextmanager
+    def limit(self, seconds: float) -> Iterator[None]:
+        """End the connection if the block takes longer. What has arrived by then can still be read."""
+        self.late = False
+        timer = Timer(seconds, self._end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def close(self) -> None:
+        """Watch no connection any more."""
+        connection, self._connection = self._connection, None
+        if connection:
+            connection.close()
+
+    def _end(self) -> None:
+        self.late = True
+        if self._connection:
+            with suppress(OSError):  # it is closed already
+                self._connection.shutdown(socket.SHUT_RDWR)
 
 
 def why_unreachable(error: BaseException, *, default: str | None = None) -> str:

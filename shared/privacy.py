@@ -7,6 +7,8 @@
 
 import re
 
+from shared.text import one_line
+
 HIDDEN = "****"
 
 _LABELLED = re.compile(r"(cc_num|dob)(\W{0,6}?[:=]\s*)(\\*\"[^\"]*\"?|[^,;}\]\n]*)", re.IGNORECASE)
@@ -40,11 +42,11 @@ def passes_luhn(digits: str) -> bool:
 
 
 def without_digits(message: str, *, limit: int = 300) -> str:
-    """Mask every digit in an error message.
+    """Mask every digit in an error message, and put the message on one line without control characters.
 
-    Libraries quote values, such as card numbers and birth dates, in their messages.
+    Libraries quote values, such as card numbers and birth dates, in their messages, and servers send any bytes.
     """
-    return re.sub(r"\d", "#", " ".join(message.split()))[:limit]
+    return re.sub(r"\d", "#", one_line(message, limit=limit))
 
 
 def without_credentials(text: str) -> str:

@@ -7,7 +7,7 @@ of pandas (`{"columns": ..., "index": ..., "data": ...}`), often as a JSON strin
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import msgspec
 from msgspec import Meta
 
+from shared import split_form
 from shared.errors import Poison
 from shared.privacy import without_digits
 
@@ -31,6 +32,11 @@ _END_OF_CARDS = 10**MAX_CARD_DIGITS
 # A larger epoch must be in milliseconds, because in seconds it would be later than the year 5138. A smaller epoch must
 # be in seconds, because in milliseconds it would be earlier than March 1973.
 _LARGEST_SECONDS = 10**11
+_END_OF_TIMES = 4_102_444_800  # the year 2100
+_LARGEST_TABLE = 16 * 1024 * 1024  # bytes of a topic_1 value in split form
+_SLICE = 1000  # rows
+_SLICE_BYTES = 1024 * 1024
+_LARGEST_COPIED = 32 * 1024  # bytes; a larger value of a transaction is mostly white space
 
 
 class Transaction(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -112,6 +118,7 @@ RAW_COLUMNS: tuple[str, ...] = (
 _T = TypeVar("_T", bound=Transaction)
 _encode = msgspec.json.Encoder().encode
 _decode_transaction = msgspec.json.Decoder(Transaction).decode
+_decode_any = msgspec.json.Decoder().decode
 _decode_prediction = msgspec.json.Decoder(Prediction).decode
 
 
@@ -120,10 +127,17 @@ class NotJson(Poison):
 
 
 class BadRow(NamedTuple):
-    """A row that could not be read, and the reason. `value` is in split form and has only this row."""
+    """Something among the rows that could not be read, as JSON text, and the reason."""
 
     reason: str
-    value: bytes
+    columns: bytes
+    text: bytes
+    rows: int = 1  # number of values in `text`
+
+    @property
+    def value(self) -> bytes:
+        """A table in split form that has nothing but this row."""
+        return b'{"columns":%b,"index":[0],"data":[%b]}' % (self.columns, self.text)
 
 
 class Rows(msgspec.Struct, frozen=True, gc=False):
@@ -131,7 +145,7 @@ class Rows(msgspec.Struct, frozen=True, gc=False):
 
     transactions: Sequence[Transaction]
     bad: Sequence[BadRow] = ()
-    canonical: bytes | None = None  # the value itself, if it is one transaction in canonical form
+    canonical: bytes | None = None  # the value itself, if it is one transaction in canonical form and not too large
     in_milliseconds: int = 0  # number of transactions whose unix_time was in milliseconds
 
 
@@ -162,17 +176,14 @@ def read_topic_1(value: bytes | None) -> Rows:
     try:
         transaction = _decode_transaction(_without_nul(value) if b"\\" in value else value)
     except ValueError as error:
-        try:
-            payload = _parse(value)
-        except Poison:
-            payload = None
-        if isinstance(payload, dict) and "columns" in payload:
-            return _rows(payload)
+        table = split_form.find(value) if len(value) <= _LARGEST_TABLE else None
+        if table:
+            return _together(_slices(table))
         raise Poison(without_digits(str(error))) from None
     if transaction.unix_time > _LARGEST_SECONDS:
         transaction.unix_time = to_seconds(transaction.unix_time)
         return Rows((_checked(transaction),), in_milliseconds=1)
-    return Rows((_checked(transaction),), (), value)
+    return Rows((_checked(transaction),), (), value if len(value) <= _LARGEST_COPIED else None)
 
 
 def read_split(body: bytes) -> Rows:
@@ -180,7 +191,23 @@ def read_split(body: bytes) -> Rows:
 
     Raises Poison for any other response.
     """
-    return _rows(_parse(body))
+    return _together(read_slices(body))
+
+
+def read_slices(body: bytes) -> Iterator[Rows]:
+    """Read a response of the payments API, at most a thousand rows or about a megabyte at a time.
+
+    Whatever is wrong with a row, the other rows are read. Raises NotJson if the response is no JSON, and Poison if it
+    is no table of transactions.
+    """
+    table = split_form.find(body)
+    if table is None:
+        try:
+            msgspec.json.decode(body, type=msgspec.Raw)
+        except (ValueError, RecursionError) as error:
+            raise NotJson(without_digits(f"not JSON: {error}")) from None
+        raise Poison("not in split form: expected an object with columns, and data that is a list of rows")
+    return _slices(table)
 
 
 def to_seconds(epoch: int) -> int:
@@ -196,20 +223,14 @@ def format_time(unix_time: int) -> str:
     return time.strftime(TIME_FORMAT, time.gmtime(unix_time))
 
 
-def _parse(body: bytes) -> Any:
-    try:
-        payload = msgspec.json.decode(_without_nul(body))
-        return msgspec.json.decode(_without_nul(payload.encode())) if isinstance(payload, str) else payload
-    except (ValueError, RecursionError) as error:
-        raise NotJson(f"not JSON: {error}") from None
-
-
 def _checked(transaction: _T) -> _T:
     """Return the transaction if it passes the checks that msgspec's types cannot make. Otherwise, raises Poison.
 
     Times are checked here because PostgreSQL would also accept words such as `yesterday` as times.
     """
     moment = transaction.trans_date_trans_time
+    if transaction.unix_time >= _END_OF_TIMES:
+        raise Poison("Expected a time before 2100 - at `$.unix_time`")
     if transaction.cc_num >= _END_OF_CARDS:
         raise Poison(f"Expected `int` of at most {MAX_CARD_DIGITS} digits - at `$.cc_num`")
     try:
@@ -239,41 +260,68 @@ def _without_nul(text: bytes) -> bytes:
     return text
 
 
-def _rows(payload: Any) -> Rows:
-    if not isinstance(payload, dict) or not isinstance(payload.get("columns"), list):
-        raise Poison("not in split form: expected an object with columns and data")
-    columns, data = payload["columns"], payload.get("data")
-    _check_columns(columns)
-    if not isinstance(data, list):
-        raise Poison("not in split form: data is not a list of rows")
-    transactions, bad = [], []
-    for number, row in enumerate(data):
-        try:
-            if not isinstance(row, list) or len(row) != len(columns):
-                raise Poison(f"expected a list of {len(columns)} values")
-            transactions.append(_from_row(dict(zip(columns, row, strict=True))))
-        except Poison as error:
-            alone = msgspec.json.encode({"columns": columns, "index": [0], "data": [row]})
-            bad.append(BadRow(f"row {number}: {error}", alone))
-    return Rows(transactions, bad, in_milliseconds=_in_milliseconds(columns, data))
+def _slices(table: split_form.Table) -> Iterator[Rows]:
+    columns = _columns(table.columns)
+    in_milliseconds = None if "current_time" in columns else columns.index("unix_time")
+    number = 0
+    for some in _groups(split_form.pieces(table)):
+        transactions, bad, milliseconds = [], [], 0
+        for piece in some:
+            number += piece.values
+            try:
+                row = _row(piece, columns)
+                transactions.append(_from_row(dict(zip(columns, row, strict=True))))
+            except Poison as error:
+                bad.append(BadRow(f"row {number - 1}: {error}", table.columns, piece.text, piece.values))
+            else:
+                milliseconds += in_milliseconds is not None and row[in_milliseconds] > _LARGEST_SECONDS
+        yield Rows(transactions, bad, in_milliseconds=milliseconds)
 
 
-def _in_milliseconds(columns: list[Any], data: list[Any]) -> int:
-    """Count the rows whose `unix_time` is in milliseconds. Rows that have a `current_time` are not counted."""
-    if "current_time" in columns:
-        return 0
-    at = columns.index("unix_time")
-    epochs = (row[at] for row in data if isinstance(row, list) and len(row) == len(columns))
-    return sum(type(epoch) is int and epoch > _LARGEST_SECONDS for epoch in epochs)
+def _groups(pieces: Iterable[split_form.Piece]) -> Iterator[list[split_form.Piece]]:
+    group: list[split_form.Piece] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece.text)
+        if len(group) == _SLICE or size >= _SLICE_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
-def _check_columns(columns: Iterable[object]) -> None:
-    names = [str(name) for name in columns]
+def _row(piece: split_form.Piece, columns: Sequence[str]) -> list[Any]:
+    try:
+        row = _decode_any(_without_nul(piece.text)) if piece.values == 1 else None
+    except (ValueError, RecursionError) as error:
+        raise Poison(without_digits(f"not JSON: {error}")) from None
+    if not isinstance(row, list) or len(row) != len(columns):
+        raise Poison(f"expected a list of {len(columns)} values")
+    return row
+
+
+def _together(slices: Iterable[Rows]) -> Rows:
+    all_rows = list(slices)
+    return Rows(
+        [each for rows in all_rows for each in rows.transactions],
+        [each for rows in all_rows for each in rows.bad],
+        in_milliseconds=sum(rows.in_milliseconds for rows in all_rows),
+    )
+
+
+def _columns(text: bytes) -> list[str]:
+    """Return the names of a table's columns. Raises Poison if they are not those of transactions."""
+    try:
+        names = msgspec.json.decode(text, type=list[str])
+    except (ValueError, RecursionError):
+        raise Poison("not in split form: columns is not a list of names") from None
     expected = RAW_COLUMNS if "current_time" in names else FEATURES
     missing = sorted(set(expected) - set(names))
     unexpected = sorted(set(names) - set(expected))
     if missing or unexpected or len(names) != len(expected):
         raise Poison(without_digits(f"wrong columns: missing {missing}, unexpected {unexpected}"))
+    return names
 
 
 def _from_row(row: Mapping[str, Any]) -> Transaction:

@@ -47,6 +47,7 @@ _Server = TypeVar("_Server", bound=Process)
 SAMPLE = Path(
     os.environ.get("FRAUD_ALARM_SAMPLE") or os.devnull
 )  # rows of the real training file, where they are at hand
+EFFORT = int(os.environ.get("FRAUD_ALARM_EFFORT", "1"))  # how many times as much is tried
 needs_sample = pytest.mark.skipif(not SAMPLE.is_file(), reason="FRAUD_ALARM_SAMPLE names no file")
 _SERVERS = {"apache", "embedded", "mailbox", "postgres", "registry", "secured"}  # the fixtures that start one
 

@@ -10,20 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from threading import Event
 
-import requests
 import structlog
 
 from services.producer.api import fetch
 from services.producer.journal import Entry, Journal, open_journals
 from services.producer.settings import ProducerSettings
 from shared import health, metrics, service
-from shared.dead_letters import SUFFIX, refusal
+from shared.dead_letters import SUFFIX, fit, refusal
 from shared.errors import Outage, Poison
 from shared.flow import Flow
+from shared.http import Answer, Client
 from shared.kafka import offsets
 from shared.kafka.messages import Record
 from shared.privacy import without_credentials
-from shared.records import BadRow, NotJson, Transaction, encode_transaction, read_split
+from shared.records import BadRow, NotJson, Transaction, encode_transaction, read_slices
 from shared.retry import OutageLog, delay_s, retry_outages
 from shared.settings import kafka_properties
 from shared.stream import delivery
@@ -36,7 +36,9 @@ _FETCH, _DELIVER = (metrics.STAGE.labels(stage) for stage in ("fetch", "deliver"
 _BATCH = 1000
 _IDLE_S = 0.5
 _TURN_S = 1.0
-_MAX_DEAD_LETTER_BYTES = 512 * 1024  # a transaction has a few hundred bytes; by default, topics accept about 1 MB
+_MOST_LETTERS = 100  # per response; further rows that cannot be read share dead letters
+_KEPT_BYTES = 64 * 1024  # of a response that is no JSON
+_MOST_NAMES_BYTES = 4096
 _CLOCK_SLACK_MS = 600_000
 _FORGOTTEN_S = 30.0  # every 10 s, brokers abort Kafka transactions that are older than 10 s
 
@@ -89,28 +91,21 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
     flow = Flow("fetched")
     outage, full = OutageLog(_API), OutageLog("room in the journal")
     failures = 0
-    api = f"payments API at {without_credentials(str(settings.api_url))}"
+    url = str(settings.api_url)
+    api = f"payments API at {without_credentials(url)}"
     health.waits_for(_API, "no response yet")
-    with requests.Session() as session:
+    with Client() as client:
         while not shutdown.is_set():
-            health.turned(_POLLING)
             flow.report_if_due()
-            waiting = journal.count()
-            metrics.WAITING.set(waiting)
-            if waiting >= settings.max_waiting_records:
-                full.failed(f"polling is paused, because {waiting} records wait to be written to Kafka")
-                shutdown.wait(_TURN_S)
-                continue
-            full.over()
+            _wait_for_room(journal, settings, full, shutdown)
             due = time.monotonic() + settings.poll_interval_seconds
             try:
                 with _FETCH.time():
-                    body = fetch(session, str(settings.api_url), timeout_s=settings.api_timeout_seconds)
-                rows = read_split(body)
+                    answer = fetch(
+                        client, url, timeout_s=settings.api_timeout_seconds, most_bytes=settings.api_max_bytes
+                    )
+                _take(answer, journal, settings, flow=flow, full=full, polled=polled, shutdown=shutdown)
             except (Outage, Poison) as problem:
-                if isinstance(problem, Poison) and not isinstance(problem, NotJson):
-                    _save(_dead_letters([BadRow(str(problem), body)], settings.topic_1), journal, settings, shutdown)
-                    polled.set()
                 retry_after_s = problem.retry_after_s if isinstance(problem, Outage) else 0.0
                 backoff_s = delay_s(
                     failures, initial_s=settings.backoff_initial_seconds, max_s=settings.backoff_max_seconds
@@ -122,19 +117,67 @@ def poll(settings: ProducerSettings, journal: Journal, polled: Event, shutdown: 
                 outage.over()
                 health.has(_API)
                 failures = 0
-                fetched = [*_records(rows.transactions, settings.topic_1), *_dead_letters(rows.bad, settings.topic_1)]
-                fresh = _save(fetched, journal, settings, shutdown)
-                polled.set()
-                repeats = len(fetched) - fresh
-                metrics.RECORDS_IN.inc(len(fetched))
-                metrics.SKIPPED.inc(repeats)
-                flow.add(records=len(fetched), fresh=fresh, repeats=repeats, refused=len(rows.bad))
             while (left_s := due - time.monotonic()) > 0 and not shutdown.is_set():
                 health.turned(_POLLING)
                 outage.remind()
                 shutdown.wait(min(left_s, _TURN_S))
     health.ended(_POLLING)
     flow.report()
+
+
+def _wait_for_room(journal: Journal, settings: ProducerSettings, full: OutageLog, shutdown: Event) -> None:
+    """Wait while too many records are waiting in the journal, or until shutdown."""
+    while True:
+        health.turned(_POLLING)
+        waiting = journal.count()
+        metrics.WAITING.set(waiting)
+        if waiting < settings.max_waiting_records or shutdown.is_set():
+            full.over()
+            return
+        full.failed(f"polling is paused, because {waiting} records wait to be written to Kafka")
+        shutdown.wait(_TURN_S)
+
+
+def _take(
+    answer: Answer,
+    journal: Journal,
+    settings: ProducerSettings,
+    *,
+    flow: Flow,
+    full: OutageLog,
+    polled: Event,
+    shutdown: Event,
+) -> None:
+    """Save what a response contains, a thousand rows at a time. Set `polled` after each time.
+
+    Raises Poison if the response contains no rows. The response is then saved as a dead letter. Raises Outage if a
+    record still cannot be saved to disk at shutdown.
+    """
+    topic = settings.topic_1
+    refused = 0
+    try:
+        for rows in read_slices(answer.body):
+            bad = _dead_letters(rows.bad, topic, most=max(0, _MOST_LETTERS - refused))
+            fetched = [*_records(rows.transactions, topic), *bad]
+            fresh = _save(fetched, journal, settings, shutdown)
+            polled.set()
+            if rows.bad and not refused:
+                log.warning(
+                    "rows_refused", first_reason=rows.bad[0].reason, rows_of_slice=sum(each.rows for each in rows.bad)
+                )
+            refused += sum(each.rows for each in rows.bad)
+            repeats = len(fetched) - fresh
+            metrics.RECORDS_IN.inc(len(fetched))
+            metrics.SKIPPED.inc(repeats)
+            flow.add(records=len(fetched), fresh=fresh, repeats=repeats, refused=sum(each.rows for each in rows.bad))
+            _wait_for_room(journal, settings, full, shutdown)
+    except Poison as poison:
+        kept = answer.body[:_KEPT_BYTES] if isinstance(poison, NotJson) else answer.body
+        _save([_letter(kept, topic, str(poison), answer=answer)], journal, settings, shutdown)
+        polled.set()
+        raise
+    if answer.cut:
+        log.warning("response_cut", bytes=len(answer.body), hint="the rest was not read; raise API_MAX_BYTES")
 
 
 def write(
@@ -227,20 +270,28 @@ def _records(transactions: Iterable[Transaction], topic: str) -> list[tuple[byte
     ]
 
 
-def _dead_letters(rows: Sequence[BadRow], topic: str) -> list[tuple[bytes, Record]]:
-    """For each unreadable row, return its identity in the journal and its dead letter for `topic`."""
-    records = []
-    for row in rows:
-        cut = (
-            f" (only the first {_MAX_DEAD_LETTER_BYTES} bytes of the row are kept)"
-            if len(row.value) > _MAX_DEAD_LETTER_BYTES
-            else ""
-        )
-        log.warning("row_refused", reason=row.reason + cut)
-        headers = refusal(topic, row.reason + cut, by="producer")
-        record = Record(topic + SUFFIX, row.value[:_MAX_DEAD_LETTER_BYTES], None, headers)
-        records.append((hashlib.sha256(row.value).digest(), record))
-    return records
+def _dead_letters(rows: Sequence[BadRow], topic: str, *, most: int) -> list[tuple[bytes, Record]]:
+    """For each unreadable row, return its identity in the journal and its dead letter for `topic`.
+
+    If there are more than `most` rows, the others share a dead letter.
+    """
+    letters = [_letter(row.value, topic, row.reason) for row in rows[:most]]
+    if others := rows[most:]:
+        together = BadRow("", others[0].columns, b",".join(row.text for row in others))
+        reason = f"{sum(row.rows for row in others)} values are no transactions. The first: {others[0].reason}"
+        letters.append(_letter(together.value, topic, reason))
+    return letters
+
+
+def _letter(value: bytes, topic: str, reason: str, *, answer: Answer | None = None) -> tuple[bytes, Record]:
+    """Return a dead letter for `topic`, and its identity in the journal. Of a response, also keep what came with it."""
+    headers = refusal(topic, reason, by="producer")
+    if answer:
+        headers += [
+            ("dlq-http-status", str(answer.status).encode()),
+            ("dlq-http-headers", ", ".join(answer.headers).encode(errors="replace")[:_MOST_NAMES_BYTES]),
+        ]
+    return hashlib.sha256(value).digest(), fit(Record(topic + SUFFIX, value, None, headers))
 
 
 def _save(

@@ -3,41 +3,26 @@
 import email.utils
 import time
 
-import requests
-import urllib3
-
 from shared.errors import Outage
-from shared.network import why_unreachable
+from shared.http import Answer, Client
 
-_CONNECT_TIMEOUT_S = 5.0
 _MAX_RETRY_AFTER_S = 300.0
-_PIECE_BYTES = 64 * 1024
-_MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
-def fetch(session: requests.Session, url: str, *, timeout_s: float) -> bytes:
-    """Send a GET request. Returns the body of the response (at most 64 MB).
+def fetch(client: Client, url: str, *, timeout_s: float, most_bytes: int) -> Answer:
+    """Send a GET request. Returns the response, of whose body at most `most_bytes` are read.
 
-    Raises Outage if the API does not respond, or if the status is not 200. Also raises Outage if the response is too
-    large, or is not complete within `timeout_s` seconds. The message of the Outage does not contain the URL.
+    Raises Outage if the API does not respond, if the status is not 2xx, or if the response is not complete within
+    `timeout_s` seconds. The message of the Outage does not contain the URL.
     """
-    deadline = time.monotonic() + timeout_s
-    try:
-        with session.get(url, timeout=(_CONNECT_TIMEOUT_S, timeout_s), stream=True) as response:
-            if response.status_code != requests.codes.ok:
-                wanted_s = retry_after_s(response.headers.get("Retry-After"))
-                raise Outage(f"HTTP {response.status_code}", retry_after_s=wanted_s)
-            body = bytearray()
-            while piece := response.raw.read1(_PIECE_BYTES, decode_content=True):
-                body += piece
-                unfinished = response.raw.length_remaining != 0
-                if len(body) > _MAX_BODY_BYTES:
-                    raise Outage(f"response larger than {_MAX_BODY_BYTES // 1024**2} MB")
-                if unfinished and time.monotonic() > deadline:
-                    raise Outage(f"response not complete after {timeout_s:g} s")
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise Outage(f"no response: {why_unreachable(error)}") from None
-    return bytes(body)
+    answer = client.send("GET", url, timeout_s=timeout_s, most_bytes=most_bytes)
+    if 300 <= answer.status < 400:
+        raise Outage(f"HTTP {answer.status}, a redirect, which is not followed. Check API_URL")
+    if not 200 <= answer.status < 300:
+        raise Outage(f"HTTP {answer.status}", retry_after_s=retry_after_s(answer.headers.get("Retry-After")))
+    if not answer.body:
+        raise Outage(f"HTTP {answer.status} without content")
+    return answer
 
 
 def retry_after_s(header: str | None) -> float:
@@ -54,4 +39,4 @@ def retry_after_s(header: str | None) -> float:
             seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
         except (ValueError, OverflowError):
             return 0.0
-    return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S)
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S) if seconds == seconds else 0.0

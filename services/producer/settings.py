@@ -18,6 +18,11 @@ class ProducerSettings(ServiceSettings):
     api_timeout_seconds: float = Field(
         30.0, gt=0, description="Seconds within which the response to a poll must be complete"
     )
+    api_max_bytes: int = Field(
+        16 * 1024 * 1024,
+        ge=1024,
+        description="Maximum size of a response in bytes, after decompression; what is beyond it is not read",
+    )
     poll_interval_seconds: float = Field(
         15.0, ge=0, description="Seconds from the start of one poll to the start of the next; 0 means no pause"
     )
