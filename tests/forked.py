@@ -7,7 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -31,11 +31,19 @@ class Forked:
     """What `Process` uses of subprocess.Popen, for `python -m MODULE`."""
 
     def __init__(
-        self, command: Sequence[str], *, stdout: IO[bytes], env: Mapping[str, str], cwd: Path, **_: object
+        self,
+        command: Sequence[str],
+        *,
+        stdout: IO[bytes],
+        env: Mapping[str, str],
+        cwd: Path,
+        prepare: Callable[[], None] | None = None,
+        **_: object,
     ) -> None:
+        """`prepare` is called in the fork before the service's code is imported, for example to break some of it."""
         module = command[-1]
         ready, in_child = _context.Pipe(duplex=False)
-        arguments = (module, Path(stdout.name), dict(env), cwd, in_child)
+        arguments = (module, Path(stdout.name), dict(env), cwd, in_child, prepare)
         self._process = _context.Process(target=_run, args=arguments, daemon=True)
         with unmeasured():  # the server of the forks, which the first of them starts
             self._process.start()
@@ -76,7 +84,14 @@ def unmeasured() -> Iterator[None]:
         os.environ.update(measured)
 
 
-def _run(module: str, log: Path, environment: dict[str, str], directory: Path, ready: Connection) -> None:
+def _run(
+    module: str,
+    log: Path,
+    environment: dict[str, str],
+    directory: Path,
+    ready: Connection,
+    prepare: Callable[[], None] | None,
+) -> None:
     """What the fork does: be as if it had been started by `subprocess`, and run the module."""
     os.setsid()
     die_with_parent()
@@ -92,4 +107,6 @@ def _run(module: str, log: Path, environment: dict[str, str], directory: Path, r
     sys.argv = [module]
     ready.send(None)
     ready.close()
+    if prepare:
+        prepare()
     runpy.run_module(module, run_name="__main__", alter_sys=True)

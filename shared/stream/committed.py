@@ -1,7 +1,7 @@
 """Reads a group's committed offsets. The broker withholds offsets that are in an unfinished Kafka transaction."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
@@ -26,8 +26,10 @@ class CommittedOffsets:
         """Record that partitions were assigned. The consumer now waits silently for their committed offsets."""
         self._unknown_since = time.monotonic()
 
-    def read(self, consumer: Consumer, places: Iterable[Place]) -> dict[Place, int]:
-        """Return the committed offset of each partition, or a negative number before its first commit.
+    def read(self, consumer: Consumer, places: Iterable[Place]) -> dict[Place, TopicPartition]:
+        """Return the committed offset of each partition, and its metadata.
+
+        Before the first commit, the offset is negative.
 
         Raises Outage if the offsets cannot be read.
         """
@@ -39,7 +41,7 @@ class CommittedOffsets:
             raise Outage(f"cannot read the committed offsets: {exception.args[0].str()}") from None
         if failed := next((each.error for each in found if each.error), None):
             raise Outage(f"cannot read the committed offsets: {failed.str()}")
-        return {(each.topic, each.partition): each.offset for each in found}
+        return {(each.topic, each.partition): each for each in found}
 
     @property
     def overdue(self) -> bool:
@@ -60,11 +62,11 @@ class CommittedOffsets:
         return False
 
 
-def not_committed(messages: Sequence[Message], committed: dict[Place, int]) -> list[Message]:
+def not_committed(messages: Sequence[Message], committed: Mapping[Place, TopicPartition]) -> list[Message]:
     """Return `messages` without the leading messages that are already committed.
 
     A batch is committed as a whole or not at all.
     """
     places = [coordinates(message) for message in messages]
-    final = len(list(takewhile(lambda place: place[2] < committed[place[:2]], places)))
+    final = len(list(takewhile(lambda place: place[2] < committed[place[:2]].offset, places)))
     return list(messages[final:])

@@ -17,6 +17,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from shared import health, metrics
+from shared.dead_letters import unparsed
 from shared.errors import Outage
 from shared.flow import Flow
 from shared.kafka.clients import DENIED, consumer
@@ -26,9 +27,10 @@ from shared.retry import OutageLog, delay_s, retry_outages
 from shared.settings import StreamSettings
 from shared.stream.committed import CommittedOffsets, not_committed
 from shared.stream.delivery import Delivery
-from shared.stream.flight import Flight, Flights, Handler
+from shared.stream.flight import Flight, Flights, Handler, Outcome
 from shared.stream.lag import Lag
 from shared.stream.reachability import Reachability
+from shared.stream.suspects import REASON, Suspects
 
 log = structlog.get_logger()
 
@@ -85,6 +87,7 @@ class Stream:
         self._make_consumer: Callable[[], Consumer] = lambda: make_consumer(self._on_error)
         self._consumer = self._make_consumer()
         self._lost: str | None = None  # why this consumer must be replaced
+        self._ended = False  # nothing is handed over any more, perhaps because of an exception
         self._short_lived = 0  # number of consumers lost in quick succession
         self._group = group
         self._log = log.bind(group=group)  # every line names the group, since a process may have several streams
@@ -93,7 +96,9 @@ class Stream:
         self._settings = settings
         self._shutdown = shutdown
         self._lag = Lag(group, topic)
-        self._observers: tuple[Observer, ...] = (self._lag, *observers)
+        self._committed = CommittedOffsets()
+        self._suspects = Suspects(self._committed, group=group)
+        self._observers: tuple[Observer, ...] = (self._lag, self._suspects, *observers)
         self._flow = Flow("processed", levels=lambda: {"lag": self._lag.records}, group=group)
         self._flights = Flights(delivery, group=group, flow=self._flow)
         self._most_in_flight = 1
@@ -104,7 +109,6 @@ class Stream:
         self._paused = False
         self._resume_due = False  # a partition that was revoked while paused is still paused when it is assigned again
         self._measured = 0.0  # monotonic time
-        self._committed = CommittedOffsets()
         self._reachability = Reachability(group=group, topic=topic)
         self._outage = OutageLog(f"what {group} needs", waiting=lambda: self._lag.records, group=group)
         self._place = f"partitions of {topic}, for {group}"
@@ -126,6 +130,7 @@ class Stream:
         except Outage as outage:
             self._log.warning("stopped_in_outage", reason=str(outage), left_for_later=len(self._waiting))
         finally:
+            self._ended = True
             self._flights.close()
             self._flow.report()
             health.ended(f"{self._group} loop")
@@ -156,6 +161,8 @@ class Stream:
                 self._collect(down_to=0)
         if self._lost:
             self._replace_consumer(began)
+        elif not self._flights.in_doubt:
+            self._suspects.take_back(self._consumer)
 
     def _replace_consumer(self, began: float) -> None:
         """Close the lost consumer and make a new one.
@@ -227,11 +234,28 @@ class Stream:
         if self._flights.in_doubt and not (self._flights or self._lost):
             self._settle()
         if self._waiting and not self._lost:
-            size = self._settings.max_batch_size
-            batch, self._waiting = self._waiting[:size], self._waiting[size:]
-            self._flights.launch(handle, batch, self._consumer.consumer_group_metadata())
+            self._launch(handle)
         # An outage is over only once a batch is final, so a paused loop waits until then.
-        self._collect(down_to=0 if self._paused else self._most_in_flight - 1)
+        alone = self._paused or self._suspects.on_trial
+        self._collect(down_to=0 if alone else self._most_in_flight - 1)
+
+    def _launch(self, handle: Handler) -> None:
+        """Hand over a batch, or less if a partition's first batch may be what makes the process end."""
+        batch = self._waiting[: self._settings.max_batch_size]
+        if self._suspects.among(batch):
+            self._collect(down_to=0)  # a failed delivery puts its messages back before these
+            admitted = self._suspects.admit(self._consumer, self._waiting[: self._settings.max_batch_size])
+            if admitted.wait_s:
+                self._wait_out(admitted.wait_s)
+                return
+            batch = admitted.messages
+            if admitted.condemned:
+                handle = self._set_aside
+        self._waiting = self._waiting[len(batch) :]
+        self._flights.launch(handle, batch, self._consumer.consumer_group_metadata())
+
+    def _set_aside(self, batch: Sequence[Message]) -> Outcome:
+        return Outcome(len(batch), dead=[unparsed(message, REASON, group=self._group) for message in batch])
 
     def _collect(self, *, down_to: int) -> None:
         """Commit delivered batches until at most `down_to` batches are in flight.
@@ -247,10 +271,13 @@ class Stream:
                 for each in self._flights:  # the later batches fail as well
                     self._until_done(each.delivered)
                 self._waiting = [*self._flights.abandon(), *self._waiting]
+                if not (self._flights.in_doubt or self._lost):
+                    self._suspects.withdraw(self._consumer)
                 raise
             self._commit(flight)
             self._flights.land()
             if rest := flight.still_assigned(delivered.rest):
+                self._suspects.survived(self._consumer, rest)
                 self._waiting = [*rest, *self._waiting]
                 self._gathers_until = time.monotonic() + delivered.again_in_s
 
@@ -284,6 +311,7 @@ class Stream:
         places = {coordinates(message)[:2] for message in self._waiting}
         committed = self._committed.read(self._consumer, places)
         self._flights.in_doubt = False
+        self._suspects.settled(committed)
         self._waiting = not_committed(self._waiting, committed)
 
     def _release_offsets(self) -> None:
@@ -383,6 +411,8 @@ class Stream:
                 self._commit(flight)
         except Outage as outage:
             self._log.warning("batch_redelivered", reason=str(outage))
+        if not (self._ended or self._flights.in_doubt) and all(map(_is_delivered, self._flights)):
+            self._suspects.take_back(self._consumer, [(each.topic, each.partition) for each in partitions])
         self._forget(partitions)
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
