@@ -169,7 +169,7 @@ def _alone(bench: Bench, rows: int, *, bare: bool) -> dict[str, float]:
         for text in batches:
             if bare:
                 with engine.begin() as connection:
-                    copy = table.COPY.replace("staging", "bare")
+                    copy = table.COPY.replace("pg_temp.staging", "bare")
                     connection.connection.cursor().copy_expert(copy, io.BytesIO(text), size=len(text))
             else:
                 table.upsert(engine, text)

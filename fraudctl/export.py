@@ -45,7 +45,7 @@ def export(
     with (
         _target(out) as (earlier, partial),
         _confirmed(engine, since=since, until=until) as (total, rows),
-        _open(partial, "w") as file,
+        _private(partial) as file,
     ):
         counted = _counted(rows, total, progress)
         if append and earlier.exists():
@@ -171,6 +171,12 @@ def _reached(out: str) -> Iterator[None]:
         yield
     except Exception as error:  # botocore raises many types of errors
         raise Outage(f"cannot reach {out}: {type(error).__name__}: {error}") from None
+
+
+def _private(path: Path) -> IO[str]:
+    """Open a new file, which only the current user can read, because it will contain card numbers and birth dates."""
+    path.touch(mode=0o600, exist_ok=False)
+    return _open(path, "w")
 
 
 def _open(path: Path, mode: str) -> IO[str]:

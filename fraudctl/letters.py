@@ -4,6 +4,7 @@ Kafka records cannot be changed. Therefore, a replayed letter is marked by a sma
 partition. A letter is older than its mark, so retention deletes the letter first.
 """
 
+import hashlib
 import re
 import time
 from collections import Counter
@@ -18,11 +19,11 @@ from rich.text import Text
 
 from fraudctl.call import CallError, parse_since
 from fraudctl.readable import readable_header, readable_key, readable_value
-from shared.dead_letters import SUFFIX
+from shared.dead_letters import CUT, SUFFIX
 from shared.errors import Outage, Poison
 from shared.kafka import offsets
 from shared.kafka.clients import DENIED, producer
-from shared.kafka.messages import Headers, coordinates, headers
+from shared.kafka.messages import Headers, coordinates, readable_headers
 from shared.kafka.offsets import read_to_end
 from shared.kafka.topics import ends
 from shared.records import format_time, read_topic_1
@@ -36,10 +37,12 @@ _GROUP = "fraudctl"
 _TIMEOUT_S = 15.0
 _OPEN_S = 60.0  # brokers abort a service's abandoned transaction within twenty seconds
 _TRANSACTION_LETTERS = 1000
+_MOST_BYTES = "100000000"  # the broker decides, which counts compressed bytes
 _TRANSACTION_BYTES = 16 * 1024 * 1024  # small, because the broker aborts a Kafka transaction after ten seconds
 _FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
 
 _ID = re.compile(r"(.+):(\d{1,10}):(\d{1,19})", re.ASCII).fullmatch
+_NUMBER = re.compile(r"\d{1,18}", re.ASCII).fullmatch
 _EPOCH_MS = re.compile(r"\d{1,13}", re.ASCII).fullmatch
 
 
@@ -86,9 +89,31 @@ class Letter(NamedTuple):
         return self._header("dlq-group")
 
     @property
+    def cut(self) -> bool:
+        """Whether the letter has only a part of the rejected record, because the record was too large."""
+        return bool(_NUMBER(self.whole_bytes))
+
+    @property
+    def whole_bytes(self) -> str:
+        """The number of bytes of the rejected record's value, if the letter is cut."""
+        return self._header(CUT)
+
+    @property
     def original_headers(self) -> Headers:
         """The headers of the rejected record."""
         return [header for header in self.headers if not header[0].startswith("dlq-")]
+
+    @property
+    def origin(self) -> TopicPartition | None:
+        """Where the rejected record is, or None if it was never on a topic."""
+        partition, offset = self._header("dlq-partition"), self._header("dlq-offset")
+        known = _NUMBER(partition) and _NUMBER(offset)
+        return TopicPartition(self.topic, int(partition), int(offset)) if known else None
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the rejected record's whole value, if the letter is cut."""
+        return self._header("dlq-value-sha256")
 
     def _header(self, name: str) -> str:
         return _text(dict(self.headers).get(name))
@@ -196,7 +221,7 @@ def replay(
     """
     names = [topic + SUFFIX for topic in selection.topics]
     _ends(properties, [*names, *selection.topics])
-    client = producer(properties, transactional_id=_TRANSACTIONAL_ID)
+    client = producer({**properties, "message.max.bytes": _MOST_BYTES}, transactional_id=_TRANSACTIONAL_ID)
     # 1. Fence any other replay. The broker then aborts the open transaction of that replay.
     try:
         client.init_transactions(_TIMEOUT_S)
@@ -213,6 +238,8 @@ def replay(
         )
     if corrected is not None:
         chosen = [_corrected(letter, corrected) for letter in chosen]
+    else:
+        chosen = [_whole(properties, letter) if letter.cut else letter for letter in chosen]
     # 3. Write each record and its mark in the same Kafka transaction.
     replayed = 0
     for batch in batches(chosen):
@@ -285,7 +312,8 @@ def counted(number: int) -> str:
 def description(letter: Letter) -> str:
     """Describe a letter in lines of text, with card numbers and birth dates masked."""
     replayed = "no" if letter.replayed_at_ms is None else f"{_time(letter.replayed_at_ms)} UTC"
-    size = "" if letter.value is None else f" ({len(letter.value):,} bytes)"
+    whole = f" of {int(letter.whole_bytes):,}" if letter.cut else ""
+    size = "" if letter.value is None else f" ({len(letter.value):,}{whole} bytes)"
     return "\n".join(
         [
             f"{letter.id}, rejected {_time(letter.at_ms)} UTC, replayed: {replayed}",
@@ -300,7 +328,7 @@ def description(letter: Letter) -> str:
 
 
 def _letter(message: Message) -> Letter:
-    found = headers(message)
+    found = readable_headers(message)
     at = _text(dict(found).get("dlq-at-ms"))
     return Letter(
         LetterId(*coordinates(message)),
@@ -394,6 +422,23 @@ def _ends(properties: Mapping[str, str], names: Sequence[str]) -> list[TopicPart
                 f"there is no topic {name}, or this login has no access to it. Run `fraudctl topics check`."
             )
     return found
+
+
+def _whole(properties: Mapping[str, str], letter: Letter) -> Letter:
+    """Return the letter with the value, key and headers of the rejected record itself, which is read again.
+
+    Raises CallError if the record is no longer on its topic, and Outage if Kafka does not respond.
+    """
+    place = letter.origin
+    record = offsets.read_at(properties, place, group=_GROUP) if place else None
+    value = (record.value() if record else None) or b""
+    if record is None or hashlib.sha256(value).hexdigest() != letter.digest:
+        where = f"{place.topic} {place.partition}:{place.offset}" if place else "Kafka"
+        raise CallError(
+            f"{letter.id} has only the first part of its record, and the record is not at {where} any more."
+            " Replay it alone, with the whole value in a file: --value FILE"
+        )
+    return letter._replace(value=value, key=record.key(), headers=readable_headers(record))
 
 
 def _corrected(letter: Letter, value: bytes) -> Letter:

@@ -9,7 +9,7 @@ from fraudctl.call import CallError
 from fraudctl.readable import readable_header, readable_key, readable_value
 from shared.errors import Outage
 from shared.kafka.clients import DENIED, consumer
-from shared.kafka.messages import coordinates, headers, says_nothing
+from shared.kafka.messages import coordinates, readable_headers, says_nothing
 from shared.kafka.offsets import begins, read_to_end
 from shared.kafka.topics import away, ends
 from shared.provenance import HEADER, Provenance, from_headers
@@ -86,7 +86,7 @@ def follow(properties: Mapping[str, str], topic: str, *, report: Callable[[str],
 def description(message: Message) -> str:
     """Describe a record in a few lines of text, with card numbers and birth dates masked."""
     topic, partition, offset = coordinates(message)
-    found = headers(message)
+    found = readable_headers(message)
     provenance = from_headers(found)
     lines = [
         f"{topic}:{partition}:{offset}, {format_time(message.timestamp()[1] // 1000)} UTC",

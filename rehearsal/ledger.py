@@ -19,7 +19,7 @@ from sandbox.mailbox import messages as mails_in
 from services.alerter.mail import message_id
 from shared.dead_letters import SUFFIX
 from shared.kafka.clients import consumer
-from shared.kafka.messages import coordinates, headers, says_nothing
+from shared.kafka.messages import coordinates, readable_headers, says_nothing
 from shared.provenance import from_headers
 
 Identity = tuple[str, int]
@@ -164,7 +164,7 @@ class TopicReader:
             if (origin := _origin(message)) is None:
                 return
             topics.dead_letters[origin].append((topic, partition, offset))
-            topics.refused_rows += ("dlq-group", b"producer") in headers(message)
+            topics.refused_rows += ("dlq-group", b"producer") in readable_headers(message)
             if seen:
                 topics.dead.add(seen.identity)
         elif topic == self._topic_1:
@@ -178,7 +178,7 @@ class TopicReader:
             if seen:
                 if seen.identity in topics.visible_ms:
                     topics.repeated.append(seen.identity)
-                source = from_headers(headers(message)).source_offset
+                source = from_headers(readable_headers(message)).source_offset
                 if source is not None:
                     if source < topics.last_source.get(seen.cc_num, 0):
                         topics.misplaced.append(seen.identity)
@@ -190,7 +190,7 @@ class TopicReader:
 
 def _origin(letter: Message) -> Place | None:
     """Return the place of a dead letter's original record, or None if the message only marks a letter as replayed."""
-    found = {name: content for name, content in headers(letter) if isinstance(content, bytes)}
+    found = {name: content for name, content in readable_headers(letter) if isinstance(content, bytes)}
     if "dlq-replayed" in found:
         return None
     if "dlq-offset" not in found:  # a row that the producer refused

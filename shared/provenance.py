@@ -16,8 +16,8 @@ HEADER = "provenance"
 class Provenance(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The model, the probability of fraud, the time of the prediction, and the topic_1 record that was scored."""
 
-    model_name: str | None = None
-    model_version: str | None = None
+    model_name: Annotated[str, Meta(max_length=300)] | None = None
+    model_version: Annotated[str, Meta(max_length=300)] | None = None
     probability: Annotated[float, Meta(ge=0, le=1)] | None = None  # probability of fraud
     predicted_at_ms: Annotated[int, Meta(ge=0, lt=253_402_300_800_000)] | None = None  # up to the year 9999
     source_partition: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
@@ -35,12 +35,14 @@ def to_headers(provenance: Provenance) -> Headers:
 
 
 def from_headers(headers: Headers) -> Provenance:
-    """Read the provenance. If the header is missing or unreadable, every field is None.
+    """Read the provenance. If the header is missing, unreadable or cannot be stored, every field is None.
 
     The prediction is valid even without provenance.
     """
     for name, raw in headers:
         if name == HEADER and isinstance(raw, bytes):
+            if b"\\u0000" in raw:  # PostgreSQL cannot store it
+                break
             try:
                 return _decode(raw)
             except (ValueError, RecursionError):

@@ -128,7 +128,7 @@ def _directory(wanted: Path | None) -> Iterator[Path]:
     If `wanted` is None, yields a temporary folder, which is deleted at the end.
     """
     if wanted:
-        wanted.mkdir(parents=True, exist_ok=True)
+        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)  # it will contain card numbers and birth dates
         yield wanted.resolve()
         return
     with tempfile.TemporaryDirectory(prefix="fraud-alarm-") as temporary:

@@ -6,17 +6,20 @@ from threading import Event
 import sqlalchemy as sa
 import structlog
 from confluent_kafka import Message
+from msgspec.structs import asdict
 
 from services.db_sink.settings import SinkSettings
 from services.db_sink.table import Row, connect, copy_text, migrate, upsert
 from shared import metrics, service
-from shared.errors import SettingsError
+from shared.errors import Outage, Poison, SettingsError
 from shared.kafka.messages import headers
-from shared.provenance import from_headers
-from shared.records import decode_prediction
+from shared.provenance import Provenance, from_headers
+from shared.records import REFERENCE, Prediction, decode_prediction
 from shared.stream import sink
 
 log = structlog.get_logger()
+
+_GOOD = Row(Prediction(**asdict(REFERENCE), prediction=0), Provenance())
 
 
 class Table(sink.Sink[Row]):
@@ -39,6 +42,12 @@ class Table(sink.Sink[Row]):
 
     def store(self, prepared: bytes) -> None:
         upsert(self._engine, prepared)
+
+    def check(self) -> None:
+        try:
+            upsert(self._engine, copy_text([_GOOD]), keep=False)
+        except Poison as poison:
+            raise Outage(str(poison)) from None
 
     def stored(self, rows: int) -> None:
         metrics.ROWS.inc(rows)

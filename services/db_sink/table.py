@@ -79,6 +79,7 @@ def migrate(engine: sa.Engine) -> None:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except (SQLAlchemyError, psycopg2.Error) as error:
+        engine.dispose()
         hint = ". Run fraudctl migrate as the owner of the tables" if _sqlstate(error) == _DENIED else ""
         raise Outage(f"database: {reason(error)}{hint}") from None
 
@@ -96,12 +97,12 @@ def versions(engine: sa.Engine) -> tuple[str | None, str | None]:
     return present, ScriptDirectory.from_config(_config()).get_current_head()
 
 
-def upsert(engine: sa.Engine, text: bytes) -> None:
+def upsert(engine: sa.Engine, text: bytes, *, keep: bool = True) -> None:
     """Store rows in one database transaction: COPY `text` into a temporary table, then upsert its rows by identity.
 
     `text` is the result of `copy_text`. A row that is already stored gets the newer prediction, but keeps a confirmed
-    label. Raises Poison if PostgreSQL rejects a row. Raises Outage after any other failure, such as a lost connection,
-    a lock timeout, a full disk or a missing table.
+    label. Without `keep`, everything is undone in the end. Raises Poison if PostgreSQL rejects a row. Raises Outage
+    after any other failure, such as a lost connection, a lock timeout, a full disk or a missing table.
     """
     try:
         with engine.begin() as connection:
@@ -109,9 +110,12 @@ def upsert(engine: sa.Engine, text: bytes) -> None:
             cursor.execute(_STAGING)
             cursor.copy_expert(COPY, io.BytesIO(text), size=len(text))
             cursor.execute(_UPSERT)
+            if not keep:
+                connection.rollback()
     except (SQLAlchemyError, psycopg2.Error) as error:
         if _sqlstate(error).startswith(_REJECTED):
             raise Poison(f"database: {reason(error)}") from None
+        engine.dispose()  # after a failover, a connection may stay read-only
         raise Outage(f"database: {reason(error)}") from None
 
 
@@ -127,18 +131,22 @@ _COLUMNS = ", ".join(f'"{name}"' for name in (*FEATURES_2, *PROVENANCE))
 # SQLSTATE prefixes: data exceptions, constraint violations, check option violations, and errors raised by triggers.
 _REJECTED = ("22", "23", "44", "P0001")
 # The timeout turns a long wait for a lock into an outage, which is logged.
+# The other settings are those that the statements below rely on. An administrator may have changed their defaults. The
+# schema of the temporary table is named, because another schema with a table of that name may come first.
 _STAGING = f"""
 SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s';
-CREATE TEMPORARY TABLE IF NOT EXISTS staging (LIKE {TABLE} INCLUDING DEFAULTS) ON COMMIT DELETE ROWS
+SET LOCAL standard_conforming_strings = on;
+SET LOCAL DateStyle = 'ISO, YMD';
+CREATE TEMPORARY TABLE IF NOT EXISTS pg_temp.staging (LIKE {TABLE} INCLUDING DEFAULTS) ON COMMIT DELETE ROWS
 """
-COPY = f"COPY staging ({_COLUMNS}) FROM STDIN (FORMAT csv, NULL 'null', ESCAPE '\\', ENCODING 'UTF8')"
+COPY = f"COPY pg_temp.staging ({_COLUMNS}) FROM STDIN (FORMAT csv, NULL 'null', ESCAPE '\\', ENCODING 'UTF8')"
 _UPDATED = ", ".join(
     f'"{name}" = EXCLUDED."{name}"'
     for name in (*FEATURES_2, *PROVENANCE)
     if name not in ("trans_num", "unix_time", "is_fraud")
 )
 _UPSERT = f"""
-INSERT INTO {TABLE} AS stored ({_COLUMNS}) SELECT {_COLUMNS} FROM staging
+INSERT INTO {TABLE} AS stored ({_COLUMNS}) SELECT {_COLUMNS} FROM pg_temp.staging
 ON CONFLICT (trans_num, unix_time) DO UPDATE SET {_UPDATED},
   is_fraud = CASE WHEN stored.validated_at IS NULL THEN EXCLUDED.is_fraud ELSE stored.is_fraud END
 """  # noqa: S608 - only constants

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from confluent_kafka import Message
 
-from services.predictor.model import Model, Score, score
+from services.predictor.model import Model, Score, recorded, score
 from shared.dead_letters import Limit, dead_letter, isolate
 from shared.errors import Outage, Poison
 from shared.kafka.messages import Record, coordinates, says_nothing
@@ -58,7 +58,7 @@ def predict(
         for row in rows.bad:
             faults[number].append(row.reason)
     results = _scores(model, transactions)
-    limit.check(results)
+    limit.check(results, reference=lambda: _check_model(model, [REFERENCE, *recorded()]))
     records, seen = [], []
     for number, transaction, value, milliseconds, result in zip(
         sources, transactions, values, in_milliseconds, results, strict=True
@@ -81,13 +81,13 @@ def _scores(model: Model, transactions: Sequence[Transaction]) -> Sequence[Score
     try:
         return score(model, transactions)
     except Poison:
-        _check_model(model)
+        _check_model(model, [REFERENCE])
         return isolate(transactions, lambda rows: score(model, rows))
 
 
-def _check_model(model: Model) -> None:
-    """Raise Outage if the model cannot score the reference transaction, because then the model is at fault."""
+def _check_model(model: Model, transactions: Sequence[Transaction]) -> None:
+    """Raise Outage if the model cannot score these good transactions, because then the model is at fault."""
     try:
-        score(model, [REFERENCE])
+        score(model, transactions)
     except Poison as poison:
         raise Outage(f"the model fails on the reference transaction: {poison}") from None

@@ -1,7 +1,11 @@
 """Defines records to write, and functions that read consumed messages."""
 
+from operator import methodcaller
+
 import msgspec
 from confluent_kafka import Message
+
+from shared.errors import Poison
 
 Headers = list[tuple[str, str | bytes | None]]
 NOTHING: Headers = [("nothing", b"")]  # headers of an empty record, written only to give its Kafka transaction a marker
@@ -25,9 +29,32 @@ def coordinates(message: Message) -> tuple[str, int, int]:
 
 
 def headers(message: Message) -> Headers:
-    """Return a consumed message's headers, or an empty list if it has none."""
-    found = message.headers() or []
+    """Return a consumed message's headers, or an empty list if it has none.
+
+    Raises Poison if the name of a header is not UTF-8, which Kafka allows.
+    """
+    try:
+        # In confluent-kafka 2.16, the method then returns a list with gaps while an exception is set. Python notices
+        # the exception only if the method is not called directly, and another call would return the list.
+        found = _read(message) or []
+    except (SystemError, UnicodeError):
+        message.set_headers(_UNREADABLE)
+        found = _UNREADABLE
+    if found is _UNREADABLE:
+        raise Poison("the name of a header is not UTF-8")
     return list(found.items()) if isinstance(found, dict) else found
+
+
+def readable_headers(message: Message) -> Headers:
+    """Return a consumed message's headers, or an empty list if it has none or if they cannot be read."""
+    try:
+        return headers(message)
+    except Poison:
+        return []
+
+
+_read = methodcaller("headers")
+_UNREADABLE: Headers = [("unreadable", None)]
 
 
 def says_nothing(message: Message) -> bool:
@@ -35,4 +62,4 @@ def says_nothing(message: Message) -> bool:
 
     Readers skip such records.
     """
-    return message.value() is None and message.headers() == NOTHING
+    return message.value() is None and readable_headers(message) == NOTHING

@@ -98,6 +98,16 @@ def read_to_end(properties: Mapping[str, str], starts: Sequence[TopicPartition],
         reader.close()
 
 
+def read_at(properties: Mapping[str, str], place: TopicPartition, *, group: str) -> Message | None:
+    """Return the committed record at this offset, or None if there is none (any more).
+
+    Raises Outage if the broker does not answer, or denies access to the topic.
+    """
+    for message in read_to_end(properties, [place], group=group):
+        return message if coordinates(message)[2] == place.offset else None
+    return None
+
+
 def _listed(
     client: AdminClient, partitions: Sequence[TopicPartition], spec: OffsetSpec, *, committed: bool
 ) -> dict[tuple[str, int], ListOffsetsResultInfo]:

@@ -13,6 +13,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from shared import metrics
+from shared.dead_letters import MOST_BYTES, SUFFIX, fit
 from shared.errors import Outage
 from shared.kafka.clients import DENIED
 from shared.kafka.clients import producer as make_producer
@@ -27,6 +28,7 @@ _WAIT_S = 1.0
 _SILENT_S = 5.0
 _TRANSACTION_WAIT_S = 6.0  # the broker aborts a Kafka transaction after 10 s, and a service must exit within 10 s
 _STUCK_S = 7.0
+_SMALLEST_LETTER_BYTES = 16 * 1024  # the headers alone may take a third of it
 # These errors are reported for records whose Kafka transaction was aborted for a different reason.
 _PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 
@@ -79,6 +81,7 @@ class AtLeastOnce:
 
     def __init__(self, *, properties: Mapping[str, str], shutdown: Event) -> None:
         self._shutdown = shutdown
+        self._letters = _Letters()
         self._failed: list[str] = []
         self._away = ""  # why all connections are broken
         self._outage = OutageLog("Kafka, for writing")
@@ -98,7 +101,7 @@ class AtLeastOnce:
     ) -> None:
         # 1. Put outputs and dead letters into the producer's queue.
         with self._noting_errors():
-            enqueue(self._producer, records, self._shutdown)
+            enqueue(self._producer, self._letters.fit(records), self._shutdown)
         # 2. Wait until all records are acknowledged. The producer itself retries for ever. Enqueuing the records again
         # would write them twice.
         with self._noting_errors():
@@ -156,6 +159,7 @@ class AtLeastOnce:
                 self._producer = self._make()
 
     def _on_failure(self, error: KafkaError, message: Message) -> None:
+        self._letters.refused(error, message.topic())
         self._failed.append(f"{message.topic()}: {error.str()}")
 
     def _on_error(self, error: KafkaError) -> None:
@@ -174,6 +178,7 @@ class ExactlyOnce:
 
     def __init__(self, *, properties: Mapping[str, str], transactional_id: str, shutdown: Event) -> None:
         self._shutdown = shutdown
+        self._letters = _Letters()
         self._id = transactional_id
         self._suspect = False  # a connection broke, so the next Kafka transaction may hang; see _Calls
         self._away = ""  # why all connections are broken
@@ -193,7 +198,7 @@ class ExactlyOnce:
     ) -> None:
         # 1. Begin a Kafka transaction, and add outputs and dead letters to it.
         with self._transaction() as producer:
-            enqueue(producer, records, self._shutdown)
+            enqueue(producer, self._letters.fit(records), self._shutdown)
 
             def finish() -> None:
                 # 2. Add the offsets and the generation that read the batch. The broker fences an older generation.
@@ -300,6 +305,7 @@ class ExactlyOnce:
             self._suspect = True
 
     def _on_failure(self, error: KafkaError, message: Message) -> None:
+        self._letters.refused(error, message.topic())
         if error.code() not in _PURGED:
             self._failed.append(f"{message.topic()}: {error.str()}")
 
@@ -309,6 +315,26 @@ class ExactlyOnce:
             self._away = error.str()
         elif error.code() in DENIED:
             self._failed.append(error.str())
+
+
+class _Letters:
+    """Cuts dead letters to the size that their topics accept.
+
+    The size is halved each time that the broker refuses a letter as too large, because the topic may have a limit of
+    its own.
+    """
+
+    def __init__(self) -> None:
+        self._most_bytes = MOST_BYTES
+
+    def fit(self, records: Iterable[Record]) -> Iterable[Record]:
+        if self._most_bytes == MOST_BYTES:  # letters are made no larger
+            return records
+        return (fit(record, self._most_bytes) if record.topic.endswith(SUFFIX) else record for record in records)
+
+    def refused(self, error: KafkaError, topic: str | None) -> None:
+        if error.code() == KafkaError.MSG_SIZE_TOO_LARGE and topic and topic.endswith(SUFFIX):
+            self._most_bytes = max(_SMALLEST_LETTER_BYTES, self._most_bytes // 2)
 
 
 class _Stuck(Exception):

@@ -144,7 +144,7 @@ class Flights:
             dead = [*outcome.dead, *outcome.finish()] if outcome.finish else outcome.dead
         finished = batch[: outcome.done]
         offsets = next_offsets(finished)
-        if finished:
+        if finished or outcome.outputs or dead:
             try:
                 self._delivery.deliver([*outcome.outputs, *dead], offsets, generation)
             except Outage:

@@ -45,6 +45,13 @@ class Sink(ABC, Generic[Row]):
     def store(self, prepared: Any) -> None:
         """Store all rows or none. Raises Poison if a row can never be stored, and Outage after any other failure."""
 
+    def check(self) -> None:
+        """Store a row that is known to be good, and undo that. Raises Outage if even this row is not accepted.
+
+        This is called if many rows are refused. Without a check, rows are then not taken for the cause.
+        """
+        raise Outage("a good row cannot be tried")
+
     def stored(self, rows: int) -> None:
         """Count the rows that were stored."""
 
@@ -99,7 +106,7 @@ def handle(messages: Sequence[Message], sink: Sink[Any], *, group: str, limit: L
             sink.store(prepared)
         except Poison:
             results = isolate(rows, store_part)
-        limit.check(results)
+        limit.check(results, reference=sink.check)
         sink.stored(results.count(None))
         return [
             dead_letter(message, str(result), group=group)
