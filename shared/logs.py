@@ -4,15 +4,17 @@ import logging
 import re
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
-from structlog.typing import EventDict, Processor
+from structlog.typing import Processor
 
 from shared.privacy import without_cards, without_credentials
 from shared.settings import ServiceSettings
 
 _REMINDER_S = 60.0
+_NAMES = re.compile("replica|group|topic")  # the settings that contain names
 
 
 def configure(service: str, settings: ServiceSettings) -> None:
@@ -41,7 +43,7 @@ def configure(service: str, settings: ServiceSettings) -> None:
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,
-                mask_cards,
+                masking(own_names(settings)),
                 last,
             ],
         )
@@ -71,14 +73,31 @@ class Sparingly(logging.Filter):
         return True
 
 
-def mask_cards(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Mask card numbers (11 to 19 digits that pass the Luhn test) and logins in URLs, in every log line."""
-    return {key: _masked(value) for key, value in event.items()}
+def own_names(settings: ServiceSettings) -> list[str]:
+    """Return those names of replicas, groups and topics that look as if they contained a card number."""
+    fields = settings.model_dump(include={name for name in type(settings).model_fields if _NAMES.search(name)})
+    return [name for name in map(str, fields.values()) if without_cards(name) != name]
 
 
-def _masked(value: Any) -> Any:
-    text = value if isinstance(value, str) else str(value) if isinstance(value, int) and abs(value) >= 10**10 else None
-    if text is None:
-        return value
-    masked = without_credentials(without_cards(text))
-    return value if masked == text else masked
+def masking(own: Sequence[str]) -> Processor:
+    """Return a step that masks card numbers and logins in URLs, in every value of a line except in the names `own`.
+
+    A card number has 11 to 19 digits that pass the Luhn test.
+    """
+    names = re.compile("|".join(rf"(?<!\d){re.escape(name)}(?!\d)" for name in own) or "(?!)")
+
+    def masked(text: str) -> str:
+        parts, at = [], 0
+        for name in names.finditer(text):
+            parts += [without_cards(text[at : name.start()]), name[0]]
+            at = name.end()
+        return without_credentials("".join([*parts, without_cards(text[at:])]))
+
+    def value_of(value: Any) -> Any:
+        large = isinstance(value, int) and abs(value) >= 10**10
+        if not (large or isinstance(value, str)):
+            return value
+        text = masked(str(value))
+        return value if text == str(value) else text
+
+    return lambda _logger, _method, event: {key: value_of(value) for key, value in event.items()}

@@ -16,6 +16,7 @@ from shared.kafka.messages import Record, headers
 from shared.privacy import mask_card
 from shared.provenance import Provenance, from_headers
 from shared.records import REFERENCE, TIME_FORMAT, Prediction, decode_prediction
+from shared.text import one_line
 
 
 class Alarm(NamedTuple):
@@ -54,15 +55,16 @@ def find(messages: Sequence[Message], sent: Remembered, *, group: str, most: int
     for number, message in enumerate(messages, start=1):
         try:
             prediction = decode_prediction(message.value())
+            if not prediction.prediction:
+                continue
+            alarm = Alarm(prediction, from_headers(headers(message)))
         except Poison as poison:
             dead.append((number, dead_letter(message, str(poison), group=group)))
-            continue
-        if not prediction.prediction:
             continue
         if prediction.identity in sent or prediction.identity in identities:
             repeats += 1
             continue
-        alarms.append((number, Alarm(prediction, from_headers(headers(message)))))
+        alarms.append((number, alarm))
         identities.add(prediction.identity)
         if len(alarms) == most:
             return Found(number, alarms, dead, repeats)
@@ -130,14 +132,6 @@ def merchant_of(alarm: Alarm) -> str:
 def dollars(amount: float) -> str:
     """Format an amount, for example as `$1,147.91`."""
     return f"${amount:,.2f}"
-
-
-def one_line(text: str) -> str:
-    """Put the text on one line and cut it to 200 characters.
-
-    The result cannot forge a mail header, a table row or a log line.
-    """
-    return " ".join("".join(each if each.isprintable() else " " for each in text).split())[:200]
 
 
 def batch_id(alarms: Sequence[Alarm]) -> str:

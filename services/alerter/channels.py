@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from email.message import EmailMessage
 from math import log2
 from typing import Protocol
 
@@ -10,7 +11,8 @@ import structlog
 from confluent_kafka import Message
 
 from services.alerter.alarm import Alarm, Found, find, sample
-from services.alerter.mail import Composer, Mailer
+from services.alerter.deferred import Deferred
+from services.alerter.mail import Composer, Mailer, Refused
 from services.alerter.pace import Pace
 from services.alerter.remembered import Remembered
 from services.alerter.settings import AlerterSettings
@@ -28,6 +30,10 @@ log = structlog.get_logger()
 _REMEMBERED = 20_000  # alarms; far fewer are redelivered, because offsets are committed soon after sending
 _LARGEST_POST = 500  # alarms per post
 _CATCH_UP_S = 1.0
+
+
+Sent = tuple[Message, Alarm]
+"""An alarm, and the message that contains it."""
 
 
 class Channel(Protocol):
@@ -58,14 +64,22 @@ class ByMail:
     name = "mail"
 
     def __init__(
-        self, mailer: Mailer, composer: Composer, *, group: str, pace: Pace, limit: Limit, largest_digest: int
+        self,
+        mailer: Mailer,
+        composer: Composer,
+        *,
+        group: str,
+        pace: Pace,
+        largest_digest: int,
+        backoff_initial_s: float,
+        backoff_max_s: float,
     ) -> None:
         self.group = group
         self._mailer = mailer
         self._composer = composer
         self._pace = pace
-        self._limit = limit
         self._largest_digest = largest_digest
+        self._deferred = Deferred(mailer.send, initial_s=backoff_initial_s, max_s=backoff_max_s)
         self._mailed = Remembered(_REMEMBERED)
         self._started_ms = time.time() * 1000
         self._catching_up = pace.burst < largest_digest  # see _caught_up
@@ -74,8 +88,12 @@ class ByMail:
     def handle(self, messages: Sequence[Message]) -> Outcome:
         """Send at most one mail: either a mail about the first alarm, or a digest whose gathering time is over.
 
-        Messages after the last mailed alarm are redelivered. Therefore, at most one mail is repeated after a crash.
+        Messages after the last mailed alarm are redelivered. Therefore, at most one mail is repeated after a crash. If
+        a recipient is not accepted yet, the alarm's message is redelivered as well, but later messages go on.
         """
+        return self._deferred.handle(messages, self._handle)
+
+    def _handle(self, messages: Sequence[Message]) -> Outcome:
         single = not self._catching_up and self._pace.allows_single()
         found = find(messages, self._mailed, group=self.group, most=1 if single else self._largest_digest)
         metrics.ALARMS_WAITING.labels(self.name).set(len(found.alarms))
@@ -85,7 +103,7 @@ class ByMail:
         if before := [letter for number, letter in found.dead if number < first]:
             return Outcome(first - 1, dead=before)  # written before mailing, so that a failed write repeats no mail
         if single:
-            refused = _send(messages, found, self._single, self._limit, by=self)
+            refused = _send(messages, found, self._single, by=self)
             self._pace.single_sent()
             return _finished(found, refused)
         if self._catching_up and messages[first - 1].timestamp()[1] >= self._started_ms:
@@ -98,7 +116,7 @@ class ByMail:
             return self._caught_up(messages)
         self._catching_up = False
         self._refused_digests = 0
-        refused = _send(messages, found, self._digest, self._limit, by=self)
+        refused = _send(messages, found, self._digest, by=self)
         self._pace.digest_sent()
         return _finished(found, refused)
 
@@ -121,30 +139,50 @@ class ByMail:
         self._pace.digest_sent()
         return self.handle(messages)
 
-    def _single(self, alarms: Sequence[Alarm]) -> Sequence[None]:
-        for alarm in alarms:
+    def _single(self, alarms: Sequence[Sent]) -> Sequence[Poison | None]:
+        for message, alarm in alarms:
             prediction = alarm.prediction
-            self._mailer.send(self._composer.single(alarm, now=datetime.now(UTC)))
+            try:
+                self._mail(self._composer.single(alarm, now=datetime.now(UTC)), [message])
+            except (Poison, Refused) as refusal:
+                self._say_unsent([alarm], refusal)
+                raise Poison(str(refusal)) from None
             self._mailed.add(alarm.identity)
             log.info("alarm_mailed", card=mask_card(prediction.cc_num), amount=prediction.amt, id=prediction.trans_num)
         return [None] * len(alarms)
 
-    def _digest(self, alarms: Sequence[Alarm]) -> Sequence[None]:
+    def _digest(self, alarms: Sequence[Sent]) -> Sequence[Poison | None]:
         if len(alarms) == 1:
             return self._single(alarms)
+        messages, found = zip(*alarms, strict=True)
         try:
-            self._mailer.send(self._composer.digest(alarms, now=datetime.now(UTC)))
-        except Poison as poison:
+            self._mail(self._composer.digest(found, now=datetime.now(UTC)), messages)
+        except (Poison, Refused) as refusal:
             self._refused_digests += 1
             # Isolating one bad alarm causes fewer refusals than this.
             if self._refused_digests > 2 * log2(self._largest_digest):
-                raise Outage(f"digest mails are refused: {poison}") from None
-            raise
-        for alarm in alarms:
+                self._say_unsent(found, refusal)
+                return [Poison(str(refusal))] * len(alarms)
+            raise Poison(str(refusal)) from None
+        for alarm in found:
             self._mailed.add(alarm.identity)
-        cards = {alarm.prediction.cc_num for alarm in alarms}
+        cards = {alarm.prediction.cc_num for alarm in found}
         log.info("digest_mailed", alarms=len(alarms), cards=len(cards))
         return [None] * len(alarms)
+
+    def _mail(self, mail: EmailMessage, messages: Sequence[Message]) -> None:
+        if later := self._mailer.send(mail):
+            self._deferred.add(mail, later, messages)
+
+    def _say_unsent(self, alarms: Sequence[Alarm], refusal: Exception) -> None:
+        """Send a plain mail that says which alarms could not be sent.
+
+        If it is accepted, the alarms' mail was the cause of the refusal. Otherwise, raises Outage.
+        """
+        try:
+            self._mailer.send(self._composer.unsent(alarms, now=datetime.now(UTC)))
+        except (Poison, Refused):
+            raise Outage(f"{refusal} (a plain mail is refused as well)") from None
 
 
 class ByWebhook:
@@ -169,7 +207,7 @@ class ByWebhook:
         metrics.ALARMS_WAITING.labels(self.name).set(len(found.alarms))
         if not found.alarms:
             return _finished(found)
-        return _finished(found, _send(messages, found, self._post, self._limit, by=self))
+        return _finished(found, _send(messages, found, self._post, by=self, judge=self._judge))
 
     def test(self) -> None:
         """Post a sample alarm. Raises Poison if the post's content is refused, and Outage after any other failure."""
@@ -180,9 +218,20 @@ class ByWebhook:
         self._flow.report()
         self._webhook.close()
 
-    def _post(self, alarms: Sequence[Alarm]) -> Sequence[None]:
-        self._webhook.post(alarms)
-        for alarm in alarms:
+    def _judge(self, results: Sequence[object]) -> None:
+        """Raise Outage if so many alarms are refused that a sample alarm is tried, and is refused as well."""
+
+        def reference() -> None:
+            try:
+                self.test()
+            except Poison as poison:
+                raise Outage(str(poison)) from None
+
+        self._limit.check(results, reference=reference)
+
+    def _post(self, alarms: Sequence[Sent]) -> Sequence[None]:
+        self._webhook.post([alarm for _, alarm in alarms])
+        for _, alarm in alarms:
             self._posted.add(alarm.identity)
         self._flow.add(alarms=len(alarms))
         return [None] * len(alarms)
@@ -223,8 +272,9 @@ def _mail(settings: AlerterSettings) -> Channel:
         Composer(sender=settings.alert_from, recipients=settings.alert_to, templates=settings.alert_templates),
         group=settings.alerter_group,
         pace=Pace(burst=settings.alert_burst, window_s=settings.alert_digest_seconds),
-        limit=Limit.from_settings(settings),
         largest_digest=max(1, settings.max_batch_size // 2),
+        backoff_initial_s=settings.backoff_initial_seconds,
+        backoff_max_s=settings.backoff_max_seconds,
     )
 
 
@@ -245,17 +295,17 @@ def _webhook(settings: AlerterSettings) -> Channel:
 def _send(
     messages: Sequence[Message],
     found: Found,
-    send: Callable[[Sequence[Alarm]], Sequence[None]],
-    limit: Limit,
+    send: Callable[[Sequence[Sent]], Sequence[Poison | None]],
     *,
     by: Channel,
+    judge: Callable[[Sequence[object]], None] = lambda _results: None,
 ) -> list[Record]:
     """Send the alarms. Returns a dead letter for each alarm that is permanently refused.
 
-    Raises Outage if the alarms cannot be sent now.
+    Raises Outage if the alarms cannot be sent now, or if `judge` finds that the alarms are not the cause.
     """
 
-    def counted(alarms: Sequence[Alarm]) -> Sequence[None]:
+    def counted(alarms: Sequence[Sent]) -> Sequence[Poison | None]:
         try:
             done = send(alarms)
         except Outage:
@@ -264,11 +314,13 @@ def _send(
         except Poison:
             metrics.ALARMS.labels(by.name, "failed").inc(len(alarms) == 1)  # a larger group is split and sent again
             raise
-        metrics.ALARMS.labels(by.name, "sent").inc(len(alarms))
+        sent = done.count(None)
+        metrics.ALARMS.labels(by.name, "sent").inc(sent)
+        metrics.ALARMS.labels(by.name, "failed").inc(len(done) - sent)
         return done
 
-    results = isolate([alarm for _, alarm in found.alarms], counted)
-    limit.check(results)
+    results = isolate([(messages[number - 1], alarm) for number, alarm in found.alarms], counted)
+    judge(results)
     return [
         dead_letter(messages[number - 1], str(result), group=by.group)
         for (number, _), result in zip(found.alarms, results, strict=True)

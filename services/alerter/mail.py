@@ -1,10 +1,13 @@
 """Composes e-mails about alarms and sends them through a mail server."""
 
+import binascii
 import csv
+import errno
 import hashlib
 import io
 import re
 import smtplib
+import socket
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from email import policy
 from email.message import EmailMessage
 from email.utils import format_datetime
 from pathlib import Path
+from typing import IO
 
 import jinja2
 import structlog
@@ -20,15 +24,18 @@ import structlog
 from services.alerter.alarm import Alarm, Shown, batch_id, dollars, fields, sample, show
 from services.alerter.settings import SmtpTls
 from shared.errors import Outage, Poison, SettingsError
-from shared.network import why_unreachable
+from shared.network import Watch, why_unreachable
 from shared.privacy import without_digits
+from shared.text import one_line
 
 log = structlog.get_logger()
 
 
 # Long headers are not folded, because some mail readers show an extra space at a fold. RFC 5322 allows lines of
-# 998 characters.
-_WIDE = policy.SMTP.clone(max_line_length=990)
+# 998 characters. Bodies have 7-bit characters only, because not every server accepts others (8BITMIME, RFC 6152).
+_WIDE = policy.SMTP.clone(max_line_length=990, cte_type="7bit")
+_MOST_REPLY_BYTES = 64 * 1024
+_TOO_MANY = 452  # recipients
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TEMPLATES = ("alert.txt", "alert.html", "digest.txt", "digest.html")
 _CARDS_THREADED = 10_000
@@ -84,6 +91,22 @@ class Composer:
         self._fill(message, "alert", [alarm])
         return message
 
+    def unsent(self, alarms: Sequence[Alarm], *, now: datetime) -> EmailMessage:
+        """Compose the mail that says that alarms could not be sent. Nothing in it comes from a payment's texts."""
+        message = self._message(
+            f"Fraud alert: {len(alarms)} alarm{'s' * (len(alarms) > 1)} could not be sent",
+            f"<unsent.{batch_id(alarms)}@{self._domain}>",
+            now,
+        )
+        lines = [
+            "The mail server refused the mail about the alarms below. They are kept as dead letters: see",
+            "`fraudctl dead-letters list`.",
+            "",
+            *(_plain_line(alarm) for alarm in alarms),
+        ]
+        message.set_content("\n".join(lines) + "\n")
+        return message
+
     def digest(self, alarms: Sequence[Alarm], *, now: datetime) -> EmailMessage:
         """Compose the mail about several alarms. The mail has a table of alarms by card, and a CSV file."""
         cards = len({alarm.prediction.cc_num for alarm in alarms})
@@ -101,7 +124,8 @@ class Composer:
 
     def _message(self, subject: str, identity: str, now: datetime) -> EmailMessage:
         message = EmailMessage(policy=_WIDE)
-        message["Subject"] = subject
+        # Python decodes encoded words (RFC 2047) in the text of a header, and what they contain may be further headers.
+        message["Subject"] = subject.replace("=?", "= ?")
         message["From"] = self._sender
         message["To"] = self._recipients
         message["Date"] = format_datetime(now.astimezone(UTC))
@@ -166,7 +190,9 @@ def table(alarms: Sequence[Alarm]) -> str:
     writer = csv.writer(out)
     rows = [fields(alarm) for alarm in alarms]
     writer.writerow(rows[0])
-    writer.writerows([_inert(value) if isinstance(value, str) else value for value in row.values()] for row in rows)
+    writer.writerows(
+        [_inert(one_line(value)) if isinstance(value, str) else value for value in row.values()] for row in rows
+    )
     return out.getvalue()
 
 
@@ -178,6 +204,13 @@ def _inert(text: str) -> str:
     return _FORMULA.sub(r"\1'\2", text)
 
 
+def _plain_line(alarm: Alarm) -> str:
+    trans_num, unix_time = alarm.identity
+    named = trans_num if _PLAIN_ID.fullmatch(trans_num) else "(unusual transaction number)"
+    shown = show(alarm)
+    return f"{named} (unix_time {unix_time}), {shown.amount}, card ending {shown.card[-4:]}"
+
+
 def message_id(identity: tuple[str, int], *, sender: str) -> str:
     """Return the Message-ID (RFC 5322, 3.6.4) for a transaction.
 
@@ -186,6 +219,10 @@ def message_id(identity: tuple[str, int], *, sender: str) -> str:
     trans_num, unix_time = identity
     left = trans_num if _PLAIN_ID.fullmatch(trans_num) else hashlib.sha256(trans_num.encode()).hexdigest()
     return f"<{left}.{unix_time}@{sender.rpartition('@')[2]}>"
+
+
+class Refused(Outage):
+    """The server refuses this mail for ever, but it is unknown whether it would refuse any other mail as well."""
 
 
 @dataclass(kw_only=True)
@@ -200,24 +237,30 @@ class Mailer:
     password: str | None = None
     _connection: smtplib.SMTP | None = None
 
-    def send(self, message: EmailMessage) -> None:
-        """Send the message, and return once the server has accepted it.
+    def send(self, message: EmailMessage, recipients: Sequence[str] | None = None) -> list[str]:
+        """Send the message to these recipients (default: those in its header), and return once it is accepted.
 
-        Raises Poison if the server permanently refuses this message's content, and Outage after any other failure.
+        Returns the recipients that the server does not accept now, but may accept later. A recipient that the server
+        will never accept is logged.
+
+        Raises Poison if the server permanently refuses this message's content, Refused if the server refuses it for
+        another reason, and Outage after any other failure.
         """
         reused = self._connection is not None
         try:
-            self._send(message)
+            return self._send(message, recipients)
         except smtplib.SMTPServerDisconnected as error:
             self.close()
-            if not reused or isinstance(error.__context__, TimeoutError):
+            if not reused or isinstance(error.__cause__ or error.__context__, TimeoutError):
                 raise self._unreachable(error) from None
-            self.send(message)  # retry with a new connection, because servers disconnect idle clients
+            return self.send(
+                message, recipients
+            )  # retry with a new connection, because servers disconnect idle clients
         except (smtplib.SMTPDataError, smtplib.SMTPSenderRefused) as error:
             # The server may already refuse a large message after MAIL FROM, because that command states its size.
             self.close()
             reason = self._answer(error.smtp_code, error.smtp_error)
-            raise (Poison(reason) if _about_this_message(error) else Outage(reason)) from None
+            raise _verdict(error)(reason) from None
         except smtplib.SMTPRecipientsRefused as error:
             self.close()
             code, text = next(iter(error.recipients.values()))
@@ -231,7 +274,7 @@ class Mailer:
             raise Outage(self._answer(error.smtp_code, error.smtp_error)) from None
         except (smtplib.SMTPException, UnicodeError) as error:
             self.close()
-            raise Outage(f"mail server {self.host}:{self.port}: {str(error).rstrip('.')}") from None
+            raise Outage(f"mail server {self.host}:{self.port}: {one_line(str(error)).rstrip('.')}") from None
         except OSError as error:
             self.close()
             raise self._unreachable(error) from None
@@ -250,11 +293,20 @@ class Mailer:
         if connection:
             connection.close()
 
-    def _send(self, message: EmailMessage) -> None:
+    def _send(self, message: EmailMessage, recipients: Sequence[str] | None) -> list[str]:
         if self._connection is None:
             self._connection = self.connect()
-        for recipient, (code, text) in self._connection.send_message(message).items():
-            log.warning("recipient_refused", recipient=recipient, reason=f"{code} {_text(text)}")
+        refused = self._connection.send_message(message, to_addrs=recipients)
+        later = [recipient for recipient, (code, _) in refused.items() if code < 500]
+        for recipient, (code, text) in refused.items():
+            event = "recipient_deferred" if code < 500 else "recipient_refused"
+            log.warning(event, recipient=recipient, reason=f"{code} {_text(text)}")
+        if any(code == _TOO_MANY for code, _ in refused.values()):  # RFC 5321, 4.5.3.1.10: the others in another mail
+            try:
+                return self._send(message, later)
+            except smtplib.SMTPRecipientsRefused:
+                return later
+        return later
 
     def connect(self) -> smtplib.SMTP:
         """Open a connection, and log in if there is a user name.
@@ -264,33 +316,92 @@ class Mailer:
         """
         context = ssl.create_default_context()
         if self.tls == "implicit":
-            connection: smtplib.SMTP = smtplib.SMTP_SSL(self.host, self.port, timeout=self.timeout_s, context=context)
+            connection: smtplib.SMTP = _TlsConnection(self.host, self.port, timeout=self.timeout_s, context=context)
         else:
-            connection = smtplib.SMTP(self.host, self.port, timeout=self.timeout_s)
+            connection = _Bounded(self.host, self.port, timeout=self.timeout_s)
         try:
             if self.tls == "starttls":
                 connection.starttls(context=context)
             if self.username:
                 connection.login(self.username, self.password or "")
+        except binascii.Error:
+            connection.close()
+            raise smtplib.SMTPException("the server's prompt for the login is not base64") from None
         except BaseException:
             connection.close()
             raise
         return connection
 
 
-def _about_this_message(error: smtplib.SMTPDataError | smtplib.SMTPSenderRefused) -> bool:
-    """Return whether the refusal is permanent and concerns only this message. Other messages may still be accepted.
+class _Bounded(smtplib.SMTP):
+    """Ends the connection if a response is too large, or takes longer than the timeout as a whole."""
+
+    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
+        self._watch = Watch()
+        connection: socket.socket = super()._get_socket(host, port, timeout)  # type: ignore[misc]
+        self._watch.opened(connection)
+        return connection
+
+    def getreply(self) -> tuple[int, bytes]:
+        """Read a response."""
+        if self.file is None and self.sock:
+            self.file = _Replies(self.sock.makefile("rb"))
+        if self.file:
+            self.file.left = _MOST_REPLY_BYTES
+        with self._watch.limit(self.timeout):
+            try:
+                return super().getreply()
+            except smtplib.SMTPServerDisconnected as error:
+                if self._watch.late:
+                    raise smtplib.SMTPServerDisconnected(str(error)) from TimeoutError()
+                raise
+
+    def close(self) -> None:
+        """Close the connection."""
+        super().close()
+        self._watch.close()
+
+
+class _TlsConnection(_Bounded, smtplib.SMTP_SSL):
+    """A connection with TLS from the start."""
+
+
+class _Replies:
+    """The responses of a mail server, of which only as many bytes are read as are `left`."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.left = 0
+
+    def readline(self, most: int) -> bytes:
+        """Read a line. Raises OSError if the response is too large."""
+        line = self._file.readline(most)
+        self.left -= len(line)
+        if self.left < 0:
+            raise OSError(errno.EMSGSIZE, "response too large")
+        return line
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _verdict(error: smtplib.SMTPDataError | smtplib.SMTPSenderRefused) -> type[Poison] | type[Outage]:
+    """Return what a refusal is about: the content of this message, perhaps only this message, or the server.
 
     If the response has an enhanced status code (RFC 3463), that code decides. Codes 5.6.x are about the content. Codes
-    5.2.3 and 5.3.4 are about the size. All other enhanced codes are about the account, the sender or a policy.
+    5.2.3 and 5.3.4 are about the size. All other enhanced codes are about the account, the sender or a policy, such as
+    a filter that takes the message for spam.
 
     If the response has no enhanced code, code 552 is about the size (RFC 1870). For any other code, the stage decides:
     a refusal after the server has received the message's data is about the message, an earlier one is not.
     """
+    if error.smtp_code < 500:
+        return Outage
     enhanced = re.match(rb"5\.\d+\.\d+", error.smtp_error if isinstance(error.smtp_error, bytes) else b"")
     if enhanced:
-        return enhanced[0] in (b"5.2.3", b"5.3.4") or enhanced[0].startswith(b"5.6.")
-    return error.smtp_code == 552 or (error.smtp_code >= 500 and isinstance(error, smtplib.SMTPDataError))
+        return Poison if enhanced[0] in (b"5.2.3", b"5.3.4") or enhanced[0].startswith(b"5.6.") else Refused
+    return Poison if error.smtp_code == 552 or isinstance(error, smtplib.SMTPDataError) else Refused
 
 
 def _text(reply: bytes | str) -> str:

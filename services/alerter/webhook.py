@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import msgspec
-import requests
 
 from services.alerter.alarm import Alarm, batch_id, fields
 from shared.errors import Outage, Poison
-from shared.network import why_unreachable
+from shared.http import Client
 from shared.privacy import without_digits
 
 _PREFIX = "whsec_"
 _HOST = re.compile(r"https?://(?:[^/?#]*@)?([^/?#:]*)")
+_MOST_BYTES = 64 * 1024  # of an answer, which nobody reads
 _CONTENT_REFUSED = (400, 413, 422)  # HTTP status codes
 
 
@@ -34,7 +34,7 @@ class Webhook:
         self._host = found[1] if found else ""  # messages show the host only, since the rest of the URL may be secret
         self._key = key_of(secret)
         self._timeout_s = timeout_s
-        self._session = requests.Session()
+        self._client = Client()
 
     def post(self, alarms: Sequence[Alarm], *, kind: str = "fraud.alarms") -> None:
         """Post the alarms as an event of type `kind`, and return once the webhook has accepted them.
@@ -43,28 +43,24 @@ class Webhook:
         """
         now = datetime.now(UTC)
         body = payload(alarms, kind=kind, now=now)
+        headers = signed(body, identity=batch_id(alarms), now=now, key=self._key)
         try:
-            answer = self._session.post(
-                self._url,
-                data=body,
-                headers=signed(body, identity=batch_id(alarms), now=now, key=self._key),
-                timeout=self._timeout_s,
-                allow_redirects=False,  # a redirected POST would become a GET
+            answer = self._client.send(
+                "POST", self._url, body=body, headers=headers, timeout_s=self._timeout_s, most_bytes=_MOST_BYTES
             )
-        except requests.RequestException as error:
-            reason = why_unreachable(error)
+        except Outage as outage:
             raise Outage(
-                f"cannot reach the webhook at {self._host}: {reason}. Check that it runs, and check WEBHOOK_URL"
+                f"cannot reach the webhook at {self._host}: {outage}. Check that it runs, and check WEBHOOK_URL"
             ) from None
-        problem = f"webhook at {self._host} answered {answer.status_code} {without_digits(answer.reason)}"
-        if answer.status_code in _CONTENT_REFUSED:
+        problem = f"webhook at {self._host} answered {answer.status} {without_digits(answer.reason)}"
+        if answer.status in _CONTENT_REFUSED:
             raise Poison(problem)
-        if not 200 <= answer.status_code < 300:
+        if not 200 <= answer.status < 300:
             raise Outage(problem)
 
     def close(self) -> None:
         """Close the connection."""
-        self._session.close()
+        self._client.close()
 
 
 def key_of(secret: str) -> bytes:

@@ -32,7 +32,6 @@ from services.alerter.channels import ByMail
 from services.alerter.mail import Composer, Mailer, message_id, table
 from services.alerter.pace import Pace
 from services.alerter.remembered import Remembered
-from shared.dead_letters import Limit
 from shared.errors import Outage, Poison
 from shared.kafka.messages import Headers
 from shared.provenance import Provenance, to_headers
@@ -89,8 +88,9 @@ def by_mail(port: int, *, burst: int = 10, largest_digest: int = 1000) -> ByMail
         composer(),
         group="alerter",
         pace=Pace(burst=burst, window_s=60),
-        limit=Limit(ratio=0.5, consecutive=20),
         largest_digest=largest_digest,
+        backoff_initial_s=0.05,
+        backoff_max_s=0.2,
     )
 
 
