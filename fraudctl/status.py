@@ -21,7 +21,7 @@ from shared.dead_letters import SUFFIX
 from shared.errors import Outage
 from shared.kafka.clients import DENIED, admin, consumer
 from shared.kafka.messages import coordinates, says_nothing
-from shared.kafka.offsets import ends, newest_ms
+from shared.kafka.offsets import begins, ends, newest_ms
 from shared.kafka.topics import away
 from shared.records import format_time
 from shared.settings import RegistrySettings, ServiceSettings, kafka_properties, load
@@ -76,6 +76,8 @@ class Partition:
     lag: int  # number of offsets from the first unprocessed record to the end
     oldest_seconds: float  # age of the first unprocessed record
     member: str | None
+    deleted_unread: int = 0  # offsets that the broker has deleted before the group read them
+    beyond_end: bool = False  # the group's next offset is beyond the end, as after the topic was deleted and made again
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,14 @@ def _problems(status: Status, *, sources: Mapping[str, str], stall_seconds: floa
         if late:
             where = ", ".join(str(each.partition) for each in late)
             yield f"{name}: its oldest record has waited {reader.oldest_seconds:.0f} s (partitions {where})"
+        if deleted := sum(each.deleted_unread for each in reader.partitions):
+            remedy = f"Raise retention.ms of {reader.topic}."
+            yield f"{name}: {deleted:,} records were deleted before they were read. {remedy}"
+        if beyond := [str(each.partition) for each in reader.partitions if each.beyond_end]:
+            yield (
+                f"{name}: its position is beyond the end of partitions {', '.join(beyond)}. {reader.topic} was probably"
+                f" deleted and made again. The {reader.service} reads it from its beginning as soon as it runs."
+            )
     if status.models and not status.models.champion:
         yield (
             f"no version of {status.models.name} has the alias champion."
@@ -331,6 +341,7 @@ def _reader(
         described = _with_coordinator(lambda: answered(client.describe_consumer_groups([group])[group]))
         following = _with_coordinator(lambda: _committed(client, group, places)) if places else {}
         ended = ends(properties, places, committed=True) if places else {}
+        begun = begins(properties, places) if places else {}
         behind = [
             TopicPartition(topic, partition, offset)
             for partition, offset in following.items()
@@ -348,7 +359,11 @@ def _reader(
         first = firsts.get(partition)
         lag = ended[topic, partition] - coordinates(first)[2] if first else 0
         oldest_s = max(0.0, now_ms - first.timestamp()[1]) / 1000 if first else 0.0
-        partitions.append(Partition(partition, lag, round(oldest_s, 1), held.get(partition)))
+        offset, begin, end = following[partition], begun[topic, partition], ended[topic, partition]
+        deleted = begin - offset if 0 < offset < begin else 0
+        partitions.append(
+            Partition(partition, lag, round(oldest_s, 1), held.get(partition), deleted, beyond_end=offset > end)
+        )
     return Reader(service, group, topic, [_name(member) for member in described.members], partitions)
 
 

@@ -17,7 +17,7 @@ from shared.settings import StreamSettings
 log = structlog.get_logger()
 
 SUFFIX = ".dlq"
-MOST_BYTES = 1_000_000  # of a dead letter; by default, topics accept a little more, even if it cannot be compressed
+MOST_BYTES = 1_200_000  # of a dead letter; by default, topics accept records of up to 1 MiB
 _KEPT_BYTES = 512 * 1024  # of the value, in a dead letter that would be larger
 _MAX_REASON = 1000
 _WINDOW = 1000  # rows

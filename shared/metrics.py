@@ -29,6 +29,12 @@ OLDEST = Gauge(
     "Age of the partition's oldest unfinished record; 0 if all records are finished",
     ["group", "topic", "partition"],
 )
+DELETED_UNREAD = Counter(
+    "fraud_alarm_deleted_unread_total", "Offsets that the broker had deleted before they were read"
+)
+TOPIC_RECREATED = Counter(
+    "fraud_alarm_topic_recreated_total", "Times that the topic turned out to be deleted and made again"
+)
 OUTAGES = Counter("fraud_alarm_outages_total", "Outages that have started")
 OUTAGE_SECONDS = Counter("fraud_alarm_outage_seconds_total", "Seconds spent in outages")
 OUTAGES_UNDER_WAY = Gauge("fraud_alarm_outages_under_way", "Outages that have not ended yet")

@@ -25,7 +25,7 @@ class Watch:
     def opened(self, connection: socket.socket) -> None:
         """Watch this connection from now on. Raises TimeoutError if the limit has passed already."""
         self.close()
-        self._connection = connection.dup()
+        self._connection = socket.fromfd(connection.fileno(), connection.family, connection.type)
         if self.late:
             raise TimeoutError
 

@@ -24,7 +24,10 @@ DENIED = frozenset(
     }
 )
 
-_DEFAULTS = {"reconnect.backoff.max.ms": "2000"}  # reconnect soon after a broker is back
+_DEFAULTS = {
+    "reconnect.backoff.max.ms": "2000",  # reconnect soon after a broker is back
+    "topic.metadata.refresh.interval.ms": "20000",  # also decides how soon added partitions are read
+}
 _CONSUMER_ONLY = (
     "group.",
     "session.timeout.ms",
@@ -61,7 +64,8 @@ def consumer(
 
     With a `replica` name, the consumer is a static member (KIP-345). A static member that restarts under the same name
     gets its partitions back at once, without waiting for the old session to expire. With a `replica` name, the consumer
-    also reports when it has reached the end of a partition.
+    also reports when it has reached the end of a partition, and when the next record of a partition does not exist. It
+    then waits for a new position.
 
     While the consumer polls, it calls `on_error(error)` for broken connections. If all connections are broken, the
     text of the error contains the cause. Raises SettingsError if the properties are wrong.
@@ -85,7 +89,7 @@ def consumer(
         "isolation.level": "read_committed",
     }
     if replica:
-        promised |= {"group.instance.id": replica, "enable.partition.eof": "true"}
+        promised |= {"group.instance.id": replica, "enable.partition.eof": "true", "auto.offset.reset": "error"}
     own = {key: value for key, value in properties.items() if not key.startswith(_PRODUCER_ONLY)}
     client: Consumer = _client(Consumer, {**_DEFAULTS, **defaults, **own, **promised}, on_error)
     return client

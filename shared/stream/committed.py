@@ -43,6 +43,21 @@ class CommittedOffsets:
             raise Outage(f"cannot read the committed offsets: {failed.str()}")
         return {(each.topic, each.partition): each for each in found}
 
+    def write(self, consumer: Consumer, offsets: Sequence[TopicPartition]) -> None:
+        """Commit these offsets and their metadata, and read them back.
+
+        Call this only while nothing of these partitions is in flight. Raises Outage if the broker does not accept them.
+        """
+        try:
+            consumer.commit(offsets=list(offsets), asynchronous=True)
+        except KafkaException as exception:
+            raise Outage(f"offsets not committed: {exception.args[0].str()}") from None
+        written = self.read(consumer, [(each.topic, each.partition) for each in offsets])
+        for each in offsets:
+            found = written[each.topic, each.partition]
+            if (found.offset, found.metadata or "") != (each.offset, each.metadata or ""):
+                raise Outage(f"offsets of {each.topic} not committed: the broker did not accept them")
+
     @property
     def overdue(self) -> bool:
         """Whether the offsets have been unknown for so long that `withheld` should be called."""

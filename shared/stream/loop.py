@@ -28,6 +28,7 @@ from shared.settings import StreamSettings
 from shared.stream.committed import CommittedOffsets, not_committed
 from shared.stream.delivery import Delivery
 from shared.stream.flight import Flight, Flights, Handler, Outcome
+from shared.stream.gaps import LostPositions, TopicId, read_anew
 from shared.stream.lag import Lag
 from shared.stream.reachability import Reachability
 from shared.stream.suspects import REASON, Suspects
@@ -82,6 +83,7 @@ class Stream:
         settings: StreamSettings,
         shutdown: Event,
         observers: Sequence[Observer] = (),
+        topic_id: TopicId | None = None,
     ) -> None:
         """Raises SettingsError if `make_consumer` raises it."""
         self._make_consumer: Callable[[], Consumer] = lambda: make_consumer(self._on_error)
@@ -98,6 +100,9 @@ class Stream:
         self._lag = Lag(group, topic)
         self._committed = CommittedOffsets()
         self._suspects = Suspects(self._committed, group=group)
+        self._lost_positions = LostPositions(group=group)
+        self._topic_id = topic_id
+        self._topic_changed = False
         self._observers: tuple[Observer, ...] = (self._lag, self._suspects, *observers)
         self._flow = Flow("processed", levels=lambda: {"lag": self._lag.records}, group=group)
         self._flights = Flights(delivery, group=group, flow=self._flow)
@@ -150,6 +155,8 @@ class Stream:
             [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
         while not self._shutdown.is_set() and not self._lost:
+            if self._topic_changed and not self._waiting:  # what was read of the old topic is finished first
+                self._read_anew()
             self._fill()
             if time.monotonic() >= self._gathers_until or len(self._waiting) >= self._settings.max_batch_size:
                 self._process(handle)
@@ -204,13 +211,15 @@ class Stream:
         elif (gathers_s := self._gathers_until - time.monotonic()) > 0:
             wait_s = min(gathers_s, _IDLE_POLL_S)
         room = self._settings.max_batch_size - len(self._waiting)
-        if self._waiting and room > 0:
+        if self._waiting and self._topic_changed:
+            self._keep_place(wait_s)
+        elif self._waiting and room > 0:
             self._accept(self._consumer.consume(room, wait_s))
 
     def _process(self, handle: Handler) -> None:
         """Hand over the batch. In an outage, retry until the batch succeeds or its partitions are revoked."""
         self._retry(lambda: self._attempt(handle), wait=self._wait_out)
-        if self._paused and not self._lost:
+        if self._paused and not (self._lost or self._topic_changed):
             self._resume()
             self._log.info("resumed")
 
@@ -314,6 +323,26 @@ class Stream:
         self._suspects.settled(committed)
         self._waiting = not_committed(self._waiting, committed)
 
+    def _read_anew(self) -> None:
+        """Read the topic from its beginning, because it was deleted and made again.
+
+        What was read of the new topic before this was noticed is handed over again. In an outage, nothing is done yet.
+        """
+        try:
+            self._collect(down_to=0)
+            if self._flights.in_doubt:
+                self._settle()
+            if self._waiting:  # a batch has failed, and is handed over again first
+                return
+            partitions = read_anew(self._consumer, self._topic, self._committed)
+        except Outage:
+            return
+        self._topic_changed = False
+        self._resume()
+        for observer in self._observers:
+            observer.revoked(partitions)
+            observer.assigned(partitions)
+
     def _release_offsets(self) -> None:
         """If committed offsets stay unavailable, make the broker abort the Kafka transaction that withholds them.
 
@@ -363,6 +392,9 @@ class Stream:
         self._lag.measure(self._consumer, pending, paused=self._paused)
         if self._committed.overdue and not self._flights:
             self._release_offsets()
+        self._lost_positions.read_on(self._consumer)
+        if self._topic_id and self._topic_id.changed():
+            self._topic_changed = True
         self._reachability.check(self._consumer, other_outage=self._outage.under_way, at_least_s=_MEASURE_S)
 
     def _poll(self, timeout_s: float) -> None:
@@ -380,6 +412,9 @@ class Stream:
                 _, partition, offset = coordinates(message)
                 self._lag.reached_end(partition, offset)
                 self._reachability.read()
+            elif error.code() == KafkaError._AUTO_OFFSET_RESET:
+                self._lost_positions.add(message)
+                self._lost_positions.read_on(self._consumer)
             else:
                 self._on_error(error)
 
@@ -424,6 +459,7 @@ class Stream:
         self._log.info("revoked", partitions=[partition.partition for partition in partitions])
         revoked = {(partition.topic, partition.partition) for partition in partitions}
         self._places -= revoked
+        self._lost_positions.forget(revoked)
         self._flights.revoke(revoked)
         self._waiting = [message for message in self._waiting if (message.topic(), message.partition()) not in revoked]
         for observer in self._observers:
@@ -452,6 +488,7 @@ def open_stream(
         settings=settings,
         shutdown=shutdown,
         observers=observers,
+        topic_id=TopicId(properties, topic),
     )
 
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import structlog
-from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, Message, TopicPartition
 
 from shared.errors import Outage
 from shared.kafka.messages import coordinates
@@ -245,16 +245,8 @@ class Suspects:
             trial = self._trials[place]
             if found.offset < 0 or found.offset == trial.committed:
                 offsets.append(TopicPartition(*place, trial.committed, str(wanted[place])))
-        if not offsets:
-            return
-        try:
-            consumer.commit(offsets=offsets, asynchronous=True)
-        except KafkaException as exception:
-            raise Outage(f"offsets not committed: {exception.args[0].str()}") from None
-        written = self._committed.read(consumer, [(each.topic, each.partition) for each in offsets])
-        for each in offsets:
-            if (written[each.topic, each.partition].metadata or "") != (each.metadata or ""):
-                raise Outage(f"offsets of {each.topic} not committed: the broker did not accept them")
+        if offsets:
+            self._committed.write(consumer, offsets)
 
 
 def _place(message: Message) -> Place:

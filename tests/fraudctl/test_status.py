@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import sqlalchemy as sa
-from confluent_kafka import Producer, cimpl
+from confluent_kafka import Producer, TopicPartition, cimpl
+from confluent_kafka.admin import AdminClient
 from conftest import Rig, dead_letter_topic, make_transactions, until
 from mlflow.models import infer_signature
 from rich.console import Console
@@ -28,6 +29,7 @@ from sandbox.mailbox import Mailbox
 from sandbox.registry import Registry
 from services.db_sink.table import migrate
 from shared.dead_letters import refusal
+from shared.kafka.clients import consumer
 from shared.kafka.messages import NOTHING
 from training import aliases
 from training.aliases import Alias
@@ -239,6 +241,28 @@ def test_marks_of_transactions_are_no_lag(stack: Rig, status: Status) -> None:
     predictor = json.loads(found.stdout)["readers"][0]
     assert predictor["service"] == "predictor"
     assert not any(each["lag"] for each in predictor["partitions"])
+
+
+def test_records_deleted_unread_and_a_topic_that_is_shorter_than_before_are_named(stack: Rig, status: Status) -> None:
+    producer = Producer(dict(stack.properties))
+    for partition in [0] * 20 + [1] * 3:
+        producer.produce(stack.topic_2, b"x", partition=partition)
+    assert producer.flush(20) == 0
+    for group, offsets in (("ALERTER_GROUP", (5, 2)), ("DB_SINK_GROUP", (20, 4))):
+        client = consumer(stack.properties, group=stack.environment[group])
+        client.commit(offsets=[TopicPartition(stack.topic_2, *each) for each in enumerate(offsets)], asynchronous=False)
+        client.close()
+    admin = AdminClient({**stack.properties, "log_level": 0})
+    (deleted,) = admin.delete_records([TopicPartition(stack.topic_2, 0, 12)]).values()
+    deleted.result(20)
+
+    found = unhealthy(status(stack))
+
+    (alerter,) = [line for line in found if "deleted before they were read" in line]
+    assert "alerter" in alerter
+    assert "7 records" in alerter
+    (sink,) = [line for line in found if "beyond the end of partitions 1." in line]
+    assert "db_sink" in sink
 
 
 def test_dead_letters_are_counted_until_they_are_put_back_and_are_not_unhealthy(stack: Rig, status: Status) -> None:

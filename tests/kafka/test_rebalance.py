@@ -1,7 +1,7 @@
 """Partitions that change hands on Apache Kafka while a batch of theirs is in flight."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import Event, Thread
 
@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from shared.kafka.clients import consumer
 from shared.kafka.messages import Record
+from shared.kafka.topics import PARTITIONS
 from shared.settings import StreamSettings
 from shared.stream.delivery import AtLeastOnce
 from shared.stream.flight import Handler, Outcome
@@ -57,10 +58,14 @@ def streaming(rig: Rig, handle: Handler, client: Consumer, gate: Event) -> Itera
 
 
 def test_what_is_in_flight_is_committed_before_its_partitions_go_to_another(apache_rig: Rig) -> None:
-    for number in range(40):
-        apache_rig.put(apache_rig.topic_1, [str(number).encode()], key=str(number).encode())
+    def put(numbers: Iterable[int]) -> None:
+        for number in numbers:
+            apache_rig.put(apache_rig.topic_1, [str(number).encode()], key=str(number).encode())
+
+    put(range(40))
     batches: list[list[bytes]] = []
     gate = Event()
+    gate.set()
 
     def handle(batch: Sequence[Message]) -> Outcome:
         batches.append([message.value() or b"" for message in batch])
@@ -69,11 +74,19 @@ def test_what_is_in_flight_is_committed_before_its_partitions_go_to_another(apac
     def client() -> Consumer:
         return consumer(apache_rig.properties, group=apache_rig.topic_1)
 
-    first, second, opened = client(), client(), Event()
+    def committed() -> int:
+        places = [TopicPartition(apache_rig.topic_1, number) for number in range(PARTITIONS)]
+        return sum(max(0, each.offset) for each in onlooker.committed(places, timeout=10))
+
+    first, second, onlooker, opened = client(), client(), client(), Event()
     opened.set()  # the second delivers at once, however its records fall into batches
     with ExitStack() as both, capture_logs() as logs:
         both.enter_context(streaming(apache_rig, handle, first, gate))
-        until(lambda: len(batches) == 2, what="two batches in flight")
+        until(lambda: committed() == 40, what="the partitions' first batches, each of which is alone")
+        gate.clear()
+        batches.clear()
+        put(range(40, 80))
+        until(lambda: len(batches) >= 2, what="two batches in flight")
         both.enter_context(streaming(apache_rig, handle, second, opened))
         until(lambda: [line["event"] for line in logs].count("assigned") == 2, what="a group of two")
         time.sleep(2)  # longer than the first lets pass until it looks up, and finds that it is to give some away
@@ -85,5 +98,6 @@ def test_what_is_in_flight_is_committed_before_its_partitions_go_to_another(apac
         assert time.monotonic() - began < 10  # it does not wait until the group considers anyone dead
 
     assert sorted((value for batch in batches for value in batch), key=int) == [
-        str(number).encode() for number in range(40)
+        str(number).encode() for number in range(40, 80)
     ]
+    onlooker.close()

@@ -473,19 +473,20 @@ def test_what_was_made_final_without_an_answer_is_not_handled_again(
 
 
 class Gated(Through):
-    """A delivery that waits for a gate, and perhaps fails behind it the first time."""
+    """A delivery that waits for a gate, which is open at first, and perhaps fails once behind it."""
 
-    def __init__(self, inner: Delivery, *, fails: bool = False) -> None:
+    def __init__(self, inner: Delivery) -> None:
         super().__init__(inner)
-        self._fails = fails
+        self.fails = False
         self.gate = Event()
+        self.gate.set()
 
     def deliver(
         self, records: Sequence[Record], offsets: Sequence[TopicPartition] = (), generation: object = None
     ) -> None:
         assert self.gate.wait(20)
-        if self._fails:
-            self._fails = False
+        if self.fails:
+            self.fails = False
             raise Outage("away")
         super().deliver(records, offsets, generation)
 
@@ -494,7 +495,7 @@ class Gated(Through):
 def test_ahead_the_next_batch_is_handled_while_one_is_made_final(
     rig: Rig, committed: Callable[[], int], fails: bool
 ) -> None:
-    rig.put(rig.topic_1, numbers(35), key=b"one card")
+    rig.put(rig.topic_1, numbers(10), key=b"one card")
     handled: list[int] = []
     shutdown = Event()
 
@@ -502,12 +503,16 @@ def test_ahead_the_next_batch_is_handled_while_one_is_made_final(
         handled.append(len(batch))
         return Outcome(len(batch), [Record(rig.topic_2, message.value(), b"one card", []) for message in batch])
 
-    delivery = Gated(AtLeastOnce(properties=rig.properties, shutdown=shutdown), fails=fails)
+    delivery = Gated(AtLeastOnce(properties=rig.properties, shutdown=shutdown))
     stream = make_stream(rig, shutdown, delivery=delivery)
     thread = threading.Thread(target=lambda: stream.run(handle, ahead=True))
     thread.start()
-    until(lambda: len(handled) == 2, what="the second batch")
-    assert committed() == 0
+    until(lambda: committed() == 10, what="the first batch, which is alone")
+    delivery.gate.clear()
+    delivery.fails = fails
+    rig.put(rig.topic_1, numbers(35)[10:], key=b"one card")
+    until(lambda: len(handled) == 3, what="another batch behind the one that is held back")
+    assert committed() == 10
     delivery.gate.set()
     until(lambda: committed() == 35, what="all of it committed")
     shutdown.set()
