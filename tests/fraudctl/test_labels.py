@@ -208,6 +208,7 @@ def test_confirmed_rows_come_back_as_a_training_file(engine: sa.Engine, tmp_path
     once = out.read_bytes()
     assert exported(engine, out, append=True) == 1500
     assert out.read_bytes() == once
+    assert out.stat().st_mode & 0o777 == 0o600  # it has card numbers and birth dates
 
     with out.open(newline="") as file:
         header, *rows = csv.reader(file)

@@ -1,5 +1,6 @@
 """Dead letters on Apache Kafka: listed, shown, fixed, and put back exactly once, whoever else does so."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -385,3 +386,51 @@ def test_an_id_that_is_none_and_a_missing_topic_are_one_line(apache_rig: Rig) ->
     line = f"fraudctl: there is no topic {dead_letter_topic(apache_rig.topic_2)}, {hint}\n"
     assert [done.stderr for done in missing] == [line, line]
     assert apache_rig.read(apache_rig.topic_1, 0) == []
+
+
+LARGE = b"{" + b" " * 3_000_000 + b"}"
+
+
+def put_a_cut_letter(rig: Rig) -> tuple[str, TopicPartition]:
+    """A record that is too large for a dead letter, and the letter as the predictor writes it. Returns its ID."""
+    producer = Producer({**rig.properties, "log_level": 0, "compression.type": "lz4", "message.max.bytes": "10000000"})
+    producer.produce(rig.topic_1, LARGE, key=b"card", headers=[("trace", b"7")])
+    assert producer.flush(20) == 0
+    (record,) = rig.read(rig.topic_1, 1)
+    letter = dead_letter(record, "not a transaction", group="predictor")
+    assert len(letter.value or b"") == 512 * 1024
+    assert dict(letter.headers)["dlq-value-bytes"] == str(len(LARGE)).encode()
+    assert dict(letter.headers)["dlq-value-sha256"] == hashlib.sha256(LARGE).hexdigest().encode()
+    write(rig, [letter])
+    (read,) = rig.read(letter.topic, 1)
+    return identifier(read), TopicPartition(*coordinates(record))
+
+
+def test_a_cut_letter_is_replayed_whole(apache_rig: Rig) -> None:
+    name, place = put_a_cut_letter(apache_rig)
+
+    shown = fraudctl(apache_rig, "show", name)
+    assert f"524,288 of {len(LARGE):,} bytes" in shown.stdout
+    done = fraudctl(apache_rig, "replay", name)
+
+    assert done.returncode == 0, done.stderr
+    found = [
+        each
+        for each in apache_rig.read(apache_rig.topic_1, 2)
+        if coordinates(each)[2] != place.offset or each.partition() != place.partition
+    ]
+    assert [(each.value(), each.key(), each.headers()) for each in found] == [(LARGE, b"card", [("trace", b"7")])]
+
+
+def test_a_cut_letter_whose_record_is_gone_is_refused_by_name(apache_rig: Rig) -> None:
+    name, place = put_a_cut_letter(apache_rig)
+    admin = AdminClient({**apache_rig.properties, "log_level": 0})
+    (deleted,) = admin.delete_records([TopicPartition(place.topic, place.partition, place.offset + 1)]).values()
+    deleted.result(20)
+
+    done = fraudctl(apache_rig, "replay", name)
+
+    assert done.returncode == 2
+    assert name in done.stderr
+    assert "--value FILE" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

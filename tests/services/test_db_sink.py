@@ -229,6 +229,73 @@ def test_when_every_row_is_refused_it_is_the_table(sink_rig: Rig, engine: sa.Eng
     assert not process.said("event='dead_letters'")
 
 
+def test_a_row_that_the_table_refuses_again_and_again_stops_nothing(sink_rig: Rig, engine: sa.Engine) -> None:
+    """A hundred in succession are refused, but a good row is not, so they are the cause."""
+    migrate(engine)
+    batch = make_transactions(150)
+    refuse(engine, "NEW.trans_num LIKE 'refused%'", "23514")
+    for number, each in enumerate(batch[:100]):
+        each.trans_num = f"refused{number}"
+    put_predictions(sink_rig, batch)
+    sink_rig.start("db_sink")
+
+    until(lambda: count(engine) == 50, what="the other rows")
+    letters = sink_rig.read(dead_letter_topic(sink_rig.topic_2), 100)
+
+    assert len(letters) == 100
+    assert "event='many_rows_refused'" in sink_rig.log("db_sink")
+
+
+def test_a_connection_that_became_read_only_is_replaced(engine: sa.Engine) -> None:
+    """After a failover, the address may belong to another server while the connection is still to the old one."""
+    ours = connect(engine.url.render_as_string(hide_password=False))
+    migrate(ours)
+
+    def migrate_from_nothing() -> None:
+        with engine.begin() as connection:
+            connection.execute(sa.text("DROP SCHEMA public CASCADE"))
+            connection.execute(sa.text("CREATE SCHEMA public"))
+        migrate(ours)
+
+    for use in (lambda: upsert(ours, copy_text([row(make_transactions(1)[0])])), migrate_from_nothing):
+        with ours.connect() as connection:
+            connection.execute(sa.text("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"))
+            connection.commit()
+        with pytest.raises(Outage, match="read-only"):
+            use()
+        use()
+    ours.dispose()
+
+
+def test_what_an_administrator_has_set_or_made_changes_nothing(engine: sa.Engine) -> None:
+    url = engine.url
+    migrate(engine)
+    with engine.begin() as connection:
+        for setting in (
+            "standard_conforming_strings = off",
+            "DateStyle = 'SQL, DMY'",
+            "search_path = public, pg_temp",
+            "backslash_quote = off",
+            "intervalstyle = iso_8601",
+            "client_encoding = 'LATIN1'",
+            "default_transaction_isolation = 'serializable'",
+        ):
+            connection.execute(sa.text(f'ALTER DATABASE "{url.database}" SET {setting}'))
+        connection.execute(sa.text("CREATE TABLE public.staging (LIKE transactions)"))
+    transaction = make_transactions(1)[0]
+    transaction.merchant = "back\\slash 'quote' \"double\" \u00fc\u4e2d"
+    ours = connect(url.render_as_string(hide_password=False))
+
+    upsert(ours, copy_text([row(transaction)]))
+    upsert(ours, copy_text([row(transaction, 1)]))
+
+    ours.dispose()
+    assert query(engine, "SELECT merchant, prediction, dob::text FROM transactions") == [
+        (transaction.merchant, 1, transaction.dob)
+    ]
+    assert query(engine, "SELECT count(*) FROM public.staging") == [(0,)]
+
+
 def test_several_may_start_at_once_on_an_empty_database(sink_rig: Rig, engine: sa.Engine) -> None:
     processes = [service("db_sink", sink_rig.directory, sink_rig.environment, replica=number) for number in (1, 2, 3)]
     sink_rig.processes += processes

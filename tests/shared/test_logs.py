@@ -6,6 +6,7 @@ import logging
 import pytest
 import structlog
 
+from services.alerter.settings import AlerterSettings
 from shared.logs import configure
 from shared.privacy import passes_luhn, without_cards
 from shared.settings import ServiceSettings
@@ -28,6 +29,23 @@ def test_no_line_holds_a_full_card_number(
     assert len(lines) == 2
     assert all(str(luhn) not in line and f"**** {luhn % 10000:04d}" in line for line in lines)
     assert "1730134684025" in lines[0]
+
+
+def test_our_own_names_are_readable_even_if_they_look_like_a_card(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = "4539578763621486"
+    monkeypatch.setenv("REPLICA", card)
+    monkeypatch.setenv("ALERTER_GROUP", f"alerter-demo-{card}")
+    configure("tests", AlerterSettings())
+
+    structlog.get_logger().info(
+        "event", group=f"alerter-demo-{card}", text=f"replica {card} of alerter-demo-{card}, 6011000990139424"
+    )
+
+    line = capsys.readouterr().out
+    assert f"group='alerter-demo-{card}'" in line
+    assert f"replica {card} of alerter-demo-{card}, **** 9424" in line
 
 
 @pytest.mark.parametrize(
