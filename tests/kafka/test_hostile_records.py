@@ -11,6 +11,13 @@ import msgspec
 import pytest
 import sqlalchemy as sa
 from confluent_kafka import Message, Producer, TopicPartition
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourceType,
+)
 from conftest import EFFORT, Rig, dead_letter_topic, make_transactions, until
 from forked import Forked
 
@@ -136,6 +143,27 @@ def test_no_record_on_topic_1_stops_the_predictor(apache_rig: Rig) -> None:
     assert by_value[b"xxxxx"]["dlq-value-bytes"] == b"3000000"
     assert by_value[b"small"]["dlq-value-bytes"] == b"5"
     assert b"unix_time" in by_value[b'{"tra']["dlq-reason"]
+
+
+def test_a_letter_fits_into_a_topic_that_takes_less_than_usual(apache_rig: Rig) -> None:
+    letters = dead_letter_topic(apache_rig.topic_1)
+    admin = AdminClient({**apache_rig.properties, "log_level": 0})
+    limit = ConfigEntry("max.message.bytes", "100000", incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, letters, incremental_configs=[limit])
+    admin.incremental_alter_configs([resource])[resource].result(20)
+    noise = random.Random(1).randbytes(300_000)
+    apache_rig.put(apache_rig.topic_1, [noise])
+    apache_rig.put_transactions(make_transactions(20))
+    predictor = apache_rig.start("predictor")
+
+    assert len(apache_rig.read(apache_rig.topic_2, 20)) == 20
+    (letter,) = apache_rig.read(letters, 1)
+
+    value = letter.value() or b""
+    assert noise.startswith(value)
+    assert len(value) > 20_000
+    assert headers_of(letter)["dlq-value-bytes"] == b"300000"
+    assert predictor.running
 
 
 def test_no_record_on_topic_2_stops_the_alerter_or_the_db_sink(
