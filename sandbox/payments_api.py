@@ -35,12 +35,15 @@ import msgspec
 import requests
 
 from sandbox.generator import FRAUD_HOURS, FRAUD_RATE, ROUND_THE_CLOCK, transactions
+from sandbox.hostile_answers import MARK, ODD_ROWS, REFUSED, TEXTS, Answer, encoded_again, failures, table
 from sandbox.processes import Process, StandInError, free_port, port_open, python
 from shared.records import FEATURES, RAW_COLUMNS, TIME_FORMAT
 
 PATH = "/current-transactions"
 Fault = Literal["5xx", "429", "timeout", "html", "broken-json", "repeats"]
+Hostility = Literal["hostile-failure", "hostile-body", "hostile-row", "hostile-texts"]
 FAULTS: tuple[str, ...] = get_args(Fault)
+HOSTILITIES: tuple[str, ...] = get_args(Hostility)
 _DEFAULT_START = datetime(2024, 5, 17, 20, 0, tzinfo=UTC)  # shortly before the hours with the most frauds
 _LONGEST_WAIT_S = 0.25
 _HANG_S = 3.0
@@ -174,7 +177,7 @@ class _Limit(msgspec.Struct):
 
 
 class _Faults(msgspec.Struct):
-    kinds: list[Fault]
+    kinds: list[Fault | Hostility]
     share: Annotated[float, msgspec.Meta(ge=0, le=1)]
     seed: int | None = None
 
@@ -190,6 +193,12 @@ class _Server(ThreadingHTTPServer):
         self.misbehaviour = misbehaviour
         self.max_rows = max_rows
         self.confirmed = confirmed
+        self.refused: list[int] = []  # numbers of the marks that were served
+
+    def mark(self) -> str:
+        """Return a new mark for something that must become a dead letter."""
+        self.refused.append(len(self.refused) + 1)
+        return f"{MARK}{self.refused[-1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore clients that disconnect."""
@@ -218,6 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(json.dumps(self.server.queue.status()).encode())
         elif self.path == "/served":
             self._answer(json.dumps(self.server.queue.all_served()).encode())
+        elif self.path == "/refused":
+            self._answer(json.dumps(self.server.refused).encode())
         elif self.path == "/health":
             self._answer(b'"ok"')
         else:
@@ -244,8 +255,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         fault = self.server.misbehaviour.draw()
         if fault in _BAD_ANSWERS:
-            status, body, headers = _BAD_ANSWERS[fault]
+            status, text, headers = _BAD_ANSWERS[fault]
+            body = (text.replace("MARK", self.server.mark()) if "MARK" in text else text).encode()
             self._answer(body, status=status, headers=headers)
+            return
+        dice = self.server.misbehaviour.dice
+        if fault == "hostile-failure":
+            self._abuse(dice.choice(list(failures(f"http://127.0.0.1:{self.server.server_port}{PATH}").values())))
+            return
+        if fault == "hostile-body":
+            self._abuse(dice.choice(list(REFUSED.values()))(self.server.mark()))
             return
         if fault == "timeout":
             time.sleep(_HANG_S)
@@ -259,12 +278,23 @@ class _Handler(BaseHTTPRequestHandler):
         self._answered = rows, len(again)
         try:
             self._check_client()
-            self._answer(_encode([*again, *(row for _, row in rows)]))
+            if fault == "hostile-row":
+                self._answer(_with_odd_row([row for _, row in rows], self.server.mark(), dice))
+            elif fault == "hostile-texts":
+                self._answer(_encode([_with_texts(row, dice) for _, row in rows]))
+            else:
+                self._answer(_encode([*again, *(row for _, row in rows)]))
         except OSError:
             self.close_connection = True
         else:
             if not self.server.confirmed:
                 self._count_answer()
+
+    def _abuse(self, answer: Answer) -> None:
+        """Send an answer of an adversary, and close the connection."""
+        self.close_connection = True
+        with suppress(OSError):
+            answer(self.connection)
 
     def _count_answer(self) -> None:
         """Count the last response if it is not counted yet. A client that calls again has read the last response."""
@@ -289,17 +319,31 @@ class _Handler(BaseHTTPRequestHandler):
         """Log no requests."""
 
 
-_BAD_ANSWERS: dict[str | None, tuple[int, bytes, dict[str, str]]] = {
-    "5xx": (503, b"upstream connect error", {"Content-Type": "text/plain"}),
-    "429": (429, b"too many requests", {"Retry-After": "1"}),
-    "html": (200, b"<!DOCTYPE html><html><body>Application error</body></html>", {"Content-Type": "text/html"}),
-    "broken-json": (200, b'"{\\"columns\\":[\\"cc_num\\",', {}),
+_BAD_ANSWERS: dict[str | None, tuple[int, str, dict[str, str]]] = {
+    "5xx": (503, "upstream connect error", {"Content-Type": "text/plain"}),
+    "429": (429, "too many requests", {"Retry-After": "1"}),
+    "html": (200, "<!DOCTYPE html><html><body>Application error MARK</body></html>", {"Content-Type": "text/html"}),
+    "broken-json": (200, r'"{\"columns\":[\"MARK\",', {}),
 }
 
 
 def _encode(rows: Sequence[Row]) -> bytes:
     table = {"columns": RAW_COLUMNS, "index": range(len(rows)), "data": rows}
     return msgspec.json.encode(msgspec.json.encode(table, enc_hook=list).decode())
+
+
+def _with_odd_row(rows: Sequence[Row], mark: str, dice: random.Random) -> bytes:
+    """Encode the rows, with an odd row somewhere among them."""
+    texts = [msgspec.json.encode(list(row)).decode() for row in rows]
+    texts.insert(dice.randint(0, len(texts)), dice.choice(list(ODD_ROWS.values()))(mark))
+    body = table(*texts)
+    return encoded_again(body) if dice.random() < 0.5 else body
+
+
+def _with_texts(row: Row, dice: random.Random) -> Row:
+    """Return the row with odd texts. It stays a valid row, with the same identity."""
+    changes = {name: dice.choice(TEXTS) for name in ("merchant", "category", "first", "city", "state", "job")}
+    return [changes.get(name, value) for name, value in zip(RAW_COLUMNS, row, strict=True)]
 
 
 def read_csv(path: Path) -> Iterator[Row]:
@@ -364,6 +408,11 @@ class PaymentsApi(Process):
         """Return `trans_num` and `unix_time` (seconds) of every row served so far."""
         answer = requests.get(f"http://127.0.0.1:{self._port}/served", timeout=30).json()
         return {(trans_num, unix_time) for trans_num, unix_time in answer}
+
+    def refused(self) -> list[int]:
+        """Return the numbers of the marks served so far, each in something that must become a dead letter."""
+        answer: list[int] = requests.get(f"http://127.0.0.1:{self._port}/refused", timeout=10).json()
+        return answer
 
     def limit(self, rows: int | None) -> None:
         """Serve at most this many rows in total, until `limit` is called again. None means no limit."""
@@ -445,14 +494,16 @@ def main() -> int:
         "connection ends before that call, serve the rows again.",
     )
     parser.add_argument("--max-rows", type=int, default=500, help="Maximum number of rows per response. Default: 500.")
-    parser.add_argument("--misbehave", default="", help=f"Faults to simulate, comma-separated: {', '.join(FAULTS)}.")
+    parser.add_argument(
+        "--misbehave", default="", help=f"Faults to simulate, comma-separated: {', '.join(FAULTS + HOSTILITIES)}."
+    )
     parser.add_argument(
         "--misbehave-share", type=float, default=0.2, help="Share of calls with a simulated fault. Default: 0.2."
     )
     parser.add_argument("--misbehave-seed", type=int, default=0, help="Seed for the faults. Default: 0.")
     options = parser.parse_args()
     kinds = [kind for kind in options.misbehave.split(",") if kind]
-    if unknown := set(kinds) - set(FAULTS):
+    if unknown := set(kinds) - set(FAULTS + HOSTILITIES):
         parser.error(f"--misbehave: unknown fault: {', '.join(sorted(unknown))}")
     if options.source:
         check_source(options.source, rows=options.transactions)

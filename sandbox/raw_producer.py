@@ -33,7 +33,7 @@ class RawProducer:
     def write(
         self,
         topic: str,
-        value: bytes,
+        value: bytes | None,
         *,
         headers: Sequence[tuple[bytes, bytes]] = (),
         key: bytes = b"",
@@ -44,7 +44,7 @@ class RawProducer:
         Raises StandInError if the record is larger than the property `message.max.bytes`.
         """
         arguments: list[Any] = [_TOPIC, topic.encode(), _PARTITION, ctypes.c_int32(partition)]
-        arguments += [_VALUE, value, ctypes.c_size_t(len(value)), _FLAGS, _COPY]
+        arguments += [_VALUE, value, ctypes.c_size_t(len(value or b"")), _FLAGS, _COPY]
         arguments += [_KEY, key, ctypes.c_size_t(len(key))] if key else []
         for name, content in headers:
             arguments += [_HEADER, name, content, ctypes.c_ssize_t(len(content))]

@@ -20,9 +20,9 @@ import requests
 from conftest import SAMPLE, needs_sample, until
 
 from sandbox.generator import ROUND_THE_CLOCK, training_frame, transactions
-from sandbox.payments_api import FAULTS, PATH, PaymentsApi
+from sandbox.payments_api import FAULTS, HOSTILITIES, PATH, PaymentsApi
 from sandbox.processes import Process, StandInError, python
-from shared.records import RAW_COLUMNS
+from shared.records import RAW_COLUMNS, read_split
 
 pytestmark = pytest.mark.server
 
@@ -263,6 +263,31 @@ def test_each_fault_happens_instead_of_serving_and_costs_no_row(api: Start) -> N
 
     assert found + rows_until_empty(source.url) == generated(100)
     assert source.status()["sent"] == 100
+
+
+def test_hostile_answers_cost_no_row_and_their_marks_are_counted(api: Start) -> None:
+    source = api(*ALL_AT_ONCE, "--transactions", "100", "--max-rows", "10")
+    found = rows(source.url)
+
+    source.misbehave("hostile-row", share=1)
+    answer = read_split(requests.get(source.url, timeout=10).content)
+    assert (len(answer.transactions), len(answer.bad)) == (10, 1)
+    source.misbehave("hostile-texts", share=1)
+    odd = rows(source.url)
+    assert [row[-5] for row in odd] == [row[-5] for row in generated(30)[20:]]
+    assert odd != generated(30)[20:]
+    source.misbehave("hostile-body", "hostile-failure", share=1)
+    address = urlsplit(source.url)
+    for _ in range(10):
+        with socket.create_connection((address.hostname, address.port), timeout=10) as client:
+            client.sendall(f"GET {PATH} HTTP/1.1\r\nHost: api\r\n\r\n".encode())
+            assert client.recv(100)
+    source.misbehave()
+
+    assert found == generated(10)
+    assert rows_until_empty(source.url) == generated(100)[30:]
+    assert source.refused() == [*range(1, len(source.refused()) + 1)]
+    assert set(HOSTILITIES).isdisjoint(FAULTS)
 
 
 def test_repeats_come_on_top_of_the_rows_and_are_counted(api: Start) -> None:
