@@ -13,10 +13,9 @@ import psycopg2
 
 from rehearsal import demo
 from rehearsal.demo import Scene
-from rehearsal.ledger import Place
+from rehearsal.ledger import Place, Refusal, refused_answer
 from rehearsal.rubbish import Rubbish
 from sandbox.apache import ApacheKafka
-from sandbox.payments_api import FAULTS
 from sandbox.postgres import Postgres
 from sandbox.processes import Process, python
 from services.catalogue import CORE
@@ -41,7 +40,7 @@ class Run:
     kills: Counter[str] = field(default_factory=Counter)  # by service
     faults: Counter[str] = field(default_factory=Counter)  # by the faults' names in the report
     bad_stops: list[str] = field(default_factory=list)  # services that exited with an error or too late after SIGTERM
-    rubbish: set[Place] = field(default_factory=set)
+    rubbish: set[Refusal] = field(default_factory=set)  # what must become dead letters
     fixed: str | None = None  # trans_num of the dead letter that was replayed with a corrected value
     figures: dict[str, int] = field(default_factory=dict)
     database_outages_ms: list[tuple[float, float]] = field(default_factory=list)  # start and end of each (epoch ms)
@@ -243,20 +242,26 @@ def registry_away(run: Run) -> Iterator[None]:
         yield from run.pause(1.0, 5.0)
 
 
-def api_troubles(run: Run) -> Iterator[None]:
-    """Make the payments API simulate faults of all kinds, in 30 % of the calls."""
-    api = run.scene.stack.api
-    api.misbehave(*FAULTS, share=0.3, seed=run.dice.randrange(2**32))
-    run.faults["API misbehaves"] += 1
-    while not run.over:
-        yield
-    api.misbehave()
+def api_troubles(*kinds: str) -> Faults:
+    """Make the payments API simulate these faults, in 30 % of the calls."""
+
+    def faults(run: Run) -> Iterator[None]:
+        api = run.scene.stack.api
+        api.misbehave(*kinds, share=0.3, seed=run.dice.randrange(2**32))
+        run.faults["API misbehaves"] += 1
+        while not run.over:
+            yield
+        api.misbehave()
+        refused = api.refused()
+        run.rubbish.update(map(refused_answer, refused))
+        run.faults["answers or rows refused"] += len(refused)
+
+    return faults
 
 
 def poison(run: Run) -> Iterator[None]:
     """Mix rubbish into the transactions on topic_1. At the end, replay one dead letter with a corrected value."""
     rubbish = Rubbish(run.scene.stack.properties, demo.TOPICS[0], run.dice)
-    run.rubbish = rubbish.places
     due = time.monotonic()
     while not run.over:
         while time.monotonic() >= due:
@@ -264,9 +269,10 @@ def poison(run: Run) -> Iterator[None]:
             due += run.dice.expovariate(run.rate * _RUBBISH_SHARE)
         yield
     rubbish.flush()
+    run.rubbish.update(("predictor", *place) for place in rubbish.places)
     run.faults["rubbish"] += len(rubbish.places)
-    for record, value in list(rubbish.cut_off.items())[:1]:
-        while not (letters := run.scene.topics.dead_letters[record]):
+    for place, value in list(rubbish.cut_off.items())[:1]:
+        while not (letters := run.scene.topics.dead_letters["predictor", *place]):
             yield
         run.fixed = _replay(run, letters[0], value + b"}")
         run.faults["fixed and replayed"] += 1

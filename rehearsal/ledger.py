@@ -3,6 +3,7 @@
 All figures are counted in the topics, in the mailbox and in the table. No figure comes from the services themselves.
 """
 
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import sqlalchemy as sa
 from confluent_kafka import Message, TopicPartition
 
+from sandbox.hostile_answers import MARK
 from sandbox.mailbox import messages as mails_in
 from services.alerter.mail import message_id
 from shared.dead_letters import SUFFIX
@@ -25,9 +27,15 @@ from shared.provenance import from_headers
 Identity = tuple[str, int]
 Place = tuple[str, int, int]
 """Topic, partition and offset."""
+Refusal = tuple[str, str, int, int]
+"""A service, and the place of the record that it refused. See `refused_answer` for what the producer refuses."""
+
+RECORD_MARK = "hostile-record-"  # how the key of a marked record begins; followed by a number
 
 _READ_S = 0.05
 _SILENCE_S = 20.0
+_MARKED_ANSWER = re.compile(rf"{MARK}(\d+)".encode()).search
+_MARKED_RECORD = re.compile(rf"{RECORD_MARK}(\d+)".encode()).match
 _NOT_REPORTED = ("suspects", "mail_delays", "dead_letter_places")
 
 
@@ -52,14 +60,15 @@ class Topics:
     records_2: int = 0
     repeated: list[Identity] = field(default_factory=list)  # one entry for each repetition on either topic
     misplaced: list[Identity] = field(default_factory=list)  # predicted after a later transaction of the same card
-    # The places of the dead letters, by the place of the original record.
-    dead_letters: defaultdict[Place, list[Place]] = field(default_factory=lambda: defaultdict(list))
-    refused_rows: int = 0  # number of the producer's dead letters, for invalid rows from the API
+    # The places of the dead letters, by what they are about.
+    dead_letters: defaultdict[Refusal, list[Place]] = field(default_factory=lambda: defaultdict(list))
+    refused_rows: int = 0  # number of the producer's dead letters without a mark, for invalid rows from the API
+    marked: dict[tuple[str, int], Place] = field(default_factory=dict)  # marked records, by topic and number
     produced_ms: dict[Identity, int] = field(default_factory=dict)  # timestamp of the record on topic_1
     # When a read_committed consumer received the record from topic_2.
     visible_ms: dict[Identity, float] = field(default_factory=dict)
     frauds: set[Identity] = field(default_factory=set)
-    dead: set[Identity] = field(default_factory=set)
+    dead: defaultdict[str, set[Identity]] = field(default_factory=lambda: defaultdict(set))  # by service
     # For each card, the topic_1 offset of its last predicted transaction.
     last_source: dict[int, int] = field(default_factory=dict)
 
@@ -86,7 +95,7 @@ class Ledger:
     latency_ms: Mapping[str, Mapping[str, float | None]]
     suspects: Mapping[str, list[Identity]]  # by kind of problem, the identities of the transactions affected
     mail_delays: list[tuple[int, float]]  # per fraud: time on topic_1 (epoch ms), time from topic_1 to the mail (ms)
-    dead_letter_places: Mapping[Place, Sequence[Place]]  # by the place of the original record
+    dead_letter_places: Mapping[Refusal, Sequence[Place]]
 
     @property
     def balanced(self) -> bool:
@@ -158,16 +167,19 @@ class TopicReader:
         seen: _Seen | None
         try:
             seen = self._decode(message.value() or b"")
-        except ValueError:
+        except (ValueError, RecursionError):
             seen = None
         if topic.endswith(SUFFIX):
             if (origin := _origin(message)) is None:
                 return
             topics.dead_letters[origin].append((topic, partition, offset))
-            topics.refused_rows += ("dlq-group", b"producer") in readable_headers(message)
+            topics.refused_rows += origin[:2] == ("producer", topic)
             if seen:
-                topics.dead.add(seen.identity)
-        elif topic == self._topic_1:
+                topics.dead[origin[0]].add(seen.identity)
+            return
+        if mark := _MARKED_RECORD(message.key() or b""):
+            topics.marked[topic, int(mark[1])] = topic, partition, offset
+        if topic == self._topic_1:
             topics.records_1 += 1
             if seen:
                 if seen.identity in topics.produced_ms:
@@ -188,14 +200,21 @@ class TopicReader:
                     topics.frauds.add(seen.identity)
 
 
-def _origin(letter: Message) -> Place | None:
-    """Return the place of a dead letter's original record, or None if the message only marks a letter as replayed."""
+def refused_answer(number: int) -> Refusal:
+    """Return what the producer's dead letter for the payments API's answer with this mark is about."""
+    return "producer", "payments API", 0, number
+
+
+def _origin(letter: Message) -> Refusal | None:
+    """Return what a dead letter is about, or None if the message only says that a letter was replayed."""
     found = {name: content for name, content in readable_headers(letter) if isinstance(content, bytes)}
     if "dlq-replayed" in found:
         return None
-    if "dlq-offset" not in found:  # a row that the producer refused
-        return coordinates(letter)
-    return found["dlq-topic"].decode(), int(found["dlq-partition"]), int(found["dlq-offset"])
+    if "dlq-offset" not in found:  # an answer or a row that the producer refused
+        mark = _MARKED_ANSWER(letter.value() or b"")
+        return refused_answer(int(mark[1])) if mark else ("producer", *coordinates(letter))
+    service = found["dlq-group"].decode().partition("-")[0]
+    return service, found["dlq-topic"].decode(), int(found["dlq-partition"]), int(found["dlq-offset"])
 
 
 def draw_up(
@@ -216,11 +235,12 @@ def draw_up(
     produced, predicted = topics.produced_ms.keys(), topics.visible_ms.keys()
     mailed_ms, emails = mailed(mailbox, predicted, since_ms=since_ms, sender=sender)
     ingested_ms = _stored(engine, predicted, since_ms=since_ms)
+    frauds = topics.frauds - topics.dead["alerter"]
     missing = {
-        "missing on topic_1": served - produced - topics.dead,
-        "missing on topic_2": produced - predicted - topics.dead,
-        "missing in the mailbox": topics.frauds - mailed_ms.keys() - topics.dead,
-        "missing in the table": predicted - ingested_ms.keys() - topics.dead,
+        "missing on topic_1": served - produced,
+        "missing on topic_2": produced - predicted - topics.dead["predictor"],
+        "missing in the mailbox": frauds - mailed_ms.keys(),
+        "missing in the table": predicted - ingested_ms.keys() - topics.dead["db_sink"],
     }
     if len(missing["missing on topic_1"]) == topics.refused_rows:  # a refused row has no identity to compare
         del missing["missing on topic_1"]
@@ -231,7 +251,7 @@ def draw_up(
         skipped_repeats=repeats,
         topic_1=topics.records_1,
         topic_2=topics.records_2,
-        predicted_frauds=len(topics.frauds),
+        predicted_frauds=len(frauds),
         emails=emails,
         mailed_frauds=len(mailed_ms),
         rows=len(ingested_ms),
@@ -272,13 +292,13 @@ def mailed(
 def _stored(engine: sa.Engine, identities: Iterable[Identity], *, since_ms: int) -> dict[Identity, float]:
     """Return when each of these transactions was first stored (epoch ms).
 
-    Transactions that were predicted before `since_ms` are left out. If an earlier run inserted the row, the time is
-    from that run, because an upsert does not change `ingested_at`.
+    Transactions that were predicted before `since_ms` are left out, but not those without a time of prediction. If an
+    earlier run inserted the row, the time is from that run, because an upsert does not change `ingested_at`.
     """
     wanted = set(identities)
     query = sa.text("""
         SELECT trans_num, unix_time, 1000 * EXTRACT(EPOCH FROM ingested_at) FROM transactions
-        WHERE predicted_at >= to_timestamp(:since)
+        WHERE predicted_at >= to_timestamp(:since) OR predicted_at IS NULL
     """)
     with engine.connect() as connection:
         rows = connection.execution_options(stream_results=True).execute(query, {"since": since_ms / 1000})

@@ -126,15 +126,23 @@ class Progress:
             self._tick()
             served = self._status["served"]
             seen = self._reader.topics
-            produced = len(seen.produced_ms) + seen.refused_rows
-            predicted = len(seen.visible_ms.keys() | seen.dead) + seen.refused_rows
+            produced = len(seen.produced_ms)
+            predicted = len(seen.visible_ms) + len(seen.dead["predictor"])
             lags = [row.lag for row in self._rows.values()]
             unconfirmed = self._status["in_flight"] + self._status["put_back"]  # a producer will fetch these rows
-            if not unconfirmed and served <= produced <= predicted and not any(lags):
+            if not unconfirmed and not any(lags) and self._all_predicted():
                 return
             if (now := (unconfirmed, served, produced, predicted, lags)) != before:
                 before, changed = now, time.monotonic()
             time.sleep(_TICK_S)
+
+    def _all_predicted(self) -> bool:
+        """Whether every transaction that was served is on topic_1, and every one on topic_1 is predicted or dead."""
+        seen = self._reader.topics
+        produced = seen.produced_ms.keys()
+        if len(self._api.identities() - produced) > seen.refused_rows:
+            return False
+        return not produced - seen.visible_ms.keys() - seen.dead["predictor"]
 
     def _slowest(self) -> int:
         return min(group.done_and_lag({})[0] for group in self._groups)

@@ -25,6 +25,7 @@ from rehearsal.faults import (
 from rehearsal.ledger import Ledger
 from rehearsal.stack import RECIPIENT
 from sandbox.mailbox import messages
+from sandbox.payments_api import FAULTS
 
 _OUTAGE_S = 60.0
 _LONGEST_ADDED_DELAY_MS = 250.0
@@ -98,7 +99,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "smtp-hangs": Scenario(faults=mail_troubles("hang"), minutes=1.0, environment=_IMPATIENT),
     "registry-down-at-start": Scenario(faults=registry_away, minutes=1.0),
-    "api-misbehaves": Scenario(faults=api_troubles, minutes=1.0),
+    "api-misbehaves": Scenario(faults=api_troubles(*FAULTS), minutes=1.0),
     "poison": Scenario(faults=poison, minutes=1.0, broken=_fixed_is_predicted),
     "everything": Scenario(
         faults=all_of(
@@ -111,7 +112,7 @@ SCENARIOS: dict[str, Scenario] = {
             database_away(seconds=(1.0, 15.0), pause_s=15.0),
             connection_kills,
             mail_troubles("4xx", "5xx-one-recipient", "hang", rest_s=20.0),
-            api_troubles,
+            api_troubles(*FAULTS),
             poison,
         ),
         minutes=5.5,

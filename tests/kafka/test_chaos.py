@@ -27,7 +27,8 @@ HELD = Ledger(
     rows=10, repeated_mails=0, dead_letters=0, lost=0, duplicates=0, out_of_order=0, seconds=1.0, latency_ms={},
     suspects={}, mail_delays=[], dead_letter_places={},
 )  # fmt: skip
-PLACE = ("topic_1", 0, 7)
+PLACE = ("predictor", "topic_1", 0, 7)
+ANSWER = ("producer", "payments API", 0, 3)
 LETTER = ("topic_1.dlq", 0, 1)
 
 
@@ -43,7 +44,12 @@ def run(**changes: Any) -> Run:
         ({"mailed_frauds": 1}, {}, "", "1 of 2 frauds mailed"),
         ({"repeated_mails": 1}, {}, "", ""),
         ({"repeated_mails": 2}, {}, "", "2 mails repeated, but the alerter was killed 1 times"),
-        ({"dead_letter_places": {PLACE: [LETTER]}}, {}, "", "valid records in the dead letters: 1: topic_1 0 7"),
+        (
+            {"dead_letter_places": {PLACE: [LETTER]}},
+            {},
+            "",
+            "valid records in the dead letters: 1: predictor topic_1 0 7",
+        ),
         ({"dead_letter_places": {PLACE: [LETTER]}}, {"rubbish": {PLACE}}, "", ""),
         (
             {"dead_letter_places": {PLACE: [LETTER, LETTER]}},
@@ -51,7 +57,9 @@ def run(**changes: Any) -> Run:
             "",
             "records with several dead letters",
         ),
-        ({}, {"rubbish": {PLACE}}, "", "rubbish without a dead letter: 1: topic_1 0 7"),
+        ({}, {"rubbish": {PLACE}}, "", "rubbish without a dead letter: 1: predictor topic_1 0 7"),
+        ({}, {"rubbish": {ANSWER}, "kills": Counter(producer=1)}, "", ""),
+        ({}, {"rubbish": {ANSWER}}, "", "rubbish without a dead letter: 1: producer payments API 0 3"),
         ({}, {}, "Traceback (most recent call last)", "a service logged a traceback"),
         ({}, {}, "%4|MAXPOLL|", "a consumer was evicted"),
     ],
