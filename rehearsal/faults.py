@@ -13,16 +13,18 @@ import psycopg2
 
 from rehearsal import demo
 from rehearsal.demo import Scene
+from rehearsal.hostile import Hostile
 from rehearsal.ledger import Place, Refusal, refused_answer
 from rehearsal.rubbish import Rubbish
 from sandbox.apache import ApacheKafka
 from sandbox.postgres import Postgres
-from sandbox.processes import Process, python
+from sandbox.processes import Process, StandInError, python
 from services.catalogue import CORE
 
 STOP_TIMEOUT_S = 10.0  # as long as `docker stop` waits before it kills a container
 _RUBBISH_SHARE = 0.005  # rubbish records per transaction
 _TICK_S = 0.25
+_WRITTEN_S = 30.0
 
 
 @dataclass(kw_only=True)
@@ -276,6 +278,23 @@ def poison(run: Run) -> Iterator[None]:
             yield
         run.fixed = _replay(run, letters[0], value + b"}")
         run.faults["fixed and replayed"] += 1
+
+
+def hostile_records(run: Run) -> Iterator[None]:
+    """Write hostile records to both topics. At the end, find out where they are."""
+    hostile = Hostile(run.scene.stack.properties, run.dice)
+    while not run.over:
+        hostile.write()
+        yield from run.pause(0.0, 2 * _TICK_S)
+    hostile.close()
+    found, deadline = run.scene.topics.marked, time.monotonic() + _WRITTEN_S
+    while absent := hostile.refused_by.keys() - found.keys():
+        if time.monotonic() > deadline:
+            raise StandInError(f"hostile records were not written: {sorted(absent)}")
+        yield
+    for mark, services in hostile.refused_by.items():
+        run.rubbish.update((service, *found[mark]) for service in services)
+    run.faults["hostile records"] += len(hostile.refused_by)
 
 
 def _replay(run: Run, letter: Place, value: bytes) -> str:

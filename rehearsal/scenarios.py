@@ -14,6 +14,7 @@ from rehearsal.faults import (
     broker_restarts,
     connection_kills,
     database_away,
+    hostile_records,
     kills,
     mail_server_away,
     mail_troubles,
@@ -23,14 +24,17 @@ from rehearsal.faults import (
     stops,
 )
 from rehearsal.ledger import Ledger
-from rehearsal.stack import RECIPIENT
+from rehearsal.stack import RECIPIENT, SENDER
 from sandbox.mailbox import messages
-from sandbox.payments_api import FAULTS
+from sandbox.payments_api import FAULTS, HOSTILITIES
 
 _OUTAGE_S = 60.0
 _LONGEST_ADDED_DELAY_MS = 250.0
-_TWO_RECIPIENTS = {"ALERT_TO": f"gone@fraud-alarm.example,{RECIPIENT}"}
+_GONE = "gone@fraud-alarm.example"
+_TWO_RECIPIENTS = {"ALERT_TO": f"{_GONE},{RECIPIENT}"}
 _IMPATIENT = {"SMTP_TIMEOUT_SECONDS": "2"}
+_MAIL_HEADERS = ["Auto-Submitted", "Content-Type", "Date", "From", "MIME-Version", "Message-ID", "Subject", "To"]
+_THREAD_HEADERS = ["In-Reply-To", "References"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,27 @@ def _other_recipient_has_all(run: Run, ledger: Ledger) -> list[str]:
     return [] if reached == ledger.emails else [f"{reached} of {ledger.emails} mails reached the other recipient"]
 
 
+def _mails_are_ours(run: Run, _ledger: Ledger) -> list[str]:
+    """Check that nothing in a payment adds or changes a header of a mail, or is markup in its body."""
+    broken = []
+    for mail in messages(run.work_dir / "mail"):
+        message = mail.message
+        names = sorted(name for name in message if name not in ("X-Envelope-To", *_THREAD_HEADERS))
+        addresses = str(message["From"]), *str(message["To"]).split(", ")
+        subject = str(message["Subject"])
+        html = message.get_body(("html",))
+        if (
+            names != _MAIL_HEADERS
+            or not {*addresses} <= {SENDER, RECIPIENT, _GONE}
+            or not subject.startswith("Fraud alert: $")
+            or not subject.isprintable()
+            or html is None
+            or any(markup in html.get_content() for markup in ("<h1>hi", "<script"))
+        ):
+            broken.append(f"a mail is not what it should be: {mail.path.name}")
+    return broken
+
+
 SCENARIOS: dict[str, Scenario] = {
     "kill-predictor": Scenario(faults=kills("predictor"), least_kills=20),
     "kill-sink": Scenario(faults=kills("db_sink"), least_kills=20),
@@ -101,6 +126,16 @@ SCENARIOS: dict[str, Scenario] = {
     "registry-down-at-start": Scenario(faults=registry_away, minutes=1.0),
     "api-misbehaves": Scenario(faults=api_troubles(*FAULTS), minutes=1.0),
     "poison": Scenario(faults=poison, minutes=1.0, broken=_fixed_is_predicted),
+    "hostile": Scenario(
+        faults=all_of(
+            hostile_records,
+            poison,
+            api_troubles(*HOSTILITIES),
+            mail_troubles("4xx", "5xx-one-recipient"),
+        ),
+        environment=_TWO_RECIPIENTS | {"API_TIMEOUT_SECONDS": "3"},
+        broken=_mails_are_ours,
+    ),
     "everything": Scenario(
         faults=all_of(
             kills("predictor", pause_s=40.0),

@@ -127,3 +127,17 @@ def test_a_short_campaign_holds(trained_directory: Path, apache_rig: Rig) -> Non
     assert poison["served"] > 3000
     assert poison["lost"] == poison["duplicates"] == poison["out_of_order"] == 0
     assert poison["mailed_frauds"] == poison["predicted_frauds"] > 20
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(300)
+def test_hostile_input_stops_nothing_and_costs_nothing(trained_directory: Path, apache_rig: Rig) -> None:
+    del apache_rig
+
+    hostile = campaign(trained_directory, "hostile", minutes=0.4)
+
+    assert hostile["rubbish"] == hostile["dead_letters"] > 50
+    assert hostile["faults"]["hostile records"] > 50
+    assert hostile["faults"]["answers or rows refused"] > 5
+    assert hostile["lost"] == hostile["duplicates"] == hostile["out_of_order"] == hostile["repeated_mails"] == 0
+    assert hostile["mailed_frauds"] == hostile["predicted_frauds"] > 20
