@@ -25,10 +25,24 @@ from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
 from sandbox.processes import Process, free_port, port_open, python
 
-FAULTS = ("4xx", "5xx-one-recipient", "hang")
+FAULTS = (
+    "4xx",
+    "5xx-one-recipient",
+    "7bit",
+    "endless",
+    "greylisting",
+    "hang",
+    "prompt-not-base64",
+    "spam",
+    "too-many-recipients",
+)
+SPAM = "casino"  # with the fault `spam`, a mail that contains this word is refused
 _ORDER = "misbehave"  # the file in the mailbox's directory that names the current fault
 _HANG_POLL_S = 0.05
 _STAGES = ("MAIL", "RCPT", "DATA")
+_ENDLESS_LINES = b"\r\n".join([b"250-more follows"] * 1000)
+_MOST_RECIPIENTS = 2
+_SPAM_REFUSALS = ("550 5.7.1 Rejected as spam", "552 5.7.0 Policy violation", "554 5.2.0 Delivery refused")
 _TEMPORARY = (
     "421 4.3.2 Service is shutting down",
     "450 4.2.1 Mailbox is busy",
@@ -95,8 +109,14 @@ class Mailbox(Process):
         - `4xx`: the server refuses every mail temporarily, at varying stages and with varying codes. Code 421 closes
           the connection.
         - `5xx-one-recipient`: the server permanently refuses only the recipients whose local part begins with "gone".
+        - `7bit`: the server does not offer 8BITMIME, and permanently refuses a mail with other than 7-bit characters.
+        - `endless`: each response is the beginning of a response that never ends.
+        - `greylisting`: the server temporarily refuses only the recipients whose local part begins with "grey".
         - `hang`: the server accepts connections and commands but never responds. When the fault changes, hanging
           sessions are closed. The mails of these sessions are not stored, because the clients may have given up.
+        - `prompt-not-base64`: the server prompts for the login in plain text.
+        - `spam`: the server permanently refuses each mail whose subject or text contains `SPAM`, with varying codes.
+        - `too-many-recipients`: the server accepts only the first two recipients of a mail.
 
         Raises ValueError for any other fault.
         """
@@ -126,8 +146,18 @@ def repeated_mails(mails: Sequence[ReceivedMail]) -> set[int]:
 
 def read_mail(path: Path) -> ReceivedMail:
     """Read one message. The time of receipt comes from the name of the file."""
-    parser = BytesParser(_class=EmailMessage, policy=policy.default)
-    return ReceivedMail(int(path.name.partition("-")[0]), parser.parsebytes(path.read_bytes()), path)
+    return ReceivedMail(int(path.name.partition("-")[0]), _parsed(path.read_bytes()), path)
+
+
+def _parsed(content: bytes) -> EmailMessage:
+    return BytesParser(_class=EmailMessage, policy=policy.default).parsebytes(content)
+
+
+def _mentions(content: bytes, word: str) -> bool:
+    """Return whether the mail's subject or a text in the mail, an attached text included, contains the word."""
+    message = _parsed(content)
+    texts = (str(part.get_content()) for part in message.walk() if part.get_content_maintype() == "text")
+    return any(word in text for text in (str(message["Subject"]), *texts))
 
 
 class _Session(SMTP):
@@ -155,9 +185,18 @@ class _Session(SMTP):
             if self.transport:
                 self.transport.close()
             raise asyncio.CancelledError  # as aiosmtpd does to end a session whose client has disconnected
+        while self.fault == "endless" and self.transport and _fault(self._order) == "endless":
+            await super().push(_ENDLESS_LINES)
         await super().push(status)
         if self.transport and isinstance(status, str) and status.startswith("421"):
             self.transport.close()
+
+    async def smtp_AUTH(self, arg: str) -> None:
+        """Prompt for the login, or check the login that the client sends."""
+        if self.fault == "prompt-not-base64":
+            await self.push("334 Who are you?")
+        else:
+            await super().smtp_AUTH(arg)
 
     def _look(self) -> None:
         if self.fault != "hang":
@@ -172,6 +211,13 @@ class _Keeper:
         self._numbers = count(len(list(directory.glob("*.eml"))) + 1)
         # There are 3 stages and 4 codes, so all combinations occur.
         self._refusals = zip(cycle(_STAGES), cycle(_TEMPORARY), strict=False)
+        self._spam_refusals = cycle(_SPAM_REFUSALS)
+
+    async def handle_EHLO(
+        self, server: _Session, session: Session, _envelope: Envelope, hostname: str, responses: list[str]
+    ) -> list[str]:
+        session.host_name = hostname
+        return [line for line in responses if not (server.fault == "7bit" and line == "250-8BITMIME")]
 
     async def handle_MAIL(
         self, server: _Session, _session: Session, envelope: Envelope, address: str, options: list[str]
@@ -191,6 +237,10 @@ class _Keeper:
             return refusal
         if server.fault == "5xx-one-recipient" and address.startswith("gone"):
             return "550 5.1.1 No such user"
+        if server.fault == "greylisting" and address.startswith("grey"):
+            return "451 4.7.1 Greylisted, try again later"
+        if server.fault == "too-many-recipients" and len(envelope.rcpt_tos) == _MOST_RECIPIENTS:
+            return "452 4.5.3 Too many recipients"
         envelope.rcpt_tos.append(address)
         envelope.rcpt_options.extend(options)
         return "250 OK"
@@ -200,11 +250,15 @@ class _Keeper:
             return "451 Not stored"  # `push` never sends this response
         if refusal := _refusal(server, "DATA"):
             return refusal
+        content = envelope.original_content or b""
+        if server.fault == "7bit" and not content.isascii():
+            return "554 5.6.1 8-bit characters are not supported"
+        if server.fault == "spam" and _mentions(content, SPAM):
+            return next(self._spam_refusals)
         name = f"{time.time_ns() // 1_000_000}-{next(self._numbers):07d}"
         partial = self.directory / f"{name}.partial"  # so that only complete messages are listed
-        content = envelope.content or b""
         recipients = f"X-Envelope-To: {', '.join(envelope.rcpt_tos)}\r\n"
-        partial.write_bytes(recipients.encode() + (content.encode() if isinstance(content, str) else content))
+        partial.write_bytes(recipients.encode() + content)
         partial.rename(partial.with_suffix(".eml"))
         # Nothing is awaited from here to the response. SIGTERM ends sessions only between two steps of the event loop,
         # so a mail is either both stored and acknowledged, or neither.
