@@ -362,7 +362,7 @@ class _Bounded(smtplib.SMTP):
         self._watch.close()
 
 
-class _TlsConnection(_Bounded, smtplib.SMTP_SSL):
+class _TlsConnection(smtplib.SMTP_SSL, _Bounded):  # in this order, because only a socket without TLS can be watched
     """A connection with TLS from the start."""
 
 
