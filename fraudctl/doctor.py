@@ -29,7 +29,8 @@ from shared.errors import Outage, Poison, SettingsError
 from shared.http import Answer, Client
 from shared.kafka import topics
 from shared.kafka.clients import DENIED, admin, consumer, producer
-from shared.privacy import without_credentials
+from shared.network import why_unreachable
+from shared.privacy import without_credentials, without_digits
 from shared.records import read_split
 from shared.settings import (
     SECRETS_FILE,
@@ -39,6 +40,7 @@ from shared.settings import (
     load,
     unknown_variables,
 )
+from shared.text import one_line
 from shared.variables import OF_LIBRARIES
 
 _TIMEOUT_S = 8.0
@@ -378,14 +380,22 @@ def _smtp(settings: AlerterSettings) -> Iterator[Finding]:
     except ssl.SSLError as error:
         reason = f"TLS failed ({error.reason or type(error).__name__})"
         yield Finding("failed", "SMTP", f"{where}: {reason}. {_SMTP_TLS_REMEDY} Check the server's certificate, too.")
-    except (smtplib.SMTPException, OSError, UnicodeError) as error:
-        remedy = "Check that it runs, and check SMTP_HOST, SMTP_PORT and SMTP_TLS."
-        yield Finding("failed", "SMTP", f"cannot reach {where}: {_connection_reason(error)}. {remedy}")
+    except smtplib.SMTPResponseException as error:
+        reply = error.smtp_error.decode(errors="replace") if isinstance(error.smtp_error, bytes) else error.smtp_error
+        yield Finding("failed", "SMTP", f"{where} answered {error.smtp_code} {without_digits(reply)}")
+    except smtplib.SMTPServerDisconnected as error:
+        reason = why_unreachable(error, default="connection closed by the server")
+        yield Finding("failed", "SMTP", f"cannot reach {where}: {reason}. {_SMTP_REMEDY}")
+    except smtplib.SMTPException as error:
+        yield Finding("failed", "SMTP", f"{where}: {_line(error)}. {_SMTP_REMEDY}")
+    except (OSError, UnicodeError) as error:
+        yield Finding("failed", "SMTP", f"cannot reach {where}: {_connection_reason(error)}. {_SMTP_REMEDY}")
     else:
         login = ", login accepted" if settings.smtp_username else ""
         yield Finding("ok", "SMTP", f"{settings.smtp_host}:{settings.smtp_port}{login}")
 
 
+_SMTP_REMEDY = "Check that it runs, and check SMTP_HOST, SMTP_PORT and SMTP_TLS."
 _SMTP_TLS_REMEDY = "Set SMTP_TLS to what the server offers: starttls (port 587), implicit (port 465) or none."
 
 
@@ -466,4 +476,4 @@ def _skipped(names: tuple[str, ...], why: str) -> Iterator[Finding]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(f"{error or type(error).__name__}".split())[:300].removesuffix(".")
+    return one_line(f"{error or type(error).__name__}", limit=300).removesuffix(".")
