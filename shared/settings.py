@@ -169,7 +169,7 @@ S = TypeVar("S", bound=BaseSettings)
 def load(settings: type[S], **given: Any) -> S:
     """Read the settings. Values in `given` override values from other sources.
 
-    Raises SettingsError with one line that names each missing or wrong variable, but not its value.
+    Raises SettingsError with one line that names each missing or wrong variable, but no value that may be secret.
     """
     try:
         return settings(**given)

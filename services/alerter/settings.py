@@ -3,15 +3,38 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import AfterValidator, Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
 from shared.settings import StreamSettings, matching
+from shared.text import one_line
 
 SmtpTls = Literal["none", "starttls", "implicit"]
-Address = Annotated[str, matching(r"[^\s@<>,]+@[^\s@<>,]+", "not an e-mail address")]
 PrintableAscii = Annotated[str, matching(r"[ -~]+", "must be printable ASCII")]
 HttpUrl = Annotated[str, matching(r"https?://\S+", "must be a URL that begins with http:// or https://")]
+
+
+def _ascii_address(text: str) -> str:
+    """Return the address in ASCII. Raises ValueError if the text is not an address that every mail server accepts."""
+    import email_validator  # not above, because the list of services reads these settings, and is to load fast
+
+    email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()  # a server of one's own may well deliver to localhost or .local
+    try:
+        if "=?" in text:  # Python decodes encoded words (RFC 2047) in headers with addresses as well
+            raise email_validator.EmailNotValidError
+        address = email_validator.validate_email(
+            text,
+            allow_smtputf8=False,
+            allow_domain_literal=True,
+            check_deliverability=False,
+            globally_deliverable=False,
+        )
+    except email_validator.EmailNotValidError:
+        raise ValueError(f'"{one_line(text)}" is not an e-mail address') from None
+    return address.ascii_email or address.normalized
+
+
+Address = Annotated[str, AfterValidator(_ascii_address)]
 
 
 class AlerterSettings(StreamSettings):
