@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
     The first `done` messages of the batch are finished for good. The offsets of these messages are committed after
     `outputs` and `dead` (the dead letters) are written. `finish()` is called after the previous batch is delivered, but
     before `outputs` and `dead` are written. `finish()` returns further dead letters. `finish()` must be idempotent, and
-    may raise Outage.
+    may raise Outage. `delivered()` is called after `outputs` and `dead` are written.
 
     The other messages are redelivered together with newer messages: after `again_in_s` seconds, or sooner if the batch
     fills up. If `keep` is given, only the messages in `keep` are redelivered. The messages that are not in `keep` are
@@ -46,6 +46,7 @@ class Outcome(NamedTuple):
     finish: Callable[[], Sequence[Record]] | None = None
     keep: Sequence[Message] | None = None
     again_in_s: float = 0.0
+    delivered: Callable[[], None] | None = None
 
 
 Handler = Callable[[Sequence[Message]], Outcome]
@@ -150,6 +151,8 @@ class Flights:
             except Outage:
                 self.in_doubt = True
                 raise
+        if outcome.delivered:
+            outcome.delivered()
         took_s = time.monotonic() - began
         rest = batch[outcome.done :] if outcome.keep is None else outcome.keep
         self._report(outcome, finished=finished, records=len(batch) - len(rest), dead=dead, took_s=took_s)

@@ -561,6 +561,25 @@ def test_what_finishes_a_batch_is_done_in_order_and_before_its_offsets(rig: Rig,
     assert letters == {b"0", b"1", b"10", b"11", b"20", b"21", b"30", b"31"}
 
 
+def test_a_handler_learns_that_its_batch_is_delivered_only_once_it_is(rig: Rig) -> None:
+    rig.put(rig.topic_1, numbers(1))
+    steps: list[str] = []
+
+    def handle(batch: Sequence[Message]) -> Outcome:
+        def finish() -> Sequence[Record]:
+            steps.append("finish")
+            if len(steps) < 3:
+                raise Outage("away")
+            return []
+
+        return Outcome(len(batch), finish=finish, delivered=lambda: steps.append("delivered"))
+
+    with streaming(rig, handle):
+        until(lambda: "delivered" in steps, what="the delivery")
+
+    assert steps == ["finish", "finish", "finish", "delivered"]
+
+
 def test_ahead_an_outage_is_logged_once_and_retried_ever_more_rarely(rig: Rig, committed: Callable[[], int]) -> None:
     rig.put(rig.topic_1, numbers(35), key=b"one card")
     over = Event()
