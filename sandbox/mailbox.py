@@ -63,7 +63,8 @@ class ReceivedMail:
     def alarms(self) -> list[tuple[str, int]]:
         """Return the trans_num and unix_time of each alarm in the mail.
 
-        The values come from the attached table or, without a table, from the Message-ID.
+        The values come from the attached table or, without a table, from the Message-ID. A mail that says that alarms
+        could not be sent has none.
         """
         attached = next(self.message.iter_attachments(), None)
         if attached is not None:
@@ -71,6 +72,8 @@ class ReceivedMail:
             return [(row["trans_num"], int(row["unix_time"])) for row in rows]
         left = str(self.message["Message-ID"])[1:].partition("@")[0]
         trans_num, _, unix_time = left.rpartition(".")
+        if trans_num == "unsent":
+            return []
         return [(trans_num, int(unix_time))]
 
 

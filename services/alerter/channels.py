@@ -81,6 +81,7 @@ class ByMail:
         self._largest_digest = largest_digest
         self._deferred = Deferred(mailer.send, initial_s=backoff_initial_s, max_s=backoff_max_s)
         self._mailed = Remembered(_REMEMBERED)
+        self._named_unsent = Remembered(_REMEMBERED)
         self._started_ms = time.time() * 1000
         self._catching_up = pace.burst < largest_digest  # see _caught_up
         self._refused_digests = 0
@@ -123,7 +124,8 @@ class ByMail:
     def test(self) -> None:
         """Mail a sample alarm. Raises Poison if the mail's content is refused, and Outage after any other failure."""
         now = datetime.now(UTC)
-        self._mailer.send(self._composer.single(sample(now), now=now))
+        if later := self._mailer.send(self._composer.single(sample(now), now=now)):
+            raise Outage(f"the mail server does not accept these recipients yet: {', '.join(later)}")
 
     def close(self) -> None:
         """Close the connection."""
@@ -137,7 +139,7 @@ class ByMail:
         """
         self._catching_up = False
         self._pace.digest_sent()
-        return self.handle(messages)
+        return self._handle(messages)
 
     def _single(self, alarms: Sequence[Sent]) -> Sequence[Poison | None]:
         for message, alarm in alarms:
@@ -145,7 +147,7 @@ class ByMail:
             try:
                 self._mail(self._composer.single(alarm, now=datetime.now(UTC)), [message])
             except (Poison, Refused) as refusal:
-                self._say_unsent([alarm], refusal)
+                self._say_unsent([(message, alarm)], refusal)
                 raise Poison(str(refusal)) from None
             self._mailed.add(alarm.identity)
             log.info("alarm_mailed", card=mask_card(prediction.cc_num), amount=prediction.amt, id=prediction.trans_num)
@@ -161,7 +163,7 @@ class ByMail:
             self._refused_digests += 1
             # Isolating one bad alarm causes fewer refusals than this.
             if self._refused_digests > 2 * log2(self._largest_digest):
-                self._say_unsent(found, refusal)
+                self._say_unsent(alarms, refusal)
                 return [Poison(str(refusal))] * len(alarms)
             raise Poison(str(refusal)) from None
         for alarm in found:
@@ -174,15 +176,20 @@ class ByMail:
         if later := self._mailer.send(mail):
             self._deferred.add(mail, later, messages)
 
-    def _say_unsent(self, alarms: Sequence[Alarm], refusal: Exception) -> None:
-        """Send a plain mail that says which alarms could not be sent.
+    def _say_unsent(self, alarms: Sequence[Sent], refusal: Exception) -> None:
+        """Send a plain mail that says which alarms could not be sent, unless it was sent already.
 
         If it is accepted, the alarms' mail was the cause of the refusal. Otherwise, raises Outage.
         """
+        messages, found = zip(*alarms, strict=True)
+        if all(alarm.identity in self._named_unsent for alarm in found):
+            return
         try:
-            self._mailer.send(self._composer.unsent(alarms, now=datetime.now(UTC)))
+            self._mail(self._composer.unsent(found, now=datetime.now(UTC)), messages)
         except (Poison, Refused):
             raise Outage(f"{refusal} (a plain mail is refused as well)") from None
+        for alarm in found:
+            self._named_unsent.add(alarm.identity)
 
 
 class ByWebhook:

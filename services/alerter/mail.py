@@ -253,9 +253,7 @@ class Mailer:
             self.close()
             if not reused or isinstance(error.__cause__ or error.__context__, TimeoutError):
                 raise self._unreachable(error) from None
-            return self.send(
-                message, recipients
-            )  # retry with a new connection, because servers disconnect idle clients
+            return self.send(message, recipients)  # with a new connection, because servers disconnect idle clients
         except (smtplib.SMTPDataError, smtplib.SMTPSenderRefused) as error:
             # The server may already refuse a large message after MAIL FROM, because that command states its size.
             self.close()
@@ -296,16 +294,20 @@ class Mailer:
     def _send(self, message: EmailMessage, recipients: Sequence[str] | None) -> list[str]:
         if self._connection is None:
             self._connection = self.connect()
-        refused = self._connection.send_message(message, to_addrs=recipients)
-        later = [recipient for recipient, (code, _) in refused.items() if code < 500]
-        for recipient, (code, text) in refused.items():
-            event = "recipient_deferred" if code < 500 else "recipient_refused"
-            log.warning(event, recipient=recipient, reason=f"{code} {_text(text)}")
-        if any(code == _TOO_MANY for code, _ in refused.values()):  # RFC 5321, 4.5.3.1.10: the others in another mail
+        try:
+            refused = self._connection.send_message(message, to_addrs=recipients)
+        except smtplib.SMTPRecipientsRefused as error:
+            if recipients is None or len(error.recipients) < len(recipients):  # perhaps it is not about recipients
+                raise
+            return _deferred(error.recipients)
+        others = [recipient for recipient, (code, _) in refused.items() if code == _TOO_MANY]
+        later = _deferred({recipient: refused[recipient] for recipient in refused if recipient not in others})
+        if others:  # they get a mail of their own (RFC 5321, 4.5.3.1.10)
             try:
-                return self._send(message, later)
-            except smtplib.SMTPRecipientsRefused:
-                return later
+                later += self._send(message, others)
+            except (smtplib.SMTPException, OSError):  # the first recipients must not get the mail again
+                self.close()
+                later += others
         return later
 
     def connect(self) -> smtplib.SMTP:
@@ -350,11 +352,14 @@ class _Bounded(smtplib.SMTP):
             self.file.left = _MOST_REPLY_BYTES
         with self._watch.limit(self.timeout):
             try:
-                return super().getreply()
-            except smtplib.SMTPServerDisconnected as error:
-                if self._watch.late:
-                    raise smtplib.SMTPServerDisconnected(str(error)) from TimeoutError()
-                raise
+                reply = super().getreply()
+            except smtplib.SMTPServerDisconnected:
+                if not self._watch.late:
+                    raise
+        if self._watch.late:  # what has arrived may be only the beginning of a response
+            self.close()
+            raise smtplib.SMTPServerDisconnected("timed out") from TimeoutError()
+        return reply
 
     def close(self) -> None:
         """Close the connection."""
@@ -402,6 +407,14 @@ def _verdict(error: smtplib.SMTPDataError | smtplib.SMTPSenderRefused) -> type[P
     if enhanced:
         return Poison if enhanced[0] in (b"5.2.3", b"5.3.4") or enhanced[0].startswith(b"5.6.") else Refused
     return Poison if error.smtp_code == 552 or isinstance(error, smtplib.SMTPDataError) else Refused
+
+
+def _deferred(refused: Mapping[str, tuple[int, bytes]]) -> list[str]:
+    """Log the recipients that the server refused. Returns those that it may accept later."""
+    for recipient, (code, text) in refused.items():
+        event = "recipient_deferred" if code < 500 else "recipient_refused"
+        log.warning(event, recipient=recipient, reason=f"{code} {_text(text)}")
+    return [recipient for recipient, (code, _) in refused.items() if code < 500]
 
 
 def _text(reply: bytes | str) -> str:

@@ -7,7 +7,6 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from email.message import EmailMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, repeat
@@ -19,67 +18,32 @@ import msgspec
 import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import Envelope
+from alarms import NOW, alarm, plain_mailer, predicted, put_predictions, received, text_of
 from command_line import call
-from confluent_kafka import Producer
 from conftest import Rig, dead_letter_topic, make_transactions, until
 from standardwebhooks import Webhook
 
 from rehearsal.stack import RECIPIENT, SENDER
 from sandbox.mailbox import Mailbox, ReceivedMail, messages, repeated_mails
 from sandbox.processes import free_port
-from services.alerter.alarm import Alarm, fields
+from services.alerter.alarm import fields
 from services.alerter.channels import ByMail
 from services.alerter.mail import Composer, Mailer, message_id, table
 from services.alerter.pace import Pace
 from services.alerter.remembered import Remembered
-from shared.errors import Outage, Poison
-from shared.kafka.messages import Headers
-from shared.provenance import Provenance, to_headers
-from shared.records import Prediction, Transaction, encode_prediction, encode_transaction
-
-PROVENANCE = Provenance("fraud", "3", 0.97312, 1730134684025, 0, 0)
-
-
-def predicted(transaction: Transaction, label: int = 1, **changes: object) -> Prediction:
-    values = {name: getattr(transaction, name) for name in Transaction.__struct_fields__} | changes
-    return Prediction(**values, prediction=label)
-
-
-def put_predictions(rig: Rig, batch: list[tuple[Transaction, int]]) -> None:
-    producer = Producer({**rig.properties, "log_level": 0})
-    headers: Headers = to_headers(PROVENANCE)
-    for transaction, label in batch:
-        producer.produce(
-            rig.topic_2,
-            value=encode_prediction(encode_transaction(transaction), label),
-            key=transaction.key,
-            headers=headers,
-        )
-    assert producer.flush(20) == 0
-
-
-def received(mailbox: Mailbox, count: int, *, timeout_s: float = 30.0) -> list[ReceivedMail]:
-    until(lambda: len(list(messages(mailbox.directory))) >= count, timeout_s=timeout_s, what=f"{count} mails")
-    return list(messages(mailbox.directory))
-
-
-NOW = datetime(2026, 1, 31, 22, 30, tzinfo=UTC)
+from services.alerter.settings import AlerterSettings
+from shared.errors import Outage, Poison, SettingsError
+from shared.records import encode_prediction, encode_transaction
+from shared.settings import load
+from shared.text import one_line
 
 
 def composer(templates: Path | None = None) -> Composer:
     return Composer(sender=SENDER, recipients=[RECIPIENT], templates=templates)
 
 
-def alarm(transaction: Transaction, **changes: object) -> Alarm:
-    return Alarm(predicted(transaction, **changes), PROVENANCE)  # type: ignore[arg-type]
-
-
 def mails(count: int) -> list[EmailMessage]:
     return [composer().single(alarm(each), now=NOW) for each in make_transactions(count)]
-
-
-def plain_mailer(port: int, *, timeout_s: float = 20.0) -> Mailer:
-    return Mailer(host="127.0.0.1", port=port, tls="none", timeout_s=timeout_s)
 
 
 def by_mail(port: int, *, burst: int = 10, largest_digest: int = 1000) -> ByMail:
@@ -96,12 +60,6 @@ def by_mail(port: int, *, burst: int = 10, largest_digest: int = 1000) -> ByMail
 
 def message_ids(mails: Sequence[ReceivedMail]) -> list[str]:
     return sorted(str(mail.message["Message-ID"]) for mail in mails)
-
-
-def text_of(message: EmailMessage, kind: str) -> str:
-    body = message.get_body((kind,))
-    assert body is not None
-    return str(body.get_content())
 
 
 def test_every_fraud_is_mailed_once_and_nothing_else(rig: Rig, mailbox: Mailbox) -> None:
@@ -237,18 +195,24 @@ def test_a_mail_that_is_refused_for_good_is_kept_and_the_next_fraud_is_mailed(
     assert second.trans_num in line
 
 
-def test_a_mail_server_that_refuses_one_after_the_other_is_not_taken_out_on_the_alarms(
-    rig: Rig, mailbox: Mailbox, refusing: Callable[..., int]
+@pytest.mark.parametrize("answer", ["554 5.6.0 unwanted", "550 5.7.1 spam", "552 5.7.0 no", "554 5.2.0 no"])
+@pytest.mark.parametrize(("alarms", "burst"), [(1, "10"), (40, "100"), (40, "0")])
+def test_a_mail_server_that_refuses_everything_is_not_taken_out_on_the_alarms(
+    rig: Rig, mailbox: Mailbox, refusing: Callable[..., int], alarms: int, burst: str, answer: str
 ) -> None:
-    put_predictions(rig, [(each, 1) for each in make_transactions(40)])
-    port = refusing("554 5.6.0 unwanted")
-    process = rig.start("alerter", SMTP_PORT=str(port), BACKOFF_MAX_SECONDS="0.2", DEAD_LETTER_LIMIT_CONSECUTIVE="5")
-    until(lambda: process.said("rows refused, too many for bad rows to be the cause"), what="a word on the mail server")
+    frauds = make_transactions(alarms)
+    put_predictions(rig, [(each, 1) for each in frauds])
+    own = {"ALERT_BURST": burst, "ALERT_DIGEST_SECONDS": "1", "BACKOFF_MAX_SECONDS": "0.2"}
+    process = rig.start("alerter", SMTP_PORT=str(refusing(answer)), **own)
+    until(lambda: process.said("(a plain mail is refused as well)"), what="the outage in the log")
+    time.sleep(1.0)
     assert process.stop() == 0
 
-    rig.start("alerter", SMTP_PORT=str(mailbox.port))
+    rig.start("alerter", SMTP_PORT=str(mailbox.port), **own)
 
-    assert len(received(mailbox, 35)) >= 35
+    wanted = sorted(each.identity for each in frauds)
+    until(lambda: sorted(chain(*named(list(messages(mailbox.directory))))) == wanted, what="all of them")
+    assert "event='dead_letters'" not in rig.log("alerter")
 
 
 def test_a_fraud_that_lies_twice_on_the_topic_is_mailed_once(rig: Rig, mailbox: Mailbox) -> None:
@@ -403,7 +367,7 @@ def test_a_server_that_refuses_every_digest_is_not_sent_thousands_of_mails(
     put_predictions(rig, [(each, 1) for each in make_transactions(200)])
     batch = rig.read(rig.topic_2, 200)
 
-    with pytest.raises(Outage, match=r"digest mails are refused: .* answered 554"):
+    with pytest.raises(Outage, match=r"answered 554 no attachments \(a plain mail is refused as well\)"):
         by_mail(refusing("554 no attachments"), burst=0, largest_digest=200).handle(batch)
 
 
@@ -827,7 +791,8 @@ def test_a_refusal_is_about_this_message_or_about_all(
         ({"ALERT_TO": "somebody"}, "ALERT_TO"),
         ({"ALERT_TO": "a@"}, "ALERT_TO"),
         ({"ALERT_TO": ","}, "ALERT_TO"),
-        ({"ALERT_FROM": "Fraud Alarm"}, "ALERT_FROM"),
+        ({"ALERT_FROM": "Fraud Alarm"}, 'ALERT_FROM: "Fraud Alarm" is not an e-mail address'),
+        ({"ALERT_TO": "a@x.example, bob@y.example."}, 'ALERT_TO: "bob@y.example." is not an e-mail address'),
         ({"SMTP_TIMEOUT_SECONDS": "0"}, "SMTP_TIMEOUT_SECONDS"),
         ({"SMTP_PASSWORD": "gehe\u00efm"}, "SMTP_PASSWORD"),
         ({"BACKOFF_INITIAL_SECONDS": "0"}, "BACKOFF_INITIAL_SECONDS"),
@@ -837,5 +802,41 @@ def test_a_wrong_setting_is_named_at_the_start(rig: Rig, wrong: dict[str, str], 
     process = rig.start("alerter", ready=False, **wrong)
 
     assert process.wait(90) == 2
-    assert process.last_line().startswith(f"alerter: {named}: ")
+    assert process.last_line().startswith(f"alerter: {named}")
     assert "gehe" not in rig.log("alerter")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "bob@y.example.",
+        "a;b@x.example",
+        "a b@x.example",
+        "Ana <a@x.example>",
+        "<a@x.example>",
+        "a@x.example b@x.example",
+        "a@x.example\r\nBcc: b@x.example",
+        "a..b@x.example",
+        "a@-x.example",
+        "caf\u00e9@x.example",
+        "=?utf-8?q?a=2Cb?=@x.example",
+        "a@",
+    ],
+)
+def test_what_is_not_an_address_is_refused_by_name(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ALERT_TO", "ALERT_FROM":
+        with monkeypatch.context() as patch, pytest.raises(SettingsError) as refused:
+            patch.setenv(name, wrong)
+            load(AlerterSettings)
+        assert str(refused.value) == f'{name}: "{one_line(wrong)}" is not an e-mail address'
+
+
+def test_addresses_are_used_in_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALERT_TO", "a@M\u00dcNCHEN.example, root@localhost,ops@mail.local , b+c@[127.0.0.1]")
+
+    assert load(AlerterSettings).alert_to == (
+        "a@xn--mnchen-3ya.example",
+        "root@localhost",
+        "ops@mail.local",
+        "b+c@[127.0.0.1]",
+    )
