@@ -40,8 +40,8 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TEMPLATES = ("alert.txt", "alert.html", "digest.txt", "digest.html")
 _CARDS_THREADED = 10_000
 # Matches the start of a formula: certain characters at the start of a text or after a cell separator. In countries with
-# a decimal comma, spreadsheets separate cells with semicolons instead of commas.
-_FORMULA = re.compile("(^|[;\t|])([^\\S\t]*[=+@\uff1d\uff0b\uff0d\uff20-])")
+# a decimal comma, spreadsheets separate cells with semicolons instead of commas, and drop quotes that follow one.
+_FORMULA = re.compile('(^|[;\t|])((?:[^\\S\t]|")*[=+@\uff1d\uff0b\uff0d\uff20-])')
 
 
 @dataclass(frozen=True)
