@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,7 @@ TABLE = "transactions"
 FEATURES_2: tuple[str, ...] = Prediction.__struct_fields__
 PROVENANCE = ("model_name", "model_version", "probability", "predicted_at", "source_partition", "source_offset")
 _LOCK_TIMEOUT_S = 10
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -187,7 +188,7 @@ def _csv_field(value: object) -> str:
 @lru_cache(1000)
 def _timestamp(epoch_ms: int | None) -> str | None:
     """Format the time. The text is cached, because the predictor gives all rows of a batch the same time."""
-    return None if epoch_ms is None else datetime.fromtimestamp(epoch_ms / 1000, UTC).isoformat()
+    return None if epoch_ms is None else (_EPOCH + timedelta(milliseconds=epoch_ms)).isoformat()
 
 
 def _sqlstate(error: Exception) -> str:
