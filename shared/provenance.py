@@ -41,10 +41,11 @@ def from_headers(headers: Headers) -> Provenance:
     """
     for name, raw in headers:
         if name == HEADER and isinstance(raw, bytes):
-            if b"\\u0000" in raw:  # PostgreSQL cannot store it
-                break
             try:
-                return _decode(raw)
+                found = _decode(raw)
             except (ValueError, RecursionError):
                 break
+            if "\0" in f"{found.model_name}{found.model_version}":  # PostgreSQL cannot store it
+                break
+            return found
     return _NONE
