@@ -55,9 +55,12 @@ def make_features(raw: pd.DataFrame) -> np.ndarray:
 def _distance_km(lat_1: np.ndarray, long_1: np.ndarray, lat_2: np.ndarray, long_2: np.ndarray) -> np.ndarray:
     """For each pair of points, return the great-circle distance in km. The coordinates are in degrees.
 
+    If a latitude does not exist, the distance may be NaN.
+
     Uses the haversine formula (Sinnott, Sky and Telescope 68, 1984).
     """
     lat_1, long_1, lat_2, long_2 = (np.radians(degrees) for degrees in (lat_1, long_1, lat_2, long_2))
-    a = np.sin((lat_2 - lat_1) / 2) ** 2 + np.cos(lat_1) * np.cos(lat_2) * np.sin((long_2 - long_1) / 2) ** 2
-    distance: np.ndarray = 2 * _EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.minimum(a, 1.0)))
+    with np.errstate(invalid="ignore", over="ignore"):
+        a = np.sin((lat_2 - lat_1) / 2) ** 2 + np.cos(lat_1) * np.cos(lat_2) * np.sin((long_2 - long_1) / 2) ** 2
+        distance: np.ndarray = 2 * _EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.minimum(a, 1.0)))
     return distance
