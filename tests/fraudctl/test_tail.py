@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from fraudctl.__main__ import app
 from sandbox.embedded import EmbeddedBroker
+from sandbox.raw_producer import RawProducer
 from shared.dead_letters import refusal
 from shared.kafka import topics
 from shared.kafka.messages import NOTHING
@@ -76,6 +77,32 @@ def test_dead_letters_are_shown_with_their_reason(rig: Rig) -> None:
     assert "  dlq-reason: not JSON\n" in shown.stdout
     assert '  value: {"cc_num": **** 4052\n' in shown.stdout
     assert shown.stdout.count("value:") == 1
+
+
+@pytest.mark.parametrize("arguments", [("tail", "TOPIC", "--count", "2"), ("dead-letters", "list"), ("status",)])
+def test_a_header_that_is_not_utf_8_ends_no_command(rig: Rig, arguments: tuple[str, ...]) -> None:
+    letters = dead_letter_topic(rig.topic_1)
+    raw = RawProducer(rig.properties)
+    for topic in rig.topic_1, letters:
+        for _ in range(20):  # the interpreter treats what it has called often in another way
+            raw.write(topic, b"x", headers=[(b"good", b"1"), (b"\xff\xfe", b"2")])
+    raw.close()
+    command = [part.replace("TOPIC", rig.topic_1) for part in arguments]
+
+    found = subprocess.run(
+        [sys.executable, "-m", "fraudctl", *command],
+        cwd=rig.directory,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert found.returncode in (0, 1), found.stderr  # not well: nothing else runs here
+    assert "Traceback" not in found.stderr
+    if arguments[0] == "dead-letters":
+        assert "20 dead letters" in found.stdout
 
 
 def test_a_topic_that_is_not_there_is_named() -> None:

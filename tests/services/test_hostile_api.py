@@ -2,11 +2,15 @@
 
 import gzip
 import json
+import re
+import resource
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
@@ -28,7 +32,9 @@ from sandbox.hostile_answers import (
     whole,
 )
 from sandbox.processes import Process
-from shared.errors import Outage
+from services.alerter.alarm import sample
+from services.alerter.webhook import Webhook
+from shared.errors import Outage, Poison
 from shared.http import Client
 from shared.records import RAW_COLUMNS, read_slices, read_split
 
@@ -42,7 +48,6 @@ QUICK = {
 }
 MOST_MB = 110  # above what an interpreter takes
 INTERPRETER_MB = 9
-SECRET = "loopback-secret"
 
 
 def row(number: int, **changes: Any) -> list[Any]:
@@ -76,6 +81,12 @@ def hostile(elsewhere: str) -> Mapping[str, Answer]:
     }
 
 
+def is_whole(request: bytes) -> bool:
+    header, end, body = request.partition(b"\r\n\r\n")
+    length = re.search(rb"\r\ncontent-length: (\d+)", header, re.IGNORECASE)
+    return bool(end) and len(body) >= (int(length[1]) if length else 0)
+
+
 class Adversary:
     """A server on 127.0.0.1 that gives each of its answers once, and then good ones for ever."""
 
@@ -106,7 +117,7 @@ class Adversary:
         with closing(connection), suppress(OSError):
             while not self._ended.is_set():
                 request = b""
-                while not request.endswith(b"\r\n\r\n"):
+                while not is_whole(request):
                     if not (some := connection.recv(65536)):
                         return
                     request += some
@@ -202,3 +213,20 @@ def test_a_late_answer_that_has_no_length_is_not_taken_for_a_whole_one(adversary
 
     with Client() as client, pytest.raises(Outage, match="no complete response within"):
         client.send("GET", adversary.url, timeout_s=0.5, most_bytes=10_000)
+
+
+def test_a_hostile_webhook_costs_neither_memory_nor_time(adversary: Adversary) -> None:
+    webhook = Webhook(url=adversary.url, secret="0123456789abcdef", timeout_s=0.5)
+    elsewhere = Adversary()
+    with closing(webhook), closing(elsewhere):
+        before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for kind, answer in failures(elsewhere.url).items():
+            adversary.next = answer
+            began = time.monotonic()
+            with suppress(Outage, Poison):  # a status of 2xx counts, whatever follows it
+                webhook.post([sample(datetime.now(UTC))])
+            assert adversary.next is None, kind
+            assert time.monotonic() - began < 5, kind
+            webhook.post([sample(datetime.now(UTC))])
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 30_000
+    assert not elsewhere.requests
