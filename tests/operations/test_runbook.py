@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from confluent_kafka import Producer
+from confluent_kafka import Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 from conftest import Rig, dead_letter_topic, make_transactions, until
 from typer.testing import CliRunner
 
@@ -18,6 +19,7 @@ from sandbox.mailbox import Mailbox
 from sandbox.registry import Registry
 from services.db_sink.table import migrate
 from shared.dead_letters import refusal
+from shared.kafka.clients import consumer
 from shared.records import encode_prediction, encode_transaction
 
 pytestmark = [pytest.mark.kafka, pytest.mark.xdist_group("replays")]  # a replay fences any other on the broker
@@ -100,6 +102,39 @@ def test_dead_letters_appear(stack: Rig, runbook: Runbook) -> None:
 
     assert "      2  empty value\n" in shown
     assert "  dlq-reason: Expected `int` - at `$.zip`\n" in shown
+
+
+def test_records_were_deleted_unread(stack: Rig) -> None:
+    producer = Producer(dict(stack.properties))
+    for _ in range(20):
+        producer.produce(stack.topic_2, b"x", partition=0)
+    assert producer.flush(20) == 0
+    client = consumer(stack.properties, group=stack.environment["DB_SINK_GROUP"])
+    client.commit(offsets=[TopicPartition(stack.topic_2, 0, 5)], asynchronous=False)
+    client.close()
+    admin = AdminClient({**stack.properties, "log_level": 0})
+    (deleted,) = admin.delete_records([TopicPartition(stack.topic_2, 0, 12)]).values()
+    deleted.result(20)
+
+    sink = stack.start("db_sink")
+
+    until(lambda: sink.said("event='records_deleted_unread'"), what="the line that the runbook names")
+    assert re.search(r"event='records_deleted_unread' .*partition=0 records=7\b", stack.log("db_sink"))
+
+
+def test_a_topic_was_made_again(stack: Rig) -> None:
+    sink = stack.start("db_sink")
+    time.sleep(4)  # the db_sink knows the topic's ID
+    admin = AdminClient({**stack.properties, "log_level": 0})
+    admin.delete_topics([stack.topic_2])[stack.topic_2].result(20)
+
+    def made() -> bool:
+        return admin.create_topics([NewTopic(stack.topic_2, 6, 1)])[stack.topic_2].exception(20) is None
+
+    until(made, what="the topic")
+
+    until(lambda: sink.said("event='topic_recreated'"), what="the line that the runbook names")
+    assert re.search(r"event='topic_recreated' .*read_again_at_most=0\b", stack.log("db_sink"))
 
 
 def test_predictor_not_ready(stack: Rig, runbook: Runbook) -> None:

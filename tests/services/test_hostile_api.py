@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
@@ -57,7 +58,12 @@ def row(number: int, **changes: Any) -> list[Any]:
     return [*(values | known | changes).values()]
 
 
-GOOD = json.dumps(row(0))
+@cache
+def served(number: int) -> str:
+    return json.dumps(row(number))
+
+
+GOOD = served(0)
 LARGE = 100_000
 
 
@@ -131,7 +137,7 @@ class Adversary:
                     answer(connection)
                     return
                 # An answer that comes too late on a busy machine is lost, so rows are served several times.
-                rows = [json.dumps(row(each)) for each in range(max(1, number - 4), number + 1)]
+                rows = [served(each) for each in range(max(1, number - 9), number + 1)]
                 connection.sendall(head(body := table(*rows)) + body)
 
 
@@ -216,7 +222,7 @@ def test_a_late_answer_that_has_no_length_is_not_taken_for_a_whole_one(adversary
 
 
 def test_a_hostile_webhook_costs_neither_memory_nor_time(adversary: Adversary) -> None:
-    webhook = Webhook(url=adversary.url, secret="0123456789abcdef", timeout_s=0.5)
+    webhook = Webhook(url=adversary.url, secret="0123456789abcdef", timeout_s=1.0)
     elsewhere = Adversary()
     with closing(webhook), closing(elsewhere):
         before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
