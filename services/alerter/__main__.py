@@ -11,6 +11,8 @@ from shared.settings import kafka_properties
 from shared.stream.delivery import AtLeastOnce
 from shared.stream.loop import open_stream
 
+_TURN_S = 0.5
+
 
 def serve(settings: AlerterSettings, shutdown: Event) -> None:
     """Send alarms until shutdown. Each channel has its own thread and its own consumer group.
@@ -35,7 +37,9 @@ def serve(settings: AlerterSettings, shutdown: Event) -> None:
             pool.submit(stream.run, each.handle, idle=partial(metrics.ALARMS_WAITING.labels(each.name).set, 0))
             for stream, each in zip(streams, channels, strict=True)
         ]
-        wait(running, return_when=FIRST_COMPLETED)
+        # The kernel may give a signal to another thread, and only a wait that ends lets the main thread handle it.
+        while not wait(running, _TURN_S, FIRST_COMPLETED).done:
+            pass
         shutdown.set()  # if one channel fails, stop all channels, so that the container restarts
     for channel, stream in zip(channels, running, strict=True):
         channel.close()

@@ -14,8 +14,8 @@ OnError = Callable[[KafkaError], None]
 log = logging.getLogger("librdkafka")
 _SAID = re.compile(r"(?:\w+://)?(?P<host>\S+):(?P<port>\d+)/\w+: (?P<what>.*?)(?: \(after \d+ms in state .*\))?$")
 _REFUSED_TOPIC = re.compile(r'Failed to add partition "(.+)" \[\d+\] .*(Broker: Topic authorization failed)').search
-# The client also reports the content of these log lines as errors.
-_REPORTED = frozenset({"ADDPARTS", "ADDOFFSETS", "TXNERR"})
+# The client also reports the content of these log lines as errors or exceptions.
+_REPORTED = frozenset({"ADDPARTS", "ADDOFFSETS", "TXNERR", "ASSIGN"})
 _ONE_RUN_S = 5.0  # failures closer together than this are one outage, because a client retries within two seconds
 _LOOK_S = 2.0
 _HANDSHAKE_S = 5.0
