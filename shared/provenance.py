@@ -11,13 +11,14 @@ from msgspec import Meta
 from shared.kafka.messages import Headers
 
 HEADER = "provenance"
+_MOST_BYTES = 8192
 
 
 class Provenance(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The model, the probability of fraud, the time of the prediction, and the topic_1 record that was scored."""
 
-    model_name: Annotated[str, Meta(max_length=300)] | None = None
-    model_version: Annotated[str, Meta(max_length=300)] | None = None
+    model_name: str | None = None
+    model_version: str | None = None
     probability: Annotated[float, Meta(ge=0, le=1)] | None = None  # probability of fraud
     predicted_at_ms: Annotated[int, Meta(ge=0, lt=253_402_300_800_000)] | None = None  # up to the year 9999
     source_partition: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
@@ -40,7 +41,7 @@ def from_headers(headers: Headers) -> Provenance:
     The prediction is valid even without provenance.
     """
     for name, raw in headers:
-        if name == HEADER and isinstance(raw, bytes):
+        if name == HEADER and isinstance(raw, bytes) and len(raw) <= _MOST_BYTES:
             try:
                 found = _decode(raw)
             except (ValueError, RecursionError):

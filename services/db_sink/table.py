@@ -132,15 +132,13 @@ _COLUMNS = ", ".join(f'"{name}"' for name in (*FEATURES_2, *PROVENANCE))
 # SQLSTATE prefixes: data exceptions, constraint violations, check option violations, and errors raised by triggers.
 _REJECTED = ("22", "23", "44", "P0001")
 # The timeout turns a long wait for a lock into an outage, which is logged.
-# The other settings are those that the statements below rely on. An administrator may have changed their defaults. The
-# schema of the temporary table is named, because another schema with a table of that name may come first.
+# The schema of the temporary table is named, because another schema with a table of that name may come first.
 _STAGING = f"""
 SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s';
-SET LOCAL standard_conforming_strings = on;
-SET LOCAL DateStyle = 'ISO, YMD';
 CREATE TEMPORARY TABLE IF NOT EXISTS pg_temp.staging (LIKE {TABLE} INCLUDING DEFAULTS) ON COMMIT DELETE ROWS
 """
-COPY = f"COPY pg_temp.staging ({_COLUMNS}) FROM STDIN (FORMAT csv, NULL 'null', ESCAPE '\\', ENCODING 'UTF8')"
+# E'...' means the same whatever standard_conforming_strings is.
+COPY = f"COPY pg_temp.staging ({_COLUMNS}) FROM STDIN (FORMAT csv, NULL 'null', ESCAPE E'\\\\', ENCODING 'UTF8')"
 _UPDATED = ", ".join(
     f'"{name}" = EXCLUDED."{name}"'
     for name in (*FEATURES_2, *PROVENANCE)
