@@ -46,7 +46,7 @@ def from_headers(headers: Headers) -> Provenance:
                 found = _decode(raw)
             except (ValueError, RecursionError):
                 break
-            if b"\\u0000" in raw and "\0" in f"{found.model_name}{found.model_version}":  # PostgreSQL cannot store it
+            if b"\\" in raw and "\0" in f"{found.model_name}{found.model_version}":  # PostgreSQL cannot store it
                 break
             return found
     return _NONE
