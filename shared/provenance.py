@@ -41,9 +41,9 @@ def from_headers(headers: Headers) -> Provenance:
     The prediction is valid even without provenance.
     """
     for name, raw in headers:
-        if name == HEADER and isinstance(raw, bytes) and len(raw) <= _MOST_BYTES:
+        if name == HEADER and isinstance(raw, bytes):
             try:
-                found = _decode(raw)
+                found = _decode(raw) if len(raw) <= _MOST_BYTES else _NONE
             except (ValueError, RecursionError):
                 break
             if b"\\" in raw and "\0" in f"{found.model_name}{found.model_version}":  # PostgreSQL cannot store it
