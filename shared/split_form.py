@@ -46,10 +46,10 @@ class Piece(NamedTuple):
 def find(body: bytes) -> Table | None:
     """Find the table in a text that should be JSON. Returns None if it is not an object with `columns` and `data`."""
     text = body
-    at = _SPACE.match(text).end()  # type: ignore[union-attr]  # matches anything
+    at = _after_space(text, 0)
     if text[at : at + 1] == b'"':
         text = _decoded(text, at)
-        at = _SPACE.match(text).end()  # type: ignore[union-attr]
+        at = _after_space(text, 0)
     columns, data = _members(text, at)
     return Table(columns, text, data + 1) if columns and text[data : data + 1] == b"[" else None
 
@@ -97,8 +97,13 @@ def _members(text: bytes, at: int) -> tuple[bytes, int]:
 
 def _skip(text: bytes, at: int, mark: bytes) -> int:
     """Skip white space, and at most one `mark` in it."""
-    at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-    return _SPACE.match(text, at + 1).end() if text[at : at + 1] == mark else at  # type: ignore[union-attr]
+    at = _after_space(text, at)
+    return _after_space(text, at + 1) if text[at : at + 1] == mark else at
+
+
+def _after_space(text: bytes, at: int) -> int:
+    space = _SPACE.match(text, at)
+    return space.end() if space else at
 
 
 def _end(text: bytes, at: int) -> int:
