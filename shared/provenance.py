@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from shared.kafka.messages import Headers
+from shared.text import BACKSLASH
 
 HEADER = "provenance"
 _MOST_BYTES = 8192
@@ -46,7 +47,7 @@ def from_headers(headers: Headers) -> Provenance:
                 found = _decode(raw) if len(raw) <= _MOST_BYTES else _NONE
             except (ValueError, RecursionError):
                 break
-            if b"\\" in raw and "\0" in f"{found.model_name}{found.model_version}":  # PostgreSQL cannot store it
+            if BACKSLASH in raw and "\0" in f"{found.model_name}{found.model_version}":  # PostgreSQL cannot store it
                 break
             return found
     return _NONE

@@ -18,6 +18,7 @@ from msgspec import Meta
 from shared import split_form
 from shared.errors import Poison
 from shared.privacy import without_digits
+from shared.text import BACKSLASH
 
 Int32 = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Int64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -164,7 +165,7 @@ def decode_prediction(value: bytes | None) -> Prediction:
     if not value:
         raise Poison("empty value")
     try:
-        return _checked(_decode_prediction(_without_nul(value) if b"\\" in value else value))
+        return _checked(_decode_prediction(_without_nul(value) if BACKSLASH in value else value))
     except ValueError as error:
         raise Poison(without_digits(str(error))) from None
 
@@ -174,7 +175,7 @@ def read_topic_1(value: bytes | None) -> Rows:
     if not value:
         raise Poison("empty value")
     try:
-        transaction = _decode_transaction(_without_nul(value) if b"\\" in value else value)
+        transaction = _decode_transaction(_without_nul(value) if BACKSLASH in value else value)
     except ValueError as error:
         table = split_form.find(value) if len(value) <= _LARGEST_TABLE else None
         if table:

@@ -8,6 +8,8 @@ _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 
+BACKSLASH = ord("\\")  # a number, which `in` finds in bytes ten times as fast as it finds bytes
+
 
 def one_line(text: str, *, limit: int = 200) -> str:
     """Put the text on one line, without characters that cannot be seen, and cut it to `limit` characters.

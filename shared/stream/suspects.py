@@ -96,7 +96,8 @@ class Suspects:
 
     def among(self, messages: Sequence[Message]) -> bool:
         """Whether the first batch of one of these messages' partitions is not through yet."""
-        return bool(self._unproven) and not self._unproven.isdisjoint(map(_place, messages))
+        unproven = {partition for _, partition in self._unproven}
+        return bool(unproven) and not unproven.isdisjoint(map(Message.partition, messages))
 
     def admit(self, consumer: Consumer, messages: Sequence[Message]) -> Admitted:
         """Announce the partitions of the first messages that wait, and return those that may be handed over.
