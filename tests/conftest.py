@@ -358,6 +358,16 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
+def surroundings(engine: sa.Engine, registry: Registry, mailbox: Mailbox) -> dict[str, str]:
+    """What the environment must say for the services to find these three."""
+    return {
+        "DATABASE_URL": engine.url.render_as_string(hide_password=False),
+        "MLFLOW_TRACKING_URI": registry.uri,
+        "SMTP_PORT": str(mailbox.port),
+    }
+
+
+@pytest.fixture
 def rig(tmp_path: Path, embedded: EmbeddedBroker, environment: dict[str, str]) -> Iterator[Rig]:
     """Services on the embedded broker."""
     properties = {"bootstrap.servers": embedded.bootstrap} | CLIENT_SETTINGS

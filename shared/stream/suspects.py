@@ -26,6 +26,7 @@ log = structlog.get_logger()
 
 _STARTS = 3  # that ended before the first batch was through, until records are handed over one at a time
 _ALONE = 3  # times that the process ended with a record alone, until the record becomes a dead letter
+_FIRST_DELAY_S = 2.0  # after the process ended with a record alone, doubled each time
 _WAIT_S = 5.0
 _PAUSE_S = 0.2
 _ANNOUNCED = re.compile(r"starts=(\d{1,6}) until=(\d{1,19}) survived=(-?\d{1,19}) alone=(\d{1,6})", re.ASCII).fullmatch
@@ -59,7 +60,7 @@ class _Trial:
         self.committed = committed  # offset
         self.found = found  # what is restored if an announcement is taken back
         self.announced: Announced | None = None
-        self.not_before = time.monotonic() + (2**found.alone if found.alone else 0)
+        self.not_before = time.monotonic() + (_FIRST_DELAY_S * 2 ** (found.alone - 1) if found.alone else 0)
 
     @property
     def one_at_a_time(self) -> bool:

@@ -25,8 +25,6 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from typer.testing import CliRunner, Result
 
 from fraudctl.__main__ import app
-from sandbox.mailbox import Mailbox
-from sandbox.registry import Registry
 from services.db_sink.table import migrate
 from shared.dead_letters import refusal
 from shared.kafka.clients import consumer
@@ -40,13 +38,9 @@ Status = Callable[..., Result]
 
 
 @pytest.fixture
-def stack(apache_rig: Rig, registry: Registry, engine: sa.Engine, mailbox: Mailbox) -> Rig:
+def stack(apache_rig: Rig, engine: sa.Engine, surroundings: dict[str, str]) -> Rig:
     migrate(engine)
-    apache_rig.environment |= {
-        "MLFLOW_TRACKING_URI": registry.uri,
-        "DATABASE_URL": engine.url.render_as_string(hide_password=False),
-        "SMTP_PORT": str(mailbox.port),
-    }
+    apache_rig.environment |= surroundings
     return apache_rig
 
 

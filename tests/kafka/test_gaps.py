@@ -13,21 +13,14 @@ from conftest import Rig, make_transactions, until
 
 from sandbox.mailbox import Mailbox, messages
 from sandbox.processes import free_port
-from sandbox.registry import Registry
 from shared.records import Transaction, encode_prediction, encode_transaction
 
 pytestmark = [pytest.mark.kafka, pytest.mark.server]
 
 
 @pytest.fixture
-def environment(environment: dict[str, str], engine: sa.Engine, registry: Registry, mailbox: Mailbox) -> dict[str, str]:
-    return environment | {
-        "DATABASE_URL": engine.url.render_as_string(hide_password=False),
-        "MLFLOW_TRACKING_URI": registry.uri,
-        "SMTP_PORT": str(mailbox.port),
-        "ALERT_BURST": "5000",
-        "METRICS_PORT": str(free_port()),
-    }
+def environment(environment: dict[str, str], surroundings: dict[str, str]) -> dict[str, str]:
+    return environment | surroundings | {"ALERT_BURST": "5000", "METRICS_PORT": str(free_port())}
 
 
 def write(rig: Rig, topic: str, batch: Iterable[Transaction], *, label: int | None) -> None:

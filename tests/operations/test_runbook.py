@@ -15,8 +15,6 @@ from conftest import Rig, dead_letter_topic, make_transactions, until
 from typer.testing import CliRunner
 
 from fraudctl.__main__ import app
-from sandbox.mailbox import Mailbox
-from sandbox.registry import Registry
 from services.db_sink.table import migrate
 from shared.dead_letters import refusal
 from shared.kafka.clients import consumer
@@ -31,12 +29,9 @@ Runbook = Callable[..., str]
 
 
 @pytest.fixture
-def stack(apache_rig: Rig, registry: Registry, engine: sa.Engine, mailbox: Mailbox) -> Rig:
+def stack(apache_rig: Rig, engine: sa.Engine, surroundings: dict[str, str]) -> Rig:
     migrate(engine)
-    apache_rig.environment |= {
-        "MLFLOW_TRACKING_URI": registry.uri,
-        "DATABASE_URL": engine.url.render_as_string(hide_password=False),
-        "SMTP_PORT": str(mailbox.port),
+    apache_rig.environment |= surroundings | {
         "STALL_SECONDS": "1",
         "BACKOFF_MAX_SECONDS": "1",
     }

@@ -10,6 +10,7 @@ from conftest import Rig, dead_letter_topic, until
 from shared.errors import Outage
 from shared.kafka.clients import consumer
 from shared.settings import StreamSettings
+from shared.stream import suspects
 from shared.stream.delivery import AtLeastOnce
 from shared.stream.flight import Handler, Outcome
 from shared.stream.loop import Stream
@@ -19,6 +20,11 @@ SETTINGS = StreamSettings(
     max_batch_size=10, max_batch_wait_ms=200, backoff_initial_seconds=0.05, backoff_max_seconds=0.1
 )
 KILLER = b"13"
+
+
+@pytest.fixture(autouse=True)
+def _short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suspects, "_FIRST_DELAY_S", 0.1)
 
 
 class Crash(Exception):
