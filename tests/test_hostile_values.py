@@ -8,7 +8,7 @@ import math
 import re
 import smtplib
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from email import message_from_bytes
 from email.header import decode_header, make_header
@@ -16,6 +16,7 @@ from email.message import EmailMessage, Message
 from pathlib import Path
 from typing import Any
 
+import coverage
 import hostile
 import hypothesis
 import numpy as np
@@ -72,6 +73,17 @@ SOURCE = (
     " source_partition, source_offset"
 )
 STORED = sa.text(f"SELECT {COLUMNS}, prediction, {SOURCE} FROM transactions")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _not_traced() -> Iterator[None]:
+    """Other tests cover the same lines, and with tracing these many examples take half as long again."""
+    tracing = coverage.Coverage.current()
+    if tracing:
+        tracing.stop()
+    yield
+    if tracing:
+        tracing.start()
 
 
 def for_all(

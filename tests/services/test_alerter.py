@@ -195,8 +195,17 @@ def test_a_mail_that_is_refused_for_good_is_kept_and_the_next_fraud_is_mailed(
     assert second.trans_num in line
 
 
-@pytest.mark.parametrize("answer", ["554 5.6.0 unwanted", "550 5.7.1 spam", "552 5.7.0 no", "554 5.2.0 no"])
-@pytest.mark.parametrize(("alarms", "burst"), [(1, "10"), (40, "100"), (40, "0")])
+@pytest.mark.parametrize(
+    ("alarms", "burst", "answer"),
+    [
+        (1, "10", "554 5.6.0 unwanted"),
+        (1, "10", "552 5.7.0 no"),
+        (1, "10", "554 5.2.0 no"),
+        (40, "100", "550 5.7.1 spam"),
+        (40, "0", "554 5.6.0 unwanted"),
+        (40, "0", "550 5.7.1 spam"),
+    ],
+)
 def test_a_mail_server_that_refuses_everything_is_not_taken_out_on_the_alarms(
     rig: Rig, mailbox: Mailbox, refusing: Callable[..., int], alarms: int, burst: str, answer: str
 ) -> None:
