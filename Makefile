@@ -12,11 +12,11 @@ demo: $(VENV)/.ready
 # Python writes bytecode even where the environment forbids it: services start some hundred times.
 export PYTHONDONTWRITEBYTECODE :=
 
-## Run all tests, six at a time because they spend much time waiting. Branch coverage must be at least 90 %.
+## Run all tests, five at a time because they spend much time waiting. Branch coverage must be at least 90 %.
 ## To run only some, without the coverage limit: make test ARGS="-k records -x"
 test: $(VENV)/.ready
 	@rm -rf build/coverage
-	@$(BIN)/coverage run -m pytest -n 6 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(BIN)/coverage run -m pytest -n 5 --dist loadgroup --no-loadscope-reorder $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report $(if $(ARGS),--fail-under 0)
 
