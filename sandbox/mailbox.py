@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from email import policy
 from email.message import EmailMessage
 from email.parser import BytesParser
+from functools import lru_cache
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any, AnyStr
@@ -147,6 +148,7 @@ def repeated_mails(mails: Sequence[ReceivedMail]) -> set[int]:
     return found
 
 
+@lru_cache(10_000)  # those who wait for mails read all of them again and again
 def read_mail(path: Path) -> ReceivedMail:
     """Read one message. The time of receipt comes from the name of the file."""
     return ReceivedMail(int(path.name.partition("-")[0]), _parsed(path.read_bytes()), path)

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fcntl import LOCK_EX, LOCK_SH, LOCK_UN, flock
+from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 # Before numpy, scikit-learn and MLflow are imported: several workers share the processors, and MLflow reports nothing.
 os.environ |= {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -122,9 +123,15 @@ def until(condition: Callable[[], object], *, timeout_s: float = 60.0, what: str
 
 def make_transactions(count: int, *, seed: int = 7, fraud_rate: float = 0.05) -> list[Transaction]:
     """Generated transactions as they lie on topic_1."""
-    rows = list(islice(transactions(seed=seed, start=START, fraud_rate=fraud_rate), count))
+    rows = _generated(-(-count // 1000), seed, fraud_rate)[:count]
     table = {"columns": RAW_COLUMNS, "index": list(range(count)), "data": rows}
     return list(read_split(msgspec.json.encode(table)).transactions)
+
+
+@cache
+def _generated(thousands: int, seed: int, fraud_rate: float) -> list[list[Any]]:
+    """The generator makes whole days, of some thousand rows, however few are wanted."""
+    return list(islice(transactions(seed=seed, start=START, fraud_rate=fraud_rate), 1000 * thousands))
 
 
 @dataclass
