@@ -386,8 +386,9 @@ def delivery(
 def enqueue(producer: Producer, records: Iterable[Record], shutdown: Event) -> None:
     """Put records into the producer's queue, waiting while the queue is full.
 
-    Raises Outage if `shutdown` is set while the queue is full. Raises KafkaException if the producer refuses a record,
-    because the record's topic is unknown or the record is larger than `message.max.bytes`.
+    Raises Outage if `shutdown` is set while the queue is full. Raises KafkaException, which names the topic, if the
+    producer refuses a record, because the record's topic is unknown or forbidden, or the record is larger than
+    `message.max.bytes`.
     """
     produce = producer.produce
     for record in records:
@@ -399,3 +400,7 @@ def enqueue(producer: Producer, records: Iterable[Record], shutdown: Event) -> N
                 if shutdown.is_set():
                     raise Outage("the service is stopping while the producer's queue is full") from None
                 producer.poll(_WAIT_S)
+            except KafkaException as exception:
+                error = exception.args[0]
+                named = f"{record.topic}: {error.str()}"
+                raise KafkaException(KafkaError(error.code(), named, error.fatal(), error.retriable())) from None

@@ -250,13 +250,14 @@ class Stream:
 
     def _launch(self, handle: Handler) -> None:
         """Hand over a batch, or less if a partition's first batch may be what makes the process end."""
-        batch = self._waiting[: self._settings.max_batch_size]
+        most = self._settings.max_batch_size
+        batch = self._waiting[:most]
         if self._suspects.among(batch):
             self._collect(down_to=0)  # a failed delivery puts its messages back before these
-            admitted = self._suspects.admit(self._consumer, self._waiting[: self._settings.max_batch_size])
-            if admitted.wait_s:
+            while (admitted := self._suspects.admit(self._consumer, self._waiting[:most])).wait_s:
                 self._wait_out(admitted.wait_s)
-                return
+                if not self._waiting or self._lost or self._shutdown.is_set():
+                    return
             batch = admitted.messages
             if admitted.condemned:
                 handle = self._set_aside

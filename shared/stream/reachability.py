@@ -21,6 +21,7 @@ class Reachability:
         self._outage = OutageLog(f"Kafka, for {group}", group=group)
         self._reason = ""  # from the last report
         self._denied = False  # access to the topic was denied, and no record or end of a partition has been read since
+        self._group_denied = False  # access to the group is denied as well
         self._reported_at = 0.0  # monotonic time
 
     def report(self, error: KafkaError) -> None:
@@ -56,7 +57,12 @@ class Reachability:
     def _problem(self, consumer: Consumer) -> str | None:
         """Return why the group cannot read its topic, or None if it can."""
         if self._denied:
-            return self._reason
+            # While the topic is denied, the client does not report what else is.
+            group_denial = self._group_denial(consumer)
+            if bool(group_denial) != self._group_denied:
+                self._group_denied = bool(group_denial)
+                self._outage.over()  # so that the log shows the new reason at once
+            return f"{self._reason}; {group_denial}" if group_denial else self._reason
         try:
             known = consumer.list_topics(self._topic, timeout=_PROBE_S).topics[self._topic]
             if known.error and known.error.code() in DENIED:
@@ -64,4 +70,12 @@ class Reachability:
             consumer.committed([TopicPartition(self._topic, 0)], timeout=_PROBE_S)
         except KafkaException:
             return self._reason
+        return None
+
+    def _group_denial(self, consumer: Consumer) -> str | None:
+        try:
+            consumer.committed([TopicPartition(self._topic, 0)], timeout=_PROBE_S)
+        except KafkaException as error:
+            problem = error.args[0]
+            return str(problem.str()) if problem.code() == KafkaError.GROUP_AUTHORIZATION_FAILED else None
         return None
