@@ -31,6 +31,7 @@ class Reachability:
         denied = error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED
         if denied != self._denied:
             self._outage.over()  # a different kind of outage follows, and is logged separately
+            self._group_denied = False
         self._denied = denied
         self._reason = f"{self._topic}: {error.str()}" if denied else error.str()
 
@@ -73,6 +74,7 @@ class Reachability:
         return None
 
     def _group_denial(self, consumer: Consumer) -> str | None:
+        """Return the broker's words if the group's offsets must not be read, otherwise None."""
         try:
             consumer.committed([TopicPartition(self._topic, 0)], timeout=_PROBE_S)
         except KafkaException as error:
