@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shared.privacy import passes_luhn
 from shared.records import FEATURES, RAW_COLUMNS, format_time
 
 if TYPE_CHECKING:
@@ -92,6 +93,15 @@ _STATES = {
     "MA": (9, 42.3, -71.8), "NH": (8, 43.4, -71.6), "ND": (8, 47.3, -100.6), "MT": (7, 46.6, -110.9),
     "UT": (7, 39.7, -111.3), "AZ": (6, 34.0, -111.8), "VT": (6, 44.0, -72.8), "CT": (5, 41.6, -72.7),
 }  # fmt: skip
+# How card numbers begin, for each number of digits. What is more frequent is there more often.
+_CARDS = {
+    12: "60 50 50 56 57 58 63 63 63 67 67 67 67",
+    13: "40 41 42 43 44 45 46 47 48 49",
+    14: "30 30 30 30 30 36 38",
+    15: "1800 2131 34 37 37",
+    16: "22 22 22 35 35 35 35 35 35 35 40 41 43 44 45 47 49 55 6011 6011 65 65",
+    19: "40 41 42 43 44 45 46 47 48 49",
+}
 # Quantiles of a customer's town size and year of birth, at _LEVELS[1:-1].
 _INHABITANTS = (60.0, 270.0, 740.0, 2_400.0, 19_000.0, 190_000.0, 1_530_000.0)
 _BIRTH_YEARS = (1928.0, 1946.0, 1960.0, 1973.5, 1986.0, 1993.0, 2001.0)
@@ -226,10 +236,10 @@ def _customer(world: np.random.Generator) -> list[Any]:
     gender = str(world.choice(["F", "M"]))
     state = list(_STATES)[_draw(world, np.array([weight for weight, _, _ in _STATES.values()], dtype=float), 1)[0]]
     _, latitude, longitude = _STATES[state]
-    digits = int(world.choice([12, 13, 14, 15, 16, 19], p=[0.07, 0.07, 0.10, 0.16, 0.50, 0.10]))
+    digits = int(world.choice([*_CARDS], p=[0.07, 0.07, 0.10, 0.16, 0.50, 0.10]))
     born = datetime(1, 1, 1) + timedelta(days=365.2425 * (_between(world.random(), _BIRTH_YEARS) - 1))
     return [
-        int("".join(map(str, [world.integers(1, 10), *world.integers(0, 10, digits - 1)]))),
+        _card([int(world.integers(1, 10)), *world.integers(0, 10, digits - 1).tolist()]),
         _one(world, _FIRST[gender]),
         _one(world, _LAST),
         gender,
@@ -243,6 +253,18 @@ def _customer(world: np.random.Generator) -> list[Any]:
         _one(world, _JOBS),
         born.date().isoformat(),
     ]
+
+
+def _card(digits: Sequence[int]) -> int:
+    """Make a card number with a length and a first part as in the Sparkov set, where each number has a check digit.
+
+    A number that begins with 60 has 11 digits, or 16.
+    """
+    starts = _CARDS[len(digits)].split()
+    start = starts[(100 * digits[0] + 10 * digits[1] + digits[2]) % len(starts)]
+    shorter = len(digits) == 12 and start == "60"
+    text = start + "".join(map(str, digits[len(start) : -2 if shorter else -1]))
+    return next(10 * int(text) + last for last in range(10) if passes_luhn(f"{text}{last}"))
 
 
 def _between(level: float, quantiles: Sequence[float] | np.ndarray) -> float:
