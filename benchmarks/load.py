@@ -223,9 +223,18 @@ def _first(processes: Sequence[Process], count: Callable[[], int], begun: Callab
 
 
 def cpu_s(process: Process) -> float:
-    """Return the user and system CPU time, in seconds, that the process has used so far."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+    """Return the user and system CPU time, in seconds, that the process and its children have used so far."""
+    total = 0
+    for pid in family(process):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / _TICKS
+
+
+def family(process: Process) -> list[int]:
+    """Return the numbers of the process and its children. A predictor's children are its model hosts."""
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")
+    return [process.pid, *(int(child) for text in children for child in text.read_text().split())]
 
 
 def _machine() -> tuple[int, int]:
@@ -237,11 +246,17 @@ def _machine() -> tuple[int, int]:
 
 def memory_bar(service: str, seen: Figure) -> Bar:
     """Return a Bar with the upper limit, in MB, for a service's memory."""
-    return Bar(f"{service}, MB", seen, 350 if service.startswith("predictor") else 110, at_most=True)
+    return Bar(f"{service}, MB", seen, 450 if service.startswith("predictor") else 110, at_most=True)
 
 
 def rss_mb(process: Process, *, peak: bool = False) -> float:
-    """Return the resident memory of a process in MB: the current value or, with `peak`, the highest value so far."""
+    """Return the resident memory of the process and its children in MB, now or, with `peak`, the highest so far.
+
+    Memory that several processes share, such as libraries, is counted once for each.
+    """
     wanted = "VmHWM:" if peak else "VmRSS:"
-    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in status if line.startswith(wanted))
+    total = 0
+    for pid in family(process):
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+        total += next(int(line.split()[1]) for line in status if line.startswith(wanted))
+    return total / 1024

@@ -13,13 +13,13 @@ from sklearn.ensemble import RandomForestClassifier
 from benchmarks.load import Bench, backlog, memory_bar
 from benchmarks.measure import Bar, Figure, Section, side_by_side
 from sandbox.generator import training_frame
-from services.predictor.model import Model, score
+from services.predictor.model import Model, Prediction
 from services.predictor.registry import Registry
 from services.predictor.scoring import predict
 from shared.dead_letters import Limit
 from shared.kafka import topics
 from shared.kafka.clients import consumer
-from shared.records import Transaction
+from shared.records import encode_transaction
 from training import train
 from training.aliases import Alias
 
@@ -86,7 +86,8 @@ def without_kafka(model: Model, messages: Sequence[Message], *, batch_size: int)
     limit = Limit(ratio=0.5, consecutive=20)
     began = time.monotonic()
     for start in range(0, len(messages), batch_size):
-        predict(model, messages[start : start + batch_size], topic="t", group="g", now_ms=0, limit=limit)
+        batch = messages[start : start + batch_size]
+        predict(lambda values: (model, model.score(values)), batch, topic="t", group="g", now_ms=0, limit=limit)
     return {"rows/s": len(messages) / (time.monotonic() - began)}
 
 
@@ -119,6 +120,7 @@ def against_its_ceiling(
         },
         rounds=rounds,
     )
+    model.end()
     seen = found["predictor"]["rows/s"].over(found["decode, predict, encode"]["rows/s"])
     return Section(
         "The predictor and its ceiling without Kafka",
@@ -193,17 +195,19 @@ def logging(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
     """Compare scoring with the compiled forest and with the original forest, in batches of 100 rows."""
-    transactions = backlog(20_000)
+    values = list(map(encode_transaction, backlog(20_000)))
     compiled, own = (load_model(bench, FOREST, compiled=flag) for flag in (True, False))
     found = side_by_side(
-        {"compiled": lambda: _scored(compiled, transactions), "as it is": lambda: _scored(own, transactions)},
+        {"compiled": lambda: _scored(compiled, values), "as it is": lambda: _scored(own, values)},
         rounds=rounds,
     )
-    labels = [[each.label for each in score(model, transactions)] for model in (compiled, own)]
+    labels = [[each.label for each in _results(model, values)] for model in (compiled, own)]
+    for model in (compiled, own):
+        model.end()
     gain = found["compiled"]["rows/s"].over(found["as it is"]["rows/s"])
     return Section(
         "Scoring, compiled",
-        f"A random forest of 150 trees scores {len(transactions):,} rows in batches of 100. "
+        f"A random forest of 150 trees scores {len(values):,} rows in batches of 100. "
         "The compiled and the original forest predict "
         + ("the same labels" if labels[0] == labels[1] else "DIFFERENT labels")
         + '. "As it is" means the original forest',
@@ -216,11 +220,15 @@ def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
     )
 
 
-def _scored(model: Model, transactions: Sequence[Transaction]) -> dict[str, float]:
+def _scored(model: Model, values: Sequence[bytes]) -> dict[str, float]:
     began = time.monotonic()
-    for start in range(0, len(transactions), 100):
-        score(model, transactions[start : start + 100])
-    return {"rows/s": len(transactions) / (time.monotonic() - began)}
+    for start in range(0, len(values), 100):
+        model.score(values[start : start + 100])
+    return {"rows/s": len(values) / (time.monotonic() - began)}
+
+
+def _results(model: Model, values: Sequence[bytes]) -> list[Prediction]:
+    return [each for each in model.score(values) if isinstance(each, Prediction)]
 
 
 def _throughput(quantities: Mapping[str, float]) -> dict[str, float]:

@@ -10,9 +10,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from threading import Event
 from typing import IO, Any
 
 import numpy as np
@@ -34,13 +32,13 @@ class NotCompiled(Exception):
 class Compiled:
     """An estimator with compiled trees: a two-class tree ensemble, or a pipeline that ends with one."""
 
-    def __init__(self, estimator: Any, *, threshold: float, shutdown: Event | None = None) -> None:
+    def __init__(self, estimator: Any, *, threshold: float) -> None:
         """`threshold` is the probability at which the label changes.
 
-        Raises NotCompiled if the estimator cannot be compiled, or if `shutdown` is set meanwhile.
+        Raises NotCompiled if the estimator cannot be compiled.
         """
         self._trees = estimator.steps[-1][1] if isinstance(estimator, Pipeline) else estimator
-        self._run = _compile(self._trees, shutdown)
+        self._run = _compile(self._trees)
         has_steps = isinstance(estimator, Pipeline) and len(estimator.steps) > 1
         self._prepare: Callable[[Any], Any] = estimator[:-1].transform if has_steps else np.asarray
         self._threshold = threshold
@@ -58,7 +56,7 @@ class Compiled:
         return likelihoods
 
 
-def _compile(trees: Any, shutdown: Event | None) -> Callable[[np.ndarray], np.ndarray]:
+def _compile(trees: Any) -> Callable[[np.ndarray], np.ndarray]:
     if not isinstance(trees, _COMPILABLE):
         compilable = ", ".join(each.__name__ for each in _COMPILABLE)
         raise NotCompiled(f"{type(trees).__name__} is not one of the types that can be compiled: {compilable}")
@@ -76,35 +74,35 @@ def _compile(trees: Any, shutdown: Event | None) -> Callable[[np.ndarray], np.nd
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # to use more cores, run more replicas
     # The session loads a file, because it would keep a copy if it loaded bytes. An unnamed file is always deleted.
     with tempfile.TemporaryFile() as graph:
-        _convert(trees, graph, shutdown)
+        _convert(trees, graph)
         session = onnxruntime.InferenceSession(f"/dev/fd/{graph.fileno()}", options, providers=["CPUExecutionProvider"])
     return lambda rows: session.run(["probabilities"], {"X": rows})[0]
 
 
-def _convert(trees: Any, graph: IO[bytes], shutdown: Event | None) -> None:
+def _convert(trees: Any, graph: IO[bytes]) -> None:
     """Write the trees to the file `graph` in ONNX format.
 
-    A separate process converts the trees. In the predictor's process, conversion would block scoring for seconds and
-    would not release memory.
+    A separate process converts the trees, because conversion does not give its memory back.
 
-    Raises NotCompiled if conversion fails or takes too long, or if `shutdown` is set meanwhile.
+    Raises NotCompiled if conversion fails or takes too long.
     """
-    command = [sys.executable, "-m", __name__]
-    deadline = time.monotonic() + _CONVERSION_TIMEOUT_S
-    with tempfile.TemporaryFile() as pickled, tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile() as pickled:
         pickle.dump(trees, pickled)
         pickled.seek(0)
-        with subprocess.Popen(command, stdin=pickled, stdout=graph, stderr=errors) as process:
-            while process.poll() is None:
-                late = time.monotonic() > deadline
-                if late or (shutdown and shutdown.is_set()):
-                    process.kill()
-                    raise NotCompiled(f"conversion took more than {_CONVERSION_TIMEOUT_S:g} s" if late else "shutdown")
-                time.sleep(0.05)
-        if process.returncode:
-            errors.seek(0)
-            last_line = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-            raise NotCompiled(f"conversion failed: {last_line or f'exit code {process.returncode}'}")
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", __file__],
+                stdin=pickled,
+                stdout=graph,
+                stderr=subprocess.PIPE,
+                timeout=_CONVERSION_TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise NotCompiled(f"conversion took more than {_CONVERSION_TIMEOUT_S:g} s") from None
+    if done.returncode:
+        last_line = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise NotCompiled(f"conversion failed: {last_line or f'exit code {done.returncode}'}")
 
 
 def _onnx(trees: Any) -> bytes:

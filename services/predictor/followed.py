@@ -1,33 +1,61 @@
-"""Loads the models that aliases in the registry point to. A new model takes effect between two batches."""
+"""Loads the models that aliases in the registry point to. A new model takes effect between two batches.
+
+Before it takes effect, a new model is tried on recorded transactions. After that, it is on probation: the model before
+stays at hand, and scores every batch for which the new model fails or is slow. If the new model fails where the one
+before does not, it is refused.
+"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 import structlog
 
-from services.predictor.model import Model, UnusableModel
+from services.predictor.hosted import HostFailed
+from services.predictor.model import Ended, Model, Prediction, UnusableModel
 from services.predictor.registry import Found, Registry
 from shared import metrics
-from shared.errors import Outage
+from shared.errors import Outage, Poison
 from shared.retry import OutageLog, retry_outages
 from shared.settings import StreamSettings
 
 log = structlog.get_logger()
+
+_SLOW_S = 0.25  # after which the model before scores a batch
+_PROBATION_S = 60.0
+_PROBATION_ROWS = 10_000
+_LONGEST_PROBATION_S = 3600.0
+
+Results = Sequence[Prediction | Poison]
 
 
 class Followed:
     """Follows an alias in the registry. If the model with the alias cannot be used, keeps the last good model."""
 
     def __init__(self, registry: Registry, alias: str, *, required: bool) -> None:
-        self.model: Model | None = None
         self._registry = registry
         self._alias = alias
         self._required = required
         self._found: Found | None = None
         self._refused: Found | None = None
         self._refusal_reason = ""
+        # Both are replaced together, so that a thread sees the one with the other. The second is there in probation.
+        self._serving: tuple[Model | None, Model | None] = (None, None)
+        self._before: Found | None = None  # what the model before was found as
+        self._began = 0.0  # monotonic time at which the probation began
+        self._rows = 0  # scored in probation
+        self._lock = Lock()  # two threads replace models: the one that looks, and the one that scores
+
+    @property
+    def model(self) -> Model | None:
+        """The model that is being served."""
+        return self._serving[0]
+
+    @property
+    def version(self) -> str:
+        """The version that is being served, or `none`."""
+        return self.model.version if self.model else "none"
 
     def first(self) -> None:
         """Load the first model from the registry or, if that fails, the last good model from disk.
@@ -44,8 +72,8 @@ class Followed:
             if kept is None:
                 raise Outage(f"no usable model: {reason}")
             self._found, model = kept
-            self._serve(model)
-            log.warning("last_good_model", version=self.version, digest=model.digest, reason=reason)
+            self._serve(model, None)
+            log.warning("last_good_model", version=self.version, digest=model.logged.digest, reason=reason)
 
     def look(self) -> None:
         """Load the version that has the alias now, unless this version is already loaded.
@@ -53,6 +81,7 @@ class Followed:
         If the version cannot be used, the reason is logged once, and the current model stays in use. Raises Outage if
         the registry does not respond, or if the alias is required but no version has it.
         """
+        self._end_probation()
         try:
             found = self._registry.find(self._alias)
             if found is None and self._required:
@@ -60,7 +89,7 @@ class Followed:
             if found == self._found or (found and found == self._refused):
                 return
             began = time.monotonic()
-            model = self._load(found) if found else None
+            model = self._registry.load(found) if found else None
         except UnusableModel as error:
             self._refused, self._refusal_reason = found, str(error)
             log.error("model_refused", alias=self._alias, reason=str(error), serving=self.version)
@@ -68,8 +97,17 @@ class Followed:
         except Outage as outage:
             raise Outage(f"{outage}; still serving version {self.version}" if self.model else str(outage)) from None
         gone = self.version
-        self._serve(model)
-        self._found = found
+        with self._lock:
+            current, before = self._serving
+            self._before, self._found, self._refused = self._found, found, None
+            self._began, self._rows = time.monotonic(), 0
+            on_probation = self._required and current is not None
+            self._serve(model, current if on_probation else None)
+        for ended in (before, None if on_probation else current):
+            if ended:
+                ended.end()
+        if found and not on_probation:
+            self._registry.keep(found, self._alias)
         # Logged only now, because whoever reads these lines expects the next batch to be scored accordingly.
         if model is None:
             log.info("model_gone", alias=self._alias, version=gone)
@@ -79,28 +117,88 @@ class Followed:
                 alias=self._alias,
                 model=model.name,
                 version=model.version,
-                digest=model.digest,
+                digest=model.logged.digest,
                 took_ms=round(1000 * (time.monotonic() - began)),
             )
 
-    @property
-    def version(self) -> str:
-        """The version that is being served, or `none`."""
-        return self.model.version if self.model else "none"
+    def score(self, values: Sequence[bytes], *, alive: Callable[[], object]) -> tuple[Model, Results]:
+        """Score values of topic_1. Returns the model that has scored them, and one result each, as `Model.score` does.
 
-    def _load(self, found: Found) -> Model:
-        model = self._registry.load(found)
-        self._registry.keep(found, self._alias)
-        return model
+        Raises Outage if there is no model yet, or if the model fails on good transactions, too.
+        """
+        while True:
+            model, before = self._serving
+            if model is None:
+                raise Outage("no model is loaded yet")
+            try:
+                if before is None or not values:
+                    return model, model.score(values, alive=alive)
+                return self._on_probation(model, before, values, alive)
+            except Ended:  # another one has just taken its place
+                continue
 
-    def _serve(self, model: Model | None) -> None:
+    def _on_probation(
+        self, model: Model, before: Model, values: Sequence[bytes], alive: Callable[[], object]
+    ) -> tuple[Model, Results]:
+        self._rows += len(values)
+        try:
+            if model.busy and model.finish(0.0) is None:  # with a batch that the model before has scored
+                return before, before.score(values, alive=alive)
+            model.begin(values)
+            found = model.finish(_SLOW_S)
+        except (Poison, HostFailed) as problem:
+            theirs = before.score(values, alive=alive)
+            if any(isinstance(each, Poison) for each in theirs):  # perhaps the rows are at fault
+                return model, model.score(values, alive=alive)
+            self._refuse(model, before, str(problem))
+            return before, theirs
+        return (before, before.score(values, alive=alive)) if found is None else (model, found)
+
+    def end(self) -> None:
+        """End the models' processes."""
+        with self._lock:
+            for model in self._serving:
+                if model:
+                    model.end()
+
+    def _refuse(self, model: Model, before: Model, reason: str) -> None:
+        """Go back to the model before, because the new one fails where that one does not."""
+        with self._lock:
+            if self._serving != (model, before):  # another version has just been loaded
+                return
+            self._refused, self._found = self._found, self._before
+            self._serve(before, None)
+        model.end()
+        log.error(
+            "model_refused",
+            alias=self._alias,
+            reason=f"models:/{model.name}/{model.version}: {reason}",
+            serving=self.version,
+        )
+
+    def _end_probation(self) -> None:
+        """End the model before, if the new one has scored enough."""
+        model, before = self._serving
+        lasted_s = time.monotonic() - self._began
+        enough = lasted_s > _PROBATION_S and self._rows >= _PROBATION_ROWS
+        if model is None or before is None or not (enough or lasted_s > _LONGEST_PROBATION_S):
+            return
+        with self._lock:
+            if self._serving != (model, before):
+                return
+            self._serving = (model, None)
+        before.end()
+        if self._found:
+            self._registry.keep(self._found, self._alias)
+
+    def _serve(self, model: Model | None, before: Model | None) -> None:
         if self.model:
             metrics.MODEL.remove(self._alias, self.model.name, self.model.version)
             metrics.MODEL_LOGGED_AT.remove(self._alias)
-        self.model = model
+        self._serving = (model, before)
         if model:
             metrics.MODEL.labels(self._alias, model.name, model.version).set(1)
-            metrics.MODEL_LOGGED_AT.labels(self._alias).set(model.logged_at)
+            metrics.MODEL_LOGGED_AT.labels(self._alias).set(model.logged.logged_at)
 
 
 def keep_up(

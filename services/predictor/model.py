@@ -1,61 +1,54 @@
-"""Makes a model from a loaded estimator, and scores batches of transactions with the model."""
+"""A version of the model, in a process of its own: starts and tries it, and scores batches of transactions with it."""
 
 import gzip
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import random
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
-from operator import attrgetter
+from itertools import count
 from pathlib import Path
 from threading import Event
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import msgspec
-import numpy as np
-import pandas as pd
 import structlog
-from sklearn.ensemble import (
-    ExtraTreesClassifier,
-    GradientBoostingClassifier,
-    HistGradientBoostingClassifier,
-    RandomForestClassifier,
-)
-from sklearn.linear_model import LogisticRegression
-from sklearn.tree import DecisionTreeClassifier
 
-from services.predictor.compiled import TOLERANCE, Compiled, NotCompiled
-from shared.errors import Poison
+from services.predictor import packages
+from services.predictor.host import Failed, Load, Loaded, Own, Refused, Reply, Score, Scored
+from services.predictor.hosted import Allowance, Host, HostFailed
+from shared.dead_letters import isolate
+from shared.errors import Outage, Poison
 from shared.privacy import without_digits
 from shared.profile import Profile
-from shared.records import FEATURES, REFERENCE, Transaction, read_topic_1
+from shared.records import FEATURES, REFERENCE, encode_transaction
+from shared.text import one_line
 
 log = structlog.get_logger()
 
 _RECORDED = Path(__file__).with_name("recorded.jsonl.gz")
-_NUMBERS = frozenset({"cc_num", "amt", "zip", "lat", "long", "city_pop", "unix_time", "merch_lat", "merch_long"})
-
-# Models that need no column names get an array, because building a DataFrame takes longer than scoring a small batch.
-warnings.filterwarnings("ignore", message="X does not have valid feature names")
-
-# For these models, predict() returns the class with the highest probability, so calling predict_proba() is enough. For
-# other models, predict() and predict_proba() may disagree, for example after Platt scaling or with a tuned decision
-# threshold. For those models, predict() is called as well.
-_LABEL_IS_LIKELIEST = (
-    Compiled,
-    DecisionTreeClassifier,
-    ExtraTreesClassifier,
-    GradientBoostingClassifier,
-    HistGradientBoostingClassifier,
-    LogisticRegression,
-    RandomForestClassifier,
-)
+_TYPES = {name: type(getattr(REFERENCE, name)).__name__ for name in FEATURES}
+_PIECE = 32  # rows
+_MOST_DEATHS = 20  # of a model's process, in one batch
+_ROWS_A_BATCH = 1000  # for which the time of `Allowance.batch_s` is meant
+_SAME = 1e-9  # the largest accepted difference between two probabilities of the same row
+_SAME_IN_FLOAT32 = 1e-6  # the same for a model that computes with 32 bits
+_MOST_REASON = 1500  # characters
 
 
 class UnusableModel(Exception):
     """The model cannot be served. The message gives the reason."""
 
+    def __init__(self, reason: str, *, damaged: bool = False) -> None:
+        """`damaged` means that the files may be incomplete, so that they should be fetched again."""
+        super().__init__(one_line(reason, limit=_MOST_REASON))
+        self.damaged = damaged
 
-class Score(NamedTuple):
+
+class Ended(Exception):
+    """The model has been ended, because another one has taken its place."""
+
+
+class Prediction(NamedTuple):
     """The prediction for one transaction."""
 
     label: int  # 1 is fraud
@@ -63,186 +56,272 @@ class Score(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """A model that is ready to score transactions."""
+class Logged:
+    """A model version as it was logged."""
 
     name: str
     version: str
-    estimator: Any
-    columns: tuple[str, ...]
+    folder: Path
     threshold: float | None  # the lowest probability that counts as fraud; None if no threshold was logged
     profile: Profile | None  # profile of the training data; None if no readable profile was logged
-    as_array: bool  # whether the estimator's input is an array of numbers, not a DataFrame
-    logged_at: float  # time at which the model was logged, in epoch seconds
-    digest: str = ""  # SHA-256 of the model's files; empty if the model was not loaded from files
+    logged_at: float  # epoch seconds
+    digest: str  # SHA-256 of the files
 
 
-def make_model(
-    *,
-    name: str,
-    version: str,
-    estimator: Any,
-    columns: Iterable[str] | None,
-    metadata: Mapping[str, Any],
-    logged_at: float,
-    compiled: bool,
-    shutdown: Event | None = None,
-) -> Model:
-    """Make a model that uses one thread, and test that it can score the recorded transactions.
+class Model:
+    """A version that is ready to score transactions. One thread at a time may score; any thread may end it."""
 
-    `columns` are the input columns in the model's signature (default: the estimator's `feature_names_in_`). If
-    `compiled` is true, the model's trees are compiled. The original model is returned if compiling is impossible, if
-    compiling would change scores, or if `shutdown` interrupts the compilation.
+    def __init__(
+        self,
+        logged: Logged,
+        interpreter: packages.Interpreter,
+        *,
+        allowance: Allowance,
+        compiled: bool,
+        shutdown: Event | None = None,
+    ) -> None:
+        """Start the model's process, and try the model. If `compiled`, its trees are compiled if that is possible.
 
-    Raises UnusableModel if the test fails, if the input columns are unknown, or if transactions lack an input column.
-    """
-    wanted = tuple(columns if columns is not None else getattr(estimator, "feature_names_in_", ()))
-    if not wanted:
-        raise UnusableModel("its input columns are unknown: log the model with a signature, or fit it on a DataFrame")
-    if unknown := [column for column in wanted if column not in FEATURES]:
-        raise UnusableModel(f"it needs columns that transactions do not have: {', '.join(map(str, unknown))}")
-    _use_one_thread(estimator)
-    threshold = metadata.get("threshold")
-    model = Model(
-        name=name,
-        version=version,
-        estimator=estimator,
-        columns=wanted,
-        threshold=None if threshold is None else float(threshold),
-        profile=_profile(metadata),
-        logged_at=logged_at,
-        as_array=isinstance(estimator, _LABEL_IS_LIKELIEST)
-        and set(wanted) <= _NUMBERS
-        and tuple(getattr(estimator, "feature_names_in_", wanted)) == wanted,
-    )
-    try:
-        score(model, [REFERENCE, *recorded()])
-    except Poison as poison:
-        raise UnusableModel(f"it fails on the recorded transactions: {poison}") from None
-    return _compiled(model, shutdown) if compiled else model
-
-
-def _profile(metadata: Mapping[str, Any]) -> Profile | None:
-    """Read the profile of the training data. Returns None if the profile is missing or unreadable.
-
-    Scoring works without a profile.
-    """
-    text = metadata.get("reference_profile")
-    if text is None:
-        return None
-    try:
-        return msgspec.json.decode(text, type=Profile)
-    except (msgspec.MsgspecError, TypeError) as error:
-        log.warning("reference_profile_unreadable", reason=str(error))
-        return None
-
-
-def _compiled(model: Model, shutdown: Event | None) -> Model:
-    """Compile the model.
-
-    Returns the original model if compiling fails, or if it changes the scores of the recorded transactions.
-    """
-    try:
-        threshold = 0.5 if model.threshold is None else model.threshold
-        compiled = replace(model, estimator=Compiled(model.estimator, threshold=threshold, shutdown=shutdown))
-        wanted, found = score(model, recorded()), score(compiled, recorded())
-        difference = max(
-            abs((one.probability or 0.0) - (other.probability or 0.0)) for one, other in zip(wanted, found, strict=True)
+        Raises UnusableModel if the model cannot be served, and Outage if this may only be so now.
+        """
+        self.logged = logged
+        self._interpreter = interpreter
+        self._allowance = allowance
+        self._shutdown = shutdown
+        self._load = Load(
+            str(logged.folder),
+            {name: _TYPES[name] for name in FEATURES if name != "is_fraud"},
+            _together([encode_transaction(REFERENCE), *recorded()]),
+            logged.threshold,
+            compiled,
+            allowance.load_s,
+            allowance.memory_mb,
         )
-        if difference > TOLERANCE or [each.label for each in wanted] != [each.label for each in found]:
-            raise NotCompiled(
-                f"the compiled model and the original score differently: probabilities differ by up to {difference:.1e}"
+        self._ended = False
+        try:
+            self._host = self._started()
+        except HostFailed as failed:
+            raise UnusableModel(self._with_packages(f"it cannot be loaded: {failed}"), damaged=True) from None
+        try:
+            self._try()
+        except (UnusableModel, Outage):
+            self.end()
+            raise
+
+    @property
+    def name(self) -> str:
+        return self.logged.name
+
+    @property
+    def version(self) -> str:
+        return self.logged.version
+
+    def score(
+        self, values: Sequence[bytes], *, alive: Callable[[], object] = lambda: None
+    ) -> list[Prediction | Poison]:
+        """Score the transactions, which are canonical values of topic_1. Returns one result each, in order.
+
+        A transaction that the model cannot score, or that ends the model's process, becomes a Poison. If the process
+        has ended, it is started again, and the batch is repeated once before it is taken apart; `alive()` is called
+        meanwhile. Raises Outage if the model cannot score the reference transaction either, and Ended after `end`.
+        """
+        if not values:
+            return []
+        for _ in range(2):
+            try:
+                return self._scored(values)
+            except HostFailed as failed:
+                log.error("model_process_failed", version=self.version, reason=str(failed), rows=len(values))
+                self._start_again()
+                alive()
+        return self._taken_apart(values, _PIECE, alive, count(1))
+
+    def begin(self, values: Sequence[bytes]) -> None:
+        """Begin to score without waiting. `finish` must be called until it returns the results."""
+        self._host.send(self._request(values))
+
+    def finish(self, within_s: float) -> list[Prediction | Poison] | None:
+        """Return the results of what was begun, or None if they have not come within this time.
+
+        Raises Poison if the model raises or answers nonsense, and HostFailed if its process ends or is late.
+        """
+        reply = self._host.reply(within_s)
+        return None if reply is None else _results(reply, private=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something that was begun has not been finished."""
+        return self._host.busy
+
+    def own_answers(self, values: Sequence[bytes]) -> list[Prediction | Poison]:
+        """Return what MLflow and the model's library answer by themselves. Raises Poison if they cannot."""
+        return _results(self._host.ask(Own(_together(values), self._allowance.load_s)), private=False)
+
+    def end(self) -> None:
+        """End the process for good."""
+        self._ended = True
+        self._host.end()
+
+    def _started(self) -> Host:
+        """Start a process that has loaded the model. Raises UnusableModel, Outage or HostFailed."""
+        host = Host(self._interpreter.path, shutdown=self._shutdown)
+        try:
+            reply = host.ask(self._load)
+            if isinstance(reply, Refused):
+                raise self._refusal(reply)
+            if not isinstance(reply, Loaded):
+                raise HostFailed("its process does not say that it has loaded the model")
+        except BaseException:
+            host.end()
+            raise
+        about = {"model": self.name, "version": self.version}
+        if reply.not_compiled:
+            log.info("scoring_not_compiled", **about, reason=reply.not_compiled)
+        elif self._load.compiled:
+            log.info("scoring_compiled", **about)
+        return host
+
+    def _refusal(self, refused: Refused) -> Exception:
+        if refused.transient:
+            return Outage(f"the model cannot be loaded: {one_line(refused.reason, limit=_MOST_REASON)}")
+        return UnusableModel(self._with_packages(refused.reason), damaged=refused.damaged)
+
+    def _start_again(self) -> None:
+        """Raises Outage if the model cannot be loaded any more, and Ended after `end`."""
+        self._host.end()
+        if self._ended:
+            raise Ended
+        try:
+            self._host = self._started()
+        except (HostFailed, UnusableModel) as problem:
+            raise Outage(f"version {self.version} cannot be started again: {problem}") from None
+        if self._ended:
+            self._host.end()
+            raise Ended
+
+    def _with_packages(self, reason: str) -> str:
+        differences = packages.in_words(self._interpreter.differences)
+        return f"{reason}; {differences}" if differences else reason
+
+    def _request(self, values: Sequence[bytes]) -> Score:
+        return Score(_together(values), self._allowance.batch_s * max(1.0, len(values) / _ROWS_A_BATCH))
+
+    def _ask(self, values: Sequence[bytes], *, private: bool = True) -> list[Prediction | Poison]:
+        return _results(self._host.ask(self._request(values)), private=private)
+
+    def _scored(self, values: Sequence[bytes]) -> list[Prediction | Poison]:
+        """Score the rows. If the model raises, find the rows that it raises for. Raises HostFailed and Outage."""
+        try:
+            return self._ask(values)
+        except Poison:
+            self.check([encode_transaction(REFERENCE)])
+            return isolate(values, self._ask)
+
+    def check(self, values: Sequence[bytes]) -> None:
+        """Raise Outage if the model cannot score all of these good transactions, because then it is at fault."""
+        try:
+            bad = next((each for each in self._ask(values) if isinstance(each, Poison)), None)
+        except (Poison, HostFailed) as error:
+            bad = Poison(str(error))
+        if bad:
+            raise Outage(f"the model fails on the reference transaction: {bad}")
+
+    def _taken_apart(
+        self, values: Sequence[bytes], size: int, alive: Callable[[], object], deaths: Iterator[int]
+    ) -> list[Prediction | Poison]:
+        """Score the rows in pieces. A row that ends the process even alone becomes a Poison."""
+        found: list[Prediction | Poison] = []
+        while len(found) < len(values):
+            piece = values[len(found) : len(found) + size]
+            try:
+                found += self._scored(piece)
+            except HostFailed as failed:
+                if next(deaths) > _MOST_DEATHS:
+                    raise Outage(f"the model's process has ended {_MOST_DEATHS} times in one batch: {failed}") from None
+                self._start_again()
+                self.check([encode_transaction(REFERENCE)])
+                alive()
+                reason = f"this row ended the model's process: {failed}"
+                found += [Poison(reason)] if len(piece) == 1 else self._taken_apart(piece, 1, alive, deaths)
+        return found
+
+    def _try(self) -> None:
+        """Score the recorded transactions in several ways. Raises UnusableModel if the results differ."""
+        rows = recorded()
+        together = self._tried(rows, "all at once")
+        for how, batches in _ways(len(rows)):
+            numbers = [number for batch in batches for number in batch]
+            found = [each for batch in batches for each in self._tried([rows[number] for number in batch], how)]
+            expected = [together[number] for number in numbers]
+            labels = sum(one.label != other.label for one, other in zip(found, expected, strict=True))
+            apart = max(
+                abs((one.probability or 0.0) - (other.probability or 0.0))
+                for one, other in zip(found, expected, strict=True)
             )
-    except Exception as reason:  # compiling is optional, so a failure is only logged
-        log.info("scoring_not_compiled", model=model.name, version=model.version, reason=str(reason))
-        return model
-    log.info("scoring_compiled", model=model.name, version=model.version)
-    return compiled
+            if labels or apart > _accepted(together):
+                raise UnusableModel(
+                    "its answer to a transaction depends on the others of a batch, or changes when it is asked again: "
+                    f"{how}, {labels} of {len(found)} labels differ, and probabilities by up to {apart:.1e}"
+                )
+
+    def _tried(self, values: Sequence[bytes], how: str) -> list[Prediction]:
+        try:
+            found = self._ask(values, private=False)
+            if bad := next((each for each in found if isinstance(each, Poison)), None):
+                raise bad
+        except (HostFailed, Poison) as problem:
+            reason = self._with_packages(f"it fails on the recorded transactions ({how}): {problem}")
+            raise UnusableModel(reason) from None
+        return [each for each in found if isinstance(each, Prediction)]
 
 
 @cache
-def recorded() -> Sequence[Transaction]:
-    """Return several hundred transactions of made-up people.
+def recorded() -> Sequence[bytes]:
+    """Return several hundred transactions of made-up people, as values of topic_1.
 
     A model is usable only if it can score all of these transactions.
     """
-    return [row for line in gzip.open(_RECORDED) for row in read_topic_1(line).transactions]
+    return gzip.open(_RECORDED).read().splitlines()
 
 
-def score(model: Model, transactions: Sequence[Transaction]) -> list[Score]:
-    """Score the transactions, in order. Raises Poison if the model fails or returns invalid predictions."""
-    try:
-        rows = _array(transactions, model.columns) if model.as_array else _frame(transactions, model.columns)
-        labels, probabilities = _predict(model, rows)
-        if len(labels) != len(transactions):
-            raise ValueError("the model does not return one prediction for each row")
-        if probabilities is not None and np.isnan(probabilities).any():
-            raise ValueError("the model returns a probability that is not a number")
-    except Exception as error:  # a user's model may raise any exception, because of the rows or a bug
-        raise Poison(without_digits(f"{type(error).__name__}: {error}")) from None
-    if probabilities is None:
-        return [Score(label, None) for label in labels.tolist()]
-    return list(map(Score, labels.tolist(), probabilities.tolist()))
+def _ways(rows: int) -> list[tuple[str, list[list[int]]]]:
+    """Return how the recorded transactions are scored besides all at once: groups of their numbers."""
+    numbers = list(range(rows))
+    shuffled = random.Random(1).sample(numbers, rows)  # noqa: S311 - not used for security
+    return [
+        ("in reverse order", [numbers[::-1]]),
+        ("shuffled", [shuffled]),
+        ("in batches of 10", [numbers[start : start + 10] for start in range(0, rows, 10)]),
+        ("in batches of 2", [shuffled[start : start + 2] for start in range(0, rows // 10, 2)]),
+        ("one at a time", [[number] for number in shuffled[-rows // 10 :]]),
+    ]
 
 
-def _predict(model: Model, rows: pd.DataFrame | np.ndarray) -> tuple[Any, Any]:
-    """Return two arrays of shape (n,): the labels (0 or 1) and the probabilities of fraud.
+def _accepted(found: Sequence[Prediction]) -> float:
+    probabilities = [each.probability or 0.0 for each in found]
+    return _SAME_IN_FLOAT32 if array("d", array("f", probabilities)).tolist() == probabilities else _SAME
 
-    If the model provides no probabilities, the second result is None.
+
+def _together(values: Sequence[bytes]) -> bytes:
+    return b"[%b]" % b",".join(values)
+
+
+def _results(reply: Reply, *, private: bool) -> list[Prediction | Poison]:
+    """Return what a reply contains. Raises Poison if the model has raised, and HostFailed for other replies.
+
+    If the rows are `private`, digits in the model's messages are masked.
     """
-    classes = list(getattr(model.estimator, "classes_", []))
-    if not hasattr(model.estimator, "predict_proba") or 1 not in classes:
-        return _from_predict(model.estimator.predict(rows), model.threshold)
-    by_class = np.asarray(model.estimator.predict_proba(rows))
-    probabilities = by_class[:, classes.index(1)]
-    if model.threshold is not None:
-        return (probabilities >= model.threshold).astype(int), probabilities
-    if isinstance(_final_step(model.estimator), _LABEL_IS_LIKELIEST):
-        return _labels(np.asarray(classes)[by_class.argmax(axis=1)]), probabilities
-    return _labels(model.estimator.predict(rows)), probabilities
-
-
-def _from_predict(predicted: Any, threshold: float | None) -> tuple[Any, Any]:
-    """Return labels and probabilities, given the result of predict().
-
-    If there is a threshold, predict() must return probabilities.
-    """
-    if threshold is None:
-        return _labels(predicted), None
-    probabilities = np.asarray(predicted, dtype=float).ravel()
-    if not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise ValueError("the model was logged with a threshold, but does not return probabilities")
-    return (probabilities >= threshold).astype(int), probabilities
-
-
-def _labels(predicted: Any) -> Any:
-    labels = np.asarray(predicted).ravel().astype(float)
-    if not np.isin(labels, (0, 1)).all():
-        raise ValueError(
-            "the model returns labels that are neither zero nor one;"
-            " if they are probabilities, log the model with a threshold"
-        )
-    return labels.astype(int)
-
-
-def _frame(transactions: Sequence[Transaction], columns: Sequence[str]) -> pd.DataFrame:
-    """Return the transactions as a DataFrame of shape (n, len(columns)), with the columns in the given order."""
-    return pd.DataFrame({column: list(map(attrgetter(column), transactions)) for column in columns})
-
-
-def _array(transactions: Sequence[Transaction], columns: Sequence[str]) -> np.ndarray:
-    """Return the transactions as an array of shape (n, len(columns)), with the columns in the given order."""
-    values = list(map(attrgetter(*columns), transactions))
-    return np.array(values, dtype=float).reshape(len(transactions), len(columns))
-
-
-def _final_step(estimator: Any) -> Any:
-    steps = getattr(estimator, "steps", None)
-    return steps[-1][1] if steps else estimator
-
-
-def _use_one_thread(estimator: Any) -> None:
-    """Set n_jobs to 1, because more threads are slower on small batches. To use more cores, run more replicas."""
-    if hasattr(estimator, "get_params"):
-        jobs = [name for name in estimator.get_params() if name == "n_jobs" or name.endswith("__n_jobs")]
-        estimator.set_params(**dict.fromkeys(jobs, 1))
+    if isinstance(reply, Failed):
+        if reply.memory:
+            raise HostFailed(reply.reason)
+        raise Poison(without_digits(reply.reason) if private else reply.reason)
+    if not isinstance(reply, Scored):
+        raise HostFailed("its process does not answer what it was asked")
+    labels = reply.labels
+    if reply.probabilities is None:
+        found: list[Prediction | Poison] = [Prediction(label, None) for label in labels]
+    else:
+        found = list(map(Prediction, labels, array("d", reply.probabilities)))
+    for number, reason in reply.faults.items():
+        found[number] = Poison(reason)
+    return found

@@ -3,42 +3,41 @@
 If the registry is unreachable, the last good version is loaded from disk.
 """
 
-import ctypes
 import errno
 import hashlib
-import importlib
+import os
 import re
 import shutil
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
 
 import mlflow.artifacts
-import mlflow.pyfunc
+import msgspec
 import requests
 import structlog
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model as LoggedModel
 from mlflow.tracking import MlflowClient
 
-from services.predictor.model import Model, UnusableModel, make_model
+from services.predictor import packages
+from services.predictor.hosted import Allowance
+from services.predictor.model import Logged, Model, UnusableModel
 from shared.errors import Outage, SettingsError
 from shared.network import why_unreachable
 from shared.privacy import without_credentials
+from shared.profile import Profile
 
 log = structlog.get_logger()
 
-_WITH_ESTIMATOR = ("sklearn", "lightgbm", "xgboost", "catboost")  # MLflow flavors
 _LONGEST_LOAD_S = 3600.0
 _MAX_REASON = 500  # characters
 _REFUSED = re.compile(r"error code (\d{3})|(\d{3}) (?:Client|Server) Error")
 _WITHOUT_RUN = "without-run"
-_TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC})
 
 
 class Found(NamedTuple):
@@ -52,15 +51,31 @@ class Registry:
     """The versions of the registered model `name`. Loaded versions are cached on disk."""
 
     def __init__(
-        self, *, tracking_uri: str, name: str, cache: Path, compiled: bool, shutdown: Event | None = None
+        self,
+        *,
+        tracking_uri: str,
+        name: str,
+        cache: Path,
+        compiled: bool,
+        python: str | None = None,
+        allowance: Allowance = Allowance(),  # noqa: B008 - immutable
+        shutdown: Event | None = None,
     ) -> None:
-        """Raises SettingsError if the folder `cache` is not writable, unless the reason is a full disk."""
+        """A model is loaded by this interpreter or by `python`, whichever has the packages that the model needs.
+
+        Raises SettingsError if the folder `cache` is not writable, unless the reason is a full disk, or if there is no
+        `python`.
+        """
         self.name = name
+        self._python = python
+        self._allowance = allowance
         self._address = without_credentials(tracking_uri)
         self._compiled = compiled
         self._shutdown = shutdown
         self._cache = cache / hashlib.sha256(name.encode()).hexdigest()[:16]
         mlflow.set_tracking_uri(tracking_uri)
+        if python and not os.access(python, os.X_OK):
+            raise SettingsError(f"MODEL_PYTHON: {python} is not a program")
         try:
             self._cache.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._cache).close()
@@ -84,7 +99,7 @@ class Registry:
         return Found(str(found.version), found.run_id)
 
     def load(self, found: Found) -> Model:
-        """Load the version. Returns a model that is ready to score transactions.
+        """Load the version. Returns a model that is ready to score transactions, in a process of its own.
 
         Raises Outage if the version cannot be fetched, and UnusableModel if it cannot be served.
         """
@@ -160,54 +175,68 @@ class Registry:
                 path.rename(folder)
 
     def _read(self, folder: Path, version: str) -> Model:
-        model = f"models:/{self.name}/{version}"
         try:
-            logged = LoggedModel.load(str(folder))
-            inputs = logged.signature.inputs if logged.signature else None
-            digest = _digest(folder)  # computed before any code of the model runs
-            made = make_model(
-                name=self.name,
-                version=version,
-                estimator=_estimator(folder, logged),
-                columns=inputs.input_names() if inputs is not None and inputs.has_input_names() else None,
-                metadata=logged.metadata or {},
-                logged_at=datetime.fromisoformat(logged.utc_time_created).replace(tzinfo=UTC).timestamp(),
+            interpreter = packages.closest(folder, self._python)
+            if interpreter.differences:
+                log.warning(
+                    "model_packages_differ",
+                    model=self.name,
+                    version=version,
+                    reason=packages.in_words(interpreter.differences),
+                )
+            return Model(
+                _logged(folder, self.name, version),
+                interpreter,
+                allowance=self._allowance,
                 compiled=self._compiled,
                 shutdown=self._shutdown,
             )
-            _release_memory()
-            return replace(made, digest=digest)
         except UnusableModel as error:
-            raise UnusableModel(f"{model}: {error}") from None
-        except ImportError as error:
-            raise UnusableModel(f"{model} needs {error.name or error}, which is not installed here") from None
-        except Exception as error:  # unpickling runs the model's code, which may raise any exception
-            reason = f"{model} cannot be loaded: {type(error).__name__}: {error}"
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in _TRANSIENT:
-                raise Outage(reason) from None
-            _digest_file(folder).unlink(missing_ok=True)  # the files may be incomplete, so a retry fetches them again
-            raise UnusableModel(reason) from None
+            if error.damaged:  # a retry fetches the files again
+                _digest_file(folder).unlink(missing_ok=True)
+            raise UnusableModel(f"models:/{self.name}/{version}: {error}") from None
 
 
-def _estimator(folder: Path, logged: LoggedModel) -> Any:
-    """Load the model itself if it has scikit-learn's interface, otherwise MLflow's wrapper of the model.
+def _logged(folder: Path, name: str, version: str) -> Logged:
+    """Read what the version was logged with. Raises UnusableModel if its threshold is none."""
+    digest = _digest(folder)
+    try:
+        logged = LoggedModel.load(str(folder))
+        metadata = logged.metadata or {}
+        logged_at = datetime.fromisoformat(logged.utc_time_created).replace(tzinfo=UTC).timestamp()
+    except Exception as error:  # a library may have written anything
+        raise UnusableModel(f"its file MLmodel cannot be read: {type(error).__name__}: {error}", damaged=True) from None
+    return Logged(
+        name=name,
+        version=version,
+        folder=folder,
+        threshold=_threshold(metadata.get("threshold")),
+        profile=_profile(metadata.get("reference_profile")),
+        logged_at=logged_at,
+        digest=digest,
+    )
 
-    Raises UnusableModel if MLflow has no wrapper for the model.
+
+def _threshold(logged: Any) -> float | None:
+    if logged is None:
+        return None
+    if type(logged) not in (int, float) or not 0 < logged <= 1:
+        raise UnusableModel(f"it was logged with the threshold {str(logged)[:20]!r}, which is no number in (0, 1]")
+    return float(logged)
+
+
+def _profile(text: Any) -> Profile | None:
+    """Read the profile of the training data. Returns None if the profile is missing or unreadable.
+
+    Scoring works without a profile.
     """
-    for flavor in _WITH_ESTIMATOR:
-        if flavor in logged.flavors:
-            found = importlib.import_module(f"mlflow.{flavor}").load_model(str(folder))
-            if flavor == "sklearn" or hasattr(found, "classes_"):
-                return found
-    if "python_function" not in logged.flavors:
-        raise UnusableModel("it was logged without the flavor python_function")
-    return mlflow.pyfunc.load_model(str(folder))
-
-
-def _release_memory() -> None:
-    """Give unused memory back to the system. Otherwise, glibc keeps tens of megabytes that only the loading needed."""
-    with suppress(AttributeError):  # C libraries other than glibc have no malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
+    if text is None:
+        return None
+    try:
+        return msgspec.json.decode(text, type=Profile)
+    except (msgspec.MsgspecError, TypeError) as error:
+        log.warning("reference_profile_unreadable", reason=str(error))
+        return None
 
 
 def _problem(error: Exception) -> str:

@@ -1,18 +1,21 @@
 """Scores a batch: turns messages from topic_1 into predictions and dead letters."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from confluent_kafka import Message
 
-from services.predictor.model import Model, Score, recorded, score
-from shared.dead_letters import Limit, dead_letter, isolate
-from shared.errors import Outage, Poison
+from services.predictor.model import Model, Prediction, recorded
+from shared.dead_letters import Limit, dead_letter
+from shared.errors import Poison
 from shared.kafka.messages import Record, coordinates, says_nothing
 from shared.provenance import Provenance, to_headers
 from shared.records import REFERENCE, Transaction, encode_prediction, encode_transaction, read_topic_1
 from shared.stream.flight import Outcome
+
+Score = Callable[[Sequence[bytes]], tuple[Model, Sequence[Prediction | Poison]]]
+"""Scores values of topic_1. Returns the model that has scored them, and one result for each value, in order."""
 
 
 class Seen(NamedTuple):
@@ -31,7 +34,7 @@ class Predicted(NamedTuple):
 
 
 def predict(
-    model: Model, messages: Sequence[Message], *, topic: str, group: str, now_ms: int, limit: Limit
+    score: Score, messages: Sequence[Message], *, topic: str, group: str, now_ms: int, limit: Limit
 ) -> Predicted:
     """Make a prediction for every valid transaction of the batch, and a dead letter for every message with a bad row.
 
@@ -57,8 +60,8 @@ def predict(
         in_milliseconds += [rows.in_milliseconds > 0] * len(rows.transactions)
         for row in rows.bad:
             faults[number].append(row.reason)
-    results = _scores(model, transactions)
-    limit.check(results, reference=lambda: _check_model(model, [REFERENCE, *recorded()]))
+    model, results = score(values)
+    limit.check(results, reference=lambda: model.check([encode_transaction(REFERENCE), *recorded()]))
     records, seen = [], []
     for number, transaction, value, milliseconds, result in zip(
         sources, transactions, values, in_milliseconds, results, strict=True
@@ -73,21 +76,3 @@ def predict(
             seen.append(Seen(transaction, result.label == 1, milliseconds))
     dead = [dead_letter(messages[number], "; ".join(reasons), group=group) for number, reasons in faults.items()]
     return Predicted(Outcome(len(messages), records, dead), seen)
-
-
-def _scores(model: Model, transactions: Sequence[Transaction]) -> Sequence[Score | Poison]:
-    if not transactions:
-        return []
-    try:
-        return score(model, transactions)
-    except Poison:
-        _check_model(model, [REFERENCE])
-        return isolate(transactions, lambda rows: score(model, rows))
-
-
-def _check_model(model: Model, transactions: Sequence[Transaction]) -> None:
-    """Raise Outage if the model cannot score these good transactions, because then the model is at fault."""
-    try:
-        score(model, transactions)
-    except Poison as poison:
-        raise Outage(f"the model fails on the reference transaction: {poison}") from None

@@ -9,11 +9,13 @@ from confluent_kafka import Message
 
 from services.predictor.drift import Monitor
 from services.predictor.followed import Followed, keep_up
+from services.predictor.hosted import Allowance
 from services.predictor.model import Model
 from services.predictor.registry import Registry
 from services.predictor.scoring import predict
 from services.predictor.settings import PredictorSettings
 from services.predictor.shadow import Shadow
+from shared import health
 from shared.dead_letters import Limit
 from shared.errors import Outage
 from shared.retry import OutageLog, retry_outages
@@ -49,6 +51,8 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
         name=settings.model_name,
         cache=settings.model_cache_directory,
         compiled=settings.compiled_scoring,
+        python=settings.model_python,
+        allowance=Allowance(settings.model_load_seconds, settings.model_batch_seconds, settings.model_memory_mb),
         shutdown=shutdown,
     )
     champion = Followed(registry, settings.model_alias, required=True)
@@ -63,6 +67,7 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
         )
     except Outage:
         stream.close()
+        champion.end()
         return
     look_now = Event()
     following = keep_up(
@@ -82,6 +87,8 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
     stream.run(Scorer(champion, shadow, look_now, settings).handle, ahead=True)
     look_now.set()
     following.join(_JOIN_S)
+    champion.end()
+    challenger.end()
 
 
 class Scorer:
@@ -94,7 +101,6 @@ class Scorer:
         self._settings = settings
         self._model: Model | None = None
         self._monitor = Monitor(None, psi_limit=settings.drift_psi, rows=settings.drift_rows)
-        self._broken: str | None = None
 
     def handle(self, messages: Sequence[Message]) -> Outcome:
         """Score the batch. If the champion is broken, raises Outage until the alias has moved to another version."""
@@ -103,14 +109,9 @@ class Scorer:
             raise Outage("no model is loaded yet")
         if model is not self._model:
             self._begin_with(model)
-        if self._broken:
-            self._look_now.set()
-            raise Outage(
-                f"{self._broken}; the alias still points to version {model.version}. Promote a different version"
-            )
         try:
             predicted = predict(
-                model,
+                lambda values: self._champion.score(values, alive=self._alive),
                 messages,
                 topic=self._settings.topic_2,
                 group=self._settings.predictor_group,
@@ -118,18 +119,25 @@ class Scorer:
                 limit=self._limit,
             )
         except Outage as outage:
-            self._broken = str(outage)
             self._look_now.set()
-            raise
+            raise Outage(
+                f"{outage}; the alias still points to version {model.version}. Promote a different version"
+            ) from None
         self._monitor.add(predicted.seen)
         self._shadow.offer(messages)
         return predicted.outcome
 
+    def _alive(self) -> None:
+        health.turned(f"{self._settings.predictor_group} handler")
+
     def _begin_with(self, model: Model) -> None:
         if self._model:
             log.info("model_swapped", version=model.version, before=self._model.version)
-        self._model, self._broken = model, None
+        self._model = model
         self._limit = Limit.from_settings(self._settings)
         self._monitor = Monitor(
-            model.profile, psi_limit=self._settings.drift_psi, rows=self._settings.drift_rows, before=self._monitor
+            model.logged.profile,
+            psi_limit=self._settings.drift_psi,
+            rows=self._settings.drift_rows,
+            before=self._monitor,
         )

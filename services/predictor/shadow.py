@@ -11,7 +11,7 @@ import structlog
 from confluent_kafka import Message
 
 from services.predictor.followed import Followed
-from services.predictor.model import Model
+from services.predictor.model import Ended, Model
 from services.predictor.scoring import predict
 from shared import metrics
 from shared.dead_letters import Limit
@@ -73,9 +73,18 @@ class Shadow:
         began = time.monotonic()
         try:
             now_ms, limit = time.time_ns() // 1_000_000, Limit(ratio=1, consecutive=len(messages))
-            predicted = predict(model, messages, topic=self._topic, group="challenger", now_ms=now_ms, limit=limit)
+            predicted = predict(
+                lambda values: (model, model.score(values)),
+                messages,
+                topic=self._topic,
+                group="challenger",
+                now_ms=now_ms,
+                limit=limit,
+            )
             took_s = time.monotonic() - began
             self._make_delivery().deliver(predicted.outcome.outputs)
+        except Ended:
+            return None
         except Outage as outage:
             return str(outage)
         except Exception as error:  # a failure of the challenger must not end this thread
