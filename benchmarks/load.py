@@ -233,8 +233,9 @@ def cpu_s(process: Process) -> float:
 
 def family(process: Process) -> list[int]:
     """Return the numbers of the process and its children. A predictor's children are its model hosts."""
-    children = Path(f"/proc/{process.pid}/task").glob("*/children")
-    return [process.pid, *(int(child) for text in children for child in text.read_text().split())]
+    own = process.pid or 0
+    children = Path(f"/proc/{own}/task").glob("*/children")
+    return [own, *(int(child) for text in children for child in text.read_text().split())]
 
 
 def _machine() -> tuple[int, int]:

@@ -16,6 +16,7 @@ from sandbox.generator import training_frame
 from services.predictor.model import Model, Prediction
 from services.predictor.registry import Registry
 from services.predictor.scoring import predict
+from services.predictor.settings import ModelSettings
 from shared.dead_letters import Limit
 from shared.kafka import topics
 from shared.kafka.clients import consumer
@@ -57,12 +58,8 @@ def another_version(bench: Bench) -> str:
 
 def load_model(bench: Bench, name: str, *, compiled: bool) -> Model:
     """Load the champion in the same way as the predictor."""
-    registry = Registry(
-        tracking_uri=bench.stack.registry.uri,
-        name=name,
-        cache=bench.directory / "models",
-        compiled=compiled,
-    )
+    settings = ModelSettings(mlflow_tracking_uri=bench.stack.registry.uri, model_name=name)
+    registry = Registry(settings, cache=bench.directory / "models", compiled=compiled)
     found = registry.find("champion")
     assert found
     return registry.load(found)

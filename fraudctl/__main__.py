@@ -54,6 +54,7 @@ app = typer.Typer(
 for _commands in (operations.commands, models.commands, labels.export_commands, rehearsal.commands):
     app.add_typer(_commands)
 app.add_typer(topics.commands, name="topics")
+app.add_typer(models.check_commands, name="models")
 app.add_typer(dead_letters.commands, name="dead-letters")
 app.add_typer(labels.commands, name="labels")
 

@@ -1,7 +1,9 @@
-"""Promotes a model version after a test prediction, and compares this version with the current one."""
+"""Checks whether the predictor can serve a model version, compares versions, and moves aliases."""
 
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,75 +11,132 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.table import Table
 
-from shared.errors import Outage
+from shared.errors import Outage, Poison
 
 if TYPE_CHECKING:
-    from services.predictor.model import Model
+    from services.predictor.model import Model, Prediction
+    from services.predictor.registry import Registry
+    from services.predictor.settings import ModelSettings
     from training.aliases import Alias
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A version's predictions for the recorded transactions.
+    """Predictions for the recorded transactions."""
 
-    The version is loaded in the same way as in the predictor.
-    """
-
-    version: str
+    of: str  # whose predictions these are
     predictions: np.ndarray  # (n,)
     probabilities: np.ndarray  # (n,), all NaN if the model returns no probabilities
     ms: float  # time to score all rows
 
 
-def promote(of: "Alias", version: str) -> tuple[Trial, Trial | None]:
+@dataclass(frozen=True)
+class Check:
+    """Whether the predictor can serve a version."""
+
+    interpreter: str
+    packages: str  # in words, how they differ from those that the version was logged with; empty if they do not
+    refused: str  # why the version cannot be served; empty if it can be
+    served: Trial | None = None  # as the predictor scores
+    own: Trial | None = None  # as MLflow and the model's library score by themselves
+    no_own: str = ""  # why there are no such predictions
+
+
+def check(settings: "ModelSettings", version: str) -> Check:
+    """Load a version in the same way as the predictor, and compare its predictions with the model's own.
+
+    Raises Outage if the registry does not respond, or has no such version.
+    """
+    from services.predictor.model import UnusableModel, recorded
+    from services.predictor.packages import in_words
+    from services.predictor.registry import Found
+
+    with _registry(settings) as registry:
+        found = Found(version, None)
+        interpreter = registry.interpreter(found)
+        about = (interpreter.path, in_words(interpreter.differences))
+        try:
+            model = registry.load(found)
+        except UnusableModel as error:
+            return Check(*about, str(error))
+        try:
+            served = _trial(model, "as it is served")
+            began = time.monotonic()
+            try:
+                own = _as_trial("by itself", model.own_answers(recorded()), began)
+            except Poison as poison:
+                return Check(*about, "", served, None, str(poison))
+            return Check(*about, "", served, own)
+        finally:
+            model.end()
+
+
+def promote(settings: "ModelSettings", of: "Alias", version: str) -> tuple[Trial, Trial | None]:
     """Move the alias to `version`. Returns the trial of this version and the trial of the alias's previous version.
 
     The second trial is None if the alias did not exist or was already on `version`, or if the previous version cannot
     be loaded. Raises NoSuchVersion if `version` does not exist, UnusableModel if it cannot be served, and Outage if the
     registry does not respond.
     """
-    # These imports change os.environ, through MLflow and scikit-learn. Importing fraudctl.models must not change it.
+    # These imports change os.environ, through MLflow. Importing fraudctl.models must not change it.
     from services.predictor.model import UnusableModel
-    from services.predictor.registry import Found, Registry
     from training import aliases
 
     if not aliases.exists(of, version):
         raise aliases.NoSuchVersion(f"{of.name} has no version {version}")
-    with tempfile.TemporaryDirectory() as cache:
-        registry = Registry(tracking_uri=of.tracking_uri, name=of.name, cache=Path(cache), compiled=False)
-        candidate = _trial(registry.load(Found(version, None)))
+    with _registry(settings) as registry:
+        candidate = _loaded(registry, version)
         before = aliases.bearer(of)
         try:
-            champion = _trial(registry.load(Found(before, None))) if before and before != version else None
+            champion = _loaded(registry, before) if before and before != version else None
         except (UnusableModel, Outage):  # a champion that cannot be loaded must not prevent its replacement
             champion = None
     aliases.move(of, version)
     return candidate, champion
 
 
-def comparison(candidate: Trial, champion: Trial | None) -> Table:
-    """Return a table that compares the trials, which scored the same rows."""
-    table = Table("recorded transactions", *(f"version {each.version}" for each in (champion, candidate) if each))
-    trials = [each for each in (champion, candidate) if each]
+def comparison(*trials: Trial) -> Table:
+    """Return a table that compares trials of the same rows. If there are two, also what differs."""
+    table = Table("recorded transactions", *(each.of for each in trials))
     table.add_row("rows", *(f"{len(each.predictions):,}" for each in trials))
     table.add_row("predicted as fraud", *(f"{int(each.predictions.sum()):,}" for each in trials))
     table.add_row("mean probability", *(f"{each.probabilities.mean():.4f}" for each in trials))
     table.add_row("ms", *(f"{each.ms:.1f}" for each in trials))
-    if champion:
-        table.add_row("different predictions", "", f"{int((champion.predictions != candidate.predictions).sum()):,}")
-        table.add_row(
-            "largest difference in probability",
-            "",
-            f"{np.abs(champion.probabilities - candidate.probabilities).max():.4f}",
-        )
+    if len(trials) == 2:
+        one, other = trials
+        table.add_row("different predictions", "", f"{int((one.predictions != other.predictions).sum()):,}")
+        apart = np.abs(one.probabilities - other.probabilities).max()
+        table.add_row("largest difference in probability", "", f"{apart:.4f}" if apart >= 1e-4 else f"{apart:.0e}")
     return table
 
 
-def _trial(model: "Model") -> Trial:
-    from services.predictor.model import recorded, score
+@contextmanager
+def _registry(settings: "ModelSettings") -> "Iterator[Registry]":
+    from services.predictor.registry import Registry
+
+    with tempfile.TemporaryDirectory() as cache:
+        yield Registry(settings, cache=Path(cache), compiled=False)
+
+
+def _loaded(registry: "Registry", version: str) -> Trial:
+    from services.predictor.registry import Found
+
+    model = registry.load(Found(version, None))
+    try:
+        return _trial(model, f"version {version}")
+    finally:
+        model.end()
+
+
+def _trial(model: "Model", of: str) -> Trial:
+    from services.predictor.model import recorded
 
     began = time.monotonic()
-    scores = score(model, recorded())
+    return _as_trial(of, model.score(recorded()), began)
+
+
+def _as_trial(of: str, results: "list[Prediction | Poison]", began: float) -> Trial:
     ms = 1000 * (time.monotonic() - began)
-    probabilities = [np.nan if each.probability is None else each.probability for each in scores]
-    return Trial(model.version, np.array([each.label for each in scores]), np.array(probabilities), ms)
+    found = [each for each in results if not isinstance(each, Poison)]
+    probabilities = [np.nan if each.probability is None else each.probability for each in found]
+    return Trial(of, np.array([each.label for each in found]), np.array(probabilities), ms)

@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 # Before numpy, scikit-learn and MLflow are imported: several workers share the processors, and MLflow reports nothing.
 os.environ |= {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
+import forked
 import hypothesis
 import msgspec
 import pytest
 import sqlalchemy as sa
 from _pytest.nodeid import coerce_node_id
 from confluent_kafka import Message, Producer, TopicPartition
-from forked import Forked
 
 from rehearsal.stack import Addresses, service
 from sandbox.apache import ApacheKafka, missing
@@ -144,7 +144,7 @@ class Rig:
     topic_1: str
     topic_2: str
     processes: list[Process] = field(default_factory=list)
-    launch: Callable[..., Child] = Forked
+    launch: Callable[..., Child] = forked.Forked
 
     def start(self, name: str, *, ready: bool = True, **environment: str) -> Process:
         """Start a service; wait until it has work to do unless `ready` is False."""
@@ -277,6 +277,15 @@ def _mlflow(session_directory: Path) -> Iterator[None]:
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")  # which importing the predictor takes away
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
         patch.setattr("tempfile.tempdir", str(session_directory))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hosts() -> Iterator[None]:
+    """Model hosts of this process are forks of another one, which starts when the first is wanted."""
+    with pytest.MonkeyPatch.context() as patch:
+        server = cache(forked.host_server)
+        patch.setattr("services.predictor.hosted.launch", lambda python: server().launch(python))
         yield
 
 

@@ -5,6 +5,7 @@ The services' own code is imported by each service, as after any start.
 
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 import coverage
+import hosts
 
 from sandbox.processes import die_with_parent
 
@@ -74,6 +76,15 @@ class Forked:
             os.kill(self.pid, sig)
 
 
+def host_server() -> hosts.Server:
+    """A server of model hosts, for a process that has many threads itself."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with unmeasured():
+        _context.Process(target=hosts.serve, args=[theirs], daemon=True).start()
+    theirs.close()
+    return hosts.Server(ours)
+
+
 @contextmanager
 def unmeasured() -> Iterator[None]:
     """No coverage of the interpreters that are started meanwhile."""
@@ -103,6 +114,8 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
+    if module == "services.predictor":
+        hosts.use(hosts.server())
     coverage.process_startup()
     sys.argv = [module]
     ready.send(None)

@@ -26,6 +26,7 @@ from conftest import EFFORT
 from hostile import Drawn
 from hypothesis import strategies as st
 from msgspec.structs import asdict, astuple
+from served import answers, made
 from sklearn.ensemble import GradientBoostingClassifier, RandomForestClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -36,8 +37,8 @@ from services.alerter.alarm import Alarm
 from services.alerter.mail import Composer
 from services.alerter.webhook import payload
 from services.db_sink.table import Row, copy_text, migrate, upsert
-from services.predictor.compiled import Compiled
-from services.predictor.model import Model, make_model, recorded, score
+from services.predictor.host import Served
+from services.predictor.model import recorded
 from shared.errors import Poison
 from shared.kafka.messages import Headers
 from shared.provenance import HEADER, Provenance, from_headers
@@ -292,17 +293,20 @@ def check_webhook(alarms: Sequence[Alarm]) -> None:
 def test_it_is_labelled_by_the_compiled_model_as_by_the_model_itself(
     estimator: Any, metadata: dict[str, float]
 ) -> None:
-    rows = np.array([[getattr(each, name) for name in MODEL_COLUMNS] for each in recorded()], dtype=float)
+    known = [row for line in recorded() for row in read_topic_1(line).transactions]
+    rows = np.array([[getattr(each, name) for name in MODEL_COLUMNS] for each in known], dtype=float)
     estimator.fit(rows, (rows[:, 0] * np.sin(rows[:, 4]) > 20).astype(int))
-    compiled, own = (model(estimator, MODEL_COLUMNS, compiled=each, **metadata) for each in (True, False))
-    assert isinstance(compiled.estimator, Compiled)
+    (compiled, problem), (own, _) = (
+        made(estimator, MODEL_COLUMNS, compiled=each, **metadata) for each in (True, False)
+    )
+    assert not problem
     edges = decisive_amounts(estimator)
 
     def check(batch: list[Drawn]) -> None:
         on_edges = [("", float(edges[whole % len(edges)]), whole) for _, _, whole in batch]
         transactions = [alarm(each).prediction for each in hostile.transactions([*batch, *on_edges])]
         small = [each for each in transactions if abs(each.amt) < 1e38]
-        labels = [[each.label for each in score(either, small)] for either in (compiled, own)]
+        labels = [[label for label, _ in answers(either, small)] for either in (compiled, own)]
         assert labels[0] == labels[1]
         for each in [each for each in transactions if abs(each.amt) >= 1e38][:LARGE_SCORED]:
             assert label_or_none(compiled, each) == label_or_none(own, each)
@@ -312,25 +316,13 @@ def test_it_is_labelled_by_the_compiled_model_as_by_the_model_itself(
 
 def test_it_is_labelled_by_the_trained_model() -> None:
     frame = training_frame(seed=1)
-    champion = model(build_pipeline(seed=1).fit(frame[RAW], frame["is_fraud"]), RAW, compiled=False)
+    champion, _ = made(build_pipeline(seed=1).fit(frame[RAW], frame["is_fraud"]), RAW)
 
     def check(batch: list[Drawn]) -> None:
         transactions = [alarm(each).prediction for each in hostile.transactions(batch)]
-        assert {each.label for each in score(champion, transactions)} <= {0, 1}
+        assert {label for label, _ in answers(champion, transactions)} <= {0, 1}
 
     for_all(hostile.numbers, check, examples=EXAMPLES // 10)
-
-
-def model(estimator: Any, columns: Sequence[str], *, compiled: bool, **metadata: float) -> Model:
-    return make_model(
-        name="fraud",
-        version="1",
-        estimator=estimator,
-        columns=columns,
-        metadata=metadata,
-        logged_at=0,
-        compiled=compiled,
-    )
 
 
 def decisive_amounts(estimator: Any) -> np.ndarray:
@@ -344,10 +336,10 @@ def decisive_amounts(estimator: Any) -> np.ndarray:
     return np.concatenate([at, narrow, *(np.nextafter(narrow, np.float32(end)) for end in (-np.inf, np.inf))])
 
 
-def label_or_none(model: Model, transaction: Transaction) -> int | None:
+def label_or_none(model: Served, transaction: Transaction) -> int | None:
     try:
-        return score(model, [transaction])[0].label
-    except Poison:
+        return answers(model, [transaction])[0][0]
+    except ValueError:
         return None
 
 

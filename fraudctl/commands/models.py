@@ -1,18 +1,19 @@
-"""The commands train, promote and rollback."""
+"""The commands train, promote, rollback and models check."""
 
 import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fraudctl.call import refusing
-from fraudctl.cli import Commands, console
+from fraudctl.call import CallError, refusing
+from fraudctl.cli import Commands, console, say
 
 if TYPE_CHECKING:
-    from shared.settings import RegistrySettings
+    from services.predictor.settings import ModelSettings
     from training.aliases import Alias
 
 commands = Commands()
+check_commands = Commands(help="Check model versions.")
 
 _PATIENT_S = 60.0  # a registry that has just been started takes many seconds for its first response
 
@@ -93,16 +94,49 @@ def promote(
 
     Shows a comparison with the version that had the alias before.
     """
-    of = _alias(_settings(name, alias, tracking_uri))
+    settings = _settings(name, alias, tracking_uri)
+    of = _alias(settings)
 
     from fraudctl import models
     from services.predictor.model import UnusableModel
     from training.aliases import NoSuchVersion
 
     with refusing(NoSuchVersion, UnusableModel):
-        candidate, champion = models.promote(of, version)
-    console.print(models.comparison(candidate, champion))
+        candidate, champion = models.promote(settings, of, version)
+    console.print(models.comparison(*filter(None, (champion, candidate))))
     console.print(f"{of.name} version {version} is now {of.alias}")
+
+
+@check_commands.add("check", "models check 7")
+def check(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Version of the registered model.")],
+    name: ModelName = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Show whether the predictor can serve a version, and compare its predictions with the model's own.
+
+    The exit code is 1 if the version cannot be served, or if predictions differ.
+    """
+    settings = _settings(name, None, tracking_uri)
+
+    from fraudctl import models
+    from training import aliases
+
+    if not aliases.exists(_alias(settings), version):
+        raise CallError(f"{settings.model_name} has no version {version}")
+    found = models.check(settings, version)
+    say(f"interpreter: {found.interpreter}")
+    say(f"packages: {found.packages or 'as it was logged with'}")
+    if found.refused:
+        say(f"refused: {found.refused}")
+        raise typer.Exit(1)
+    say("the predictor can serve it")
+    trials = [each for each in (found.own, found.served) if each]
+    console.print(models.comparison(*trials))
+    if found.no_own:
+        say(f"not compared with its own predictions: {found.no_own}")
+    if len(trials) == 2 and (trials[0].predictions != trials[1].predictions).any():
+        raise typer.Exit(1)
 
 
 @commands.add("rollback", "rollback")
@@ -117,22 +151,23 @@ def rollback(name: ModelName = None, alias: ModelAlias = None, tracking_uri: Tra
     console.print(f"{of.name} version {version} is {of.alias} again")
 
 
-def _settings(name: str | None, alias: str | None, tracking_uri: str | None) -> "RegistrySettings":
+def _settings(name: str | None, alias: str | None, tracking_uri: str | None) -> "ModelSettings":
     """Return the settings. An option that is given overrides the corresponding setting.
 
     Also limits MLflow's retries and output.
     """
-    from shared.settings import RegistrySettings, load
+    from services.predictor.settings import ModelSettings
+    from shared.settings import load
 
     options = {"mlflow_tracking_uri": tracking_uri, "model_name": name, "model_alias": alias}
-    settings = load(RegistrySettings, **{option: value for option, value in options.items() if value})
+    settings = load(ModelSettings, **{option: value for option, value in options.items() if value})
     settings.set_up_mlflow()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     return settings
 
 
-def _alias(settings: "RegistrySettings") -> "Alias":
+def _alias(settings: "ModelSettings") -> "Alias":
     from training.aliases import Alias
 
     return Alias(settings.mlflow_tracking_uri, settings.model_name, settings.model_alias)

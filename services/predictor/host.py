@@ -235,10 +235,14 @@ def load(request: Load) -> tuple[Served, str]:
     from mlflow.models import Model
 
     logged = Model.load(request.folder)
-    estimator = _estimator(request.folder, logged)
+    return serve(_estimator(request.folder, logged), logged.signature, request)
+
+
+def serve(estimator: Any, signature: Any, request: Load) -> tuple[Served, str]:
+    """Find out how the estimator is to be asked. Returns the same as `load`, and raises Unusable."""
     _use_one_thread(estimator)
-    names = _names(estimator, logged.signature, request.columns)
-    served = _first_that_works(estimator, names, _types(logged.signature), request)
+    names = _names(estimator, signature, request.columns)
+    served = _first_that_works(estimator, names, _types(signature), request)
     if not request.compiled:
         return served, ""
     try:
@@ -463,12 +467,14 @@ def _first_that_works(estimator: Any, names: Sequence[str], types: Mapping[str, 
 
     A signature does not say which columns had the data type `category` of pandas.
     """
-    text = {name for name in names if request.columns[name] == "str"}
+    text = {
+        name for name in names if request.columns[name] == "str" and _TYPES.get(types.get(name, "any")) in (None, str)
+    }
     first = _categorical(estimator) & set(names)
     problems = []
     for categorical in dict.fromkeys(map(frozenset, (first, set(), text))):
         columns = [
-            _column(name, "category" if name in categorical else types.get(name, "any"), request.columns[name])
+            column_of(name, "category" if name in categorical else types.get(name, "any"), request.columns[name])
             for name in names
         ]
         as_array = _takes_arrays(estimator, columns, request.columns)
@@ -512,7 +518,7 @@ def _categorical(estimator: Any) -> set[str]:
     return set()
 
 
-def _column(name: str, kind: str, source: str) -> Column:
+def column_of(name: str, kind: str, source: str) -> Column:
     """Make a column that casts the values of a transaction's column as MLflow's server does.
 
     `kind` is a type of the signature, or `category`. `source` is the type in a transaction: int, float or str. Unlike
@@ -538,11 +544,11 @@ def _column(name: str, kind: str, source: str) -> Column:
 def _numbers(values: list[Any], target: Any) -> Any:
     if isinstance(values[0], str):
         return _pandas().Series(values).astype(target)
-    wide = np.array(values)
+    whole = isinstance(values[0], int) and target in (np.int64, np.int32)
+    wide = np.array(values, dtype=np.int64 if whole else np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         narrow = wide.astype(target)
-    integers = narrow.dtype.kind == "i" and wide.dtype.kind in "iuO"
-    if (integers and (narrow != wide).any()) or not np.isfinite(narrow).all():
+    if (whole and (narrow != wide).any()) or not np.isfinite(narrow).all():
         raise OverflowError
     return narrow
 
@@ -576,9 +582,7 @@ def _takes_arrays(estimator: Any, columns: Sequence[Column], types: Mapping[str,
 
 def _compiled(served: Served, request: Load) -> Served:
     """Return the model with compiled trees. Raises an exception if that is impossible, or would change its scores."""
-    compiled = ModuleType("compiled")
-    compiled.__file__ = str(Path(__file__).with_name("compiled.py"))
-    importlib.machinery.SourceFileLoader("compiled", compiled.__file__).exec_module(compiled)
+    compiled = _module(Path(__file__).with_name("compiled.py"))
     estimator = compiled.Compiled(served.estimator, threshold=0.5 if request.threshold is None else request.threshold)
     fast = Served(estimator, served.columns, request.columns, threshold=request.threshold, as_array=served.as_array)
     wanted, found = served.score(request.rows), fast.score(request.rows)
@@ -589,6 +593,14 @@ def _compiled(served: Served, request: Load) -> Served:
             f"the compiled model and the original score differently: probabilities differ by up to {difference:.1e}"
         )
     return fast
+
+
+def _module(file: Path) -> ModuleType:
+    """Execute a file of Python, without making it known to the model's imports."""
+    module = ModuleType(file.stem)
+    module.__file__ = str(file)
+    importlib.machinery.SourceFileLoader(file.stem, str(file)).exec_module(module)
+    return module
 
 
 def _final_step(estimator: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from services.predictor.host import LENGTH, Reply, Request
+from services.predictor.host import LENGTH, Reply, Request, Score
 from shared.errors import Outage
 from shared.privacy import without_digits
 
@@ -81,6 +81,7 @@ class Host:
         self._received = bytearray()
         self._deadline = 0.0  # monotonic time
         self._seconds = 0.0
+        self._grace_s = 0.0
         self.busy = False  # whether a request has not been answered
 
     def ask(self, request: Request) -> Reply:
@@ -101,6 +102,7 @@ class Host:
         self._unsent = memoryview(LENGTH.pack(len(body)) + body)
         self._received.clear()
         self._seconds = request.seconds
+        self._grace_s = _GRACE_S if isinstance(request, Score) else 0.0
         self._deadline = time.monotonic() + request.seconds
         self.busy = True
 
@@ -134,7 +136,7 @@ class Host:
             if now >= until:
                 return None
             if self._shutdown.is_set():
-                ends = ends or now + _GRACE_S
+                ends = ends or now + self._grace_s
                 if now >= ends:
                     self.end()
                     raise Outage("the model did not answer before the end")

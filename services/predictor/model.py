@@ -2,6 +2,7 @@
 
 import gzip
 import random
+import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _TYPES = {name: type(getattr(REFERENCE, name)).__name__ for name in FEATURES}
 _PIECE = 32  # rows
 _MOST_DEATHS = 20  # of a model's process, in one batch
 _ROWS_A_BATCH = 1000  # for which the time of `Allowance.batch_s` is meant
+_MOST_TRIAL_S = 2.0  # for each way to try a model, unless a single batch takes longer
 _SAME = 1e-9  # the largest accepted difference between two probabilities of the same row
 _SAME_IN_FLOAT32 = 1e-6  # the same for a model that computes with 32 bits
 _MOST_REASON = 1500  # characters
@@ -250,9 +252,13 @@ class Model:
         rows = recorded()
         together = self._tried(rows, "all at once")
         for how, batches in _ways(len(rows)):
-            numbers = [number for batch in batches for number in batch]
-            found = [each for batch in batches for each in self._tried([rows[number] for number in batch], how)]
-            expected = [together[number] for number in numbers]
+            found, expected = [], []
+            until = time.monotonic() + _MOST_TRIAL_S
+            for batch in batches:
+                found += self._tried([rows[number] for number in batch], how)
+                expected += [together[number] for number in batch]
+                if time.monotonic() > until:
+                    break
             labels = sum(one.label != other.label for one, other in zip(found, expected, strict=True))
             apart = max(
                 abs((one.probability or 0.0) - (other.probability or 0.0))

@@ -10,7 +10,8 @@ import re
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
@@ -27,6 +28,7 @@ from mlflow.tracking import MlflowClient
 from services.predictor import packages
 from services.predictor.hosted import Allowance
 from services.predictor.model import Logged, Model, UnusableModel
+from services.predictor.settings import ModelSettings
 from shared.errors import Outage, SettingsError
 from shared.network import why_unreachable
 from shared.privacy import without_credentials
@@ -50,32 +52,22 @@ class Found(NamedTuple):
 class Registry:
     """The versions of the registered model `name`. Loaded versions are cached on disk."""
 
-    def __init__(
-        self,
-        *,
-        tracking_uri: str,
-        name: str,
-        cache: Path,
-        compiled: bool,
-        python: str | None = None,
-        allowance: Allowance = Allowance(),  # noqa: B008 - immutable
-        shutdown: Event | None = None,
-    ) -> None:
-        """A model is loaded by this interpreter or by `python`, whichever has the packages that the model needs.
+    def __init__(self, settings: ModelSettings, *, cache: Path, compiled: bool, shutdown: Event | None = None) -> None:
+        """If `compiled`, the trees of models are compiled. If `shutdown` is set, loading a model ends with an Outage.
 
-        Raises SettingsError if the folder `cache` is not writable, unless the reason is a full disk, or if there is no
-        `python`.
+        Raises SettingsError if the folder `cache` is not writable, unless the reason is a full disk, or if MODEL_PYTHON
+        is not there.
         """
-        self.name = name
-        self._python = python
-        self._allowance = allowance
-        self._address = without_credentials(tracking_uri)
+        self.name = settings.model_name
+        self._python = settings.model_python
+        self._allowance = Allowance(settings.model_load_seconds, settings.model_batch_seconds, settings.model_memory_mb)
+        self._address = without_credentials(settings.mlflow_tracking_uri)
         self._compiled = compiled
         self._shutdown = shutdown
-        self._cache = cache / hashlib.sha256(name.encode()).hexdigest()[:16]
-        mlflow.set_tracking_uri(tracking_uri)
-        if python and not os.access(python, os.X_OK):
-            raise SettingsError(f"MODEL_PYTHON: {python} is not a program")
+        self._cache = cache / hashlib.sha256(self.name.encode()).hexdigest()[:16]
+        mlflow.set_tracking_uri(settings.mlflow_tracking_uri)
+        if self._python and not os.access(self._python, os.X_OK):
+            raise SettingsError(f"MODEL_PYTHON: {self._python} is no program that can be run")
         try:
             self._cache.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._cache).close()
@@ -103,9 +95,20 @@ class Registry:
 
         Raises Outage if the version cannot be fetched, and UnusableModel if it cannot be served.
         """
+        with self._fetched(found) as folder:
+            return self._read(folder, found.version)
+
+    def interpreter(self, found: Found) -> packages.Interpreter:
+        """Return the interpreter that loads the version, and how its packages differ. Raises Outage."""
+        with self._fetched(found) as folder:
+            return packages.closest(folder, self._python)
+
+    @contextmanager
+    def _fetched(self, found: Found) -> Iterator[Path]:
+        """Yield the folder with the version's files. Raises Outage if they cannot be fetched."""
         folder = self._folder(found)
-        try:
-            with tempfile.TemporaryDirectory() as uncached:
+        with tempfile.TemporaryDirectory() as uncached:
+            try:
                 try:
                     if not _intact(folder):
                         self._fetch(found.version, folder)
@@ -114,11 +117,9 @@ class Registry:
                         raise
                     log.warning("model_not_kept", folder=str(self._cache), reason=str(error.strerror).lower())
                     folder = Path(_download(self.name, found.version, uncached))
-                return self._read(folder, found.version)
-        except (Outage, UnusableModel):
-            raise
-        except Exception as error:  # raised by MLflow, its HTTP client or an artifact store
-            raise self._outage(f"cannot fetch version {found.version} of the model {self.name}", error) from None
+            except Exception as error:  # raised by MLflow, its HTTP client or an artifact store
+                raise self._outage(f"cannot fetch version {found.version} of the model {self.name}", error) from None
+            yield folder
 
     def last_good(self, alias: str) -> tuple[Found, Model] | None:
         """Load the version that `keep` recorded for the alias.

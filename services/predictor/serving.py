@@ -9,7 +9,6 @@ from confluent_kafka import Message
 
 from services.predictor.drift import Monitor
 from services.predictor.followed import Followed, keep_up
-from services.predictor.hosted import Allowance
 from services.predictor.model import Model
 from services.predictor.registry import Registry
 from services.predictor.scoring import predict
@@ -47,13 +46,7 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
     )
     settings.set_up_mlflow()
     registry = Registry(
-        tracking_uri=settings.mlflow_tracking_uri,
-        name=settings.model_name,
-        cache=settings.model_cache_directory,
-        compiled=settings.compiled_scoring,
-        python=settings.model_python,
-        allowance=Allowance(settings.model_load_seconds, settings.model_batch_seconds, settings.model_memory_mb),
-        shutdown=shutdown,
+        settings, cache=settings.model_cache_directory, compiled=settings.compiled_scoring, shutdown=shutdown
     )
     champion = Followed(registry, settings.model_alias, required=True)
     challenger = Followed(registry, "challenger", required=False)

@@ -7,7 +7,22 @@ from pydantic import Field
 from shared.settings import DeliveryGuarantee, RegistrySettings, StreamSettings
 
 
-class PredictorSettings(StreamSettings, RegistrySettings):
+class ModelSettings(RegistrySettings):
+    """The settings of whatever loads models."""
+
+    model_python: str | None = Field(
+        None,
+        description="Python interpreter with other packages, which loads the models that were logged with these; "
+        "the image has one if it was built with MODEL_REQUIREMENTS",
+    )
+    model_load_seconds: float = Field(120.0, gt=0, description="Seconds in which a model must be loaded")
+    model_batch_seconds: float = Field(
+        10.0, gt=0, description="Seconds in which a model must score a batch of up to a thousand transactions"
+    )
+    model_memory_mb: int = Field(2048, ge=256, description="Memory in MB that a model's process may use for its data")
+
+
+class PredictorSettings(StreamSettings, ModelSettings):
     """The settings of the predictor."""
 
     predictor_group: str = Field("predictor", min_length=1, description="Name of the consumer group that reads topic_1")
@@ -25,16 +40,6 @@ class PredictorSettings(StreamSettings, RegistrySettings):
     compiled_scoring: bool = Field(
         True, description="Whether to compile tree models; compiling speeds up scoring and never changes a label"
     )
-    model_python: str | None = Field(
-        None,
-        description="Python interpreter with other packages, which loads the models that were logged with these; "
-        "the image has one if it was built with MODEL_REQUIREMENTS",
-    )
-    model_load_seconds: float = Field(120.0, gt=0, description="Seconds in which a model must be loaded")
-    model_batch_seconds: float = Field(
-        10.0, gt=0, description="Seconds in which a model must score a batch of up to a thousand transactions"
-    )
-    model_memory_mb: int = Field(2048, ge=256, description="Memory in MB that a model's process may use for its data")
     model_cache_directory: Path = Field(
         Path("models"),
         description="Folder in which the last good models are cached; keep it when the container is replaced",

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import make_transactions
+from served import answers, made
 from sklearn.ensemble import (
     ExtraTreesClassifier,
     GradientBoostingClassifier,
@@ -18,15 +19,15 @@ from sklearn.ensemble import (
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier
-from structlog.testing import capture_logs
 
-from services.predictor import compiled
+from services.predictor import compiled, host
 from services.predictor.compiled import Compiled
-from services.predictor.model import Model, UnusableModel, make_model, recorded, score
-from shared.errors import Poison
-from shared.records import Transaction
+from services.predictor.host import Served
+from services.predictor.model import recorded
+from shared.records import Transaction, read_topic_1
 
 COLUMNS = ["amt", "lat", "long", "city_pop", "unix_time"]
+RECORDED = [row for line in recorded() for row in read_topic_1(line).transactions]
 
 
 def rows_of(transactions: Sequence[Transaction]) -> np.ndarray:
@@ -35,7 +36,7 @@ def rows_of(transactions: Sequence[Transaction]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def training() -> tuple[np.ndarray, np.ndarray]:
-    rows = rows_of(recorded())
+    rows = rows_of(RECORDED)
     return rows, (rows[:, 0] * np.sin(rows[:, 4]) > 20).astype(int)
 
 
@@ -50,10 +51,10 @@ def converting_once(converted: dict[bytes, bytes], monkeypatch: pytest.MonkeyPat
     """Convert the same trees once: each conversion is a process that imports scikit-learn."""
     genuine = compiled._convert
 
-    def convert(trees: Any, graph: IO[bytes], shutdown: Any) -> None:
+    def convert(trees: Any, graph: IO[bytes]) -> None:
         known = pickle.dumps(trees)
         if known not in converted:
-            genuine(trees, graph, shutdown)
+            genuine(trees, graph)
             graph.seek(0)
             converted[known] = graph.read()
         graph.seek(0)
@@ -63,16 +64,21 @@ def converting_once(converted: dict[bytes, bytes], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compiled, "_convert", convert)
 
 
-def model_of(estimator: Any, *, compiled: bool = True, **metadata: Any) -> Model:
-    return make_model(
-        name="fraud",
-        version="1",
-        estimator=estimator,
-        columns=COLUMNS,
-        metadata=metadata,
-        logged_at=0,
-        compiled=compiled,
-    )
+@pytest.fixture(autouse=True)
+def _this_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module that these tests break is the one that is used: a model's process loads the file by itself."""
+    monkeypatch.setattr(host, "_module", lambda _: compiled)
+
+
+def model_of(estimator: Any, *, compiled: bool = True, **metadata: Any) -> Served:
+    return made(estimator, COLUMNS, compiled=compiled, **metadata)[0]
+
+
+def not_compiled(estimator: Any) -> str:
+    """Why it is served as it is."""
+    model, reason = made(estimator, COLUMNS, compiled=True)
+    assert model.estimator is estimator
+    return reason
 
 
 @pytest.mark.usefixtures("converting_once")
@@ -99,10 +105,10 @@ def test_what_is_compiled_answers_as_the_model_does(
 
     assert isinstance(fast.estimator, Compiled)
     assert not isinstance(own.estimator, Compiled)
-    ours, theirs = score(fast, batch), score(own, batch)
-    assert [each.label for each in ours] == [each.label for each in theirs]
-    assert {each.label for each in ours} == {0, 1}
-    assert [each.probability for each in ours] == pytest.approx([each.probability for each in theirs], abs=1e-6)
+    ours, theirs = answers(fast, batch), answers(own, batch)
+    assert [label for label, _ in ours] == [label for label, _ in theirs]
+    assert {label for label, _ in ours} == {0, 1}
+    assert [chance for _, chance in ours] == pytest.approx([chance for _, chance in theirs], abs=1e-6)
 
 
 @pytest.mark.usefixtures("converting_once")
@@ -112,7 +118,7 @@ def test_a_row_on_the_very_threshold_is_decided_by_the_model(training: tuple[np.
     on_it = sorted(set(forest.predict_proba(rows_of(batch))[:, 1]))[5]
     fast, own = model_of(forest, threshold=on_it), model_of(forest, threshold=on_it, compiled=False)
 
-    assert [each.label for each in score(fast, batch)] == [each.label for each in score(own, batch)]
+    assert [label for label, _ in answers(fast, batch)] == [label for label, _ in answers(own, batch)]
 
 
 @pytest.mark.usefixtures("converting_once")
@@ -122,15 +128,15 @@ def test_a_number_too_large_for_the_model_is_so_for_what_is_compiled(training: t
     transaction.amt = 1e39
 
     for compiled_or_not in (True, False):
-        with pytest.raises(Poison):
-            score(model_of(forest, compiled=compiled_or_not), [transaction])
+        with pytest.raises(ValueError, match="too large"):
+            answers(model_of(forest, compiled=compiled_or_not), [transaction])
 
 
 def test_a_unanimous_forest_is_no_surer_than_sure(training: tuple[np.ndarray, np.ndarray]) -> None:
     rows, labels = training
     forest = RandomForestClassifier(30, random_state=0, bootstrap=False, max_features=None).fit(rows, labels)
 
-    probabilities = [each.probability for each in score(model_of(forest), recorded())]
+    probabilities = [chance for _, chance in answers(model_of(forest), RECORDED)]
 
     assert {0.0, 1.0} <= set(probabilities)
     assert all(probability is not None and 0 <= probability <= 1 for probability in probabilities)
@@ -142,10 +148,9 @@ def test_columns_in_another_order_than_they_were_learnt_are_not_mixed_up(
     rows, labels = training
     forest = RandomForestClassifier(20, random_state=0).fit(pd.DataFrame(rows, columns=COLUMNS), labels)
 
-    with pytest.raises(UnusableModel, match="feature names"):
-        make_model(
-            name="fraud", version="1", estimator=forest, columns=COLUMNS[::-1], metadata={}, logged_at=0, compiled=True
-        )
+    served, _ = made(forest, COLUMNS[::-1])
+
+    assert answers(served, RECORDED) == answers(model_of(forest, compiled=False), RECORDED)
 
 
 @pytest.mark.parametrize(
@@ -166,11 +171,7 @@ def test_what_cannot_be_compiled_is_served_as_it_is(
             Compiled(estimator, threshold=0.5)
         return
 
-    with capture_logs() as logs:
-        model = model_of(estimator)
-
-    assert model.estimator is estimator
-    assert reason in next(line["reason"] for line in logs if line["event"] == "scoring_not_compiled")
+    assert reason in not_compiled(estimator)
 
 
 def test_without_the_extra_the_model_is_served_as_it_is(
@@ -179,10 +180,7 @@ def test_without_the_extra_the_model_is_served_as_it_is(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     forest = RandomForestClassifier(5, random_state=0).fit(*training)
 
-    with capture_logs() as logs:
-        assert model_of(forest).estimator is forest
-
-    assert "onnxruntime is not installed" in str(logs)
+    assert "onnxruntime is not installed" in not_compiled(forest)
 
 
 @pytest.mark.parametrize(
@@ -195,10 +193,7 @@ def test_a_conversion_that_dies_leaves_the_model_as_it_is(
     monkeypatch.setattr(compiled.sys, "executable", interpreter)
     forest = RandomForestClassifier(5, random_state=0).fit(*training)
 
-    with capture_logs() as logs:
-        assert model_of(forest).estimator is forest
-
-    assert reason in str(logs)
+    assert reason in not_compiled(forest)
 
 
 def test_a_conversion_that_takes_too_long_leaves_the_model_as_it_is(
@@ -207,10 +202,7 @@ def test_a_conversion_that_takes_too_long_leaves_the_model_as_it_is(
     monkeypatch.setattr(compiled, "_CONVERSION_TIMEOUT_S", 0.05)
     forest = RandomForestClassifier(5, random_state=0).fit(*training)
 
-    with capture_logs() as logs:
-        assert model_of(forest).estimator is forest
-
-    assert "conversion took more than 0.05 s" in str(logs)
+    assert "conversion took more than 0.05 s" in not_compiled(forest)
 
 
 @pytest.mark.usefixtures("converting_once")
@@ -221,10 +213,7 @@ def test_a_forest_too_large_for_a_container_is_served_as_it_is(
     nodes = sum(tree.tree_.node_count for tree in forest.estimators_)
     monkeypatch.setattr(compiled, "_MAX_NODES", nodes - 1)
 
-    with capture_logs() as logs:
-        assert model_of(forest).estimator is forest
-
-    assert f"too large: {nodes} nodes" in str(logs)
+    assert f"too large: {nodes} nodes" in not_compiled(forest)
     monkeypatch.setattr(compiled, "_MAX_NODES", nodes)
     assert isinstance(model_of(forest).estimator, Compiled)
 
@@ -237,13 +226,12 @@ def test_what_would_answer_otherwise_is_not_served(
     forest = RandomForestClassifier(5, random_state=0).fit(*training)
     genuine = compiled._compile
 
-    def skewed(trees: Any, shutdown: Any) -> Any:
-        run = genuine(trees, shutdown)
+    def skewed(trees: Any) -> Any:
+        run = genuine(trees)
         return lambda rows: run(rows) + np.array([-off_by, off_by])
 
     monkeypatch.setattr(compiled, "_compile", skewed)
 
-    with capture_logs() as logs:
-        assert model_of(forest).estimator is forest
-
-    assert "the compiled model and the original score differently: probabilities differ by up to" in str(logs)
+    assert "the compiled model and the original score differently: probabilities differ by up to" in not_compiled(
+        forest
+    )

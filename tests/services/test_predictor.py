@@ -342,7 +342,7 @@ class NeedsMore:
     ("model", "reason"),
     [
         pytest.param(NeedsMore(), "needs a_package_of_theirs, which is not installed here", id="a package is missing"),
-        pytest.param(Fussy(label=7), "labels that are neither zero nor one", id="it does not answer 0 or 1"),
+        pytest.param(Fussy(label=7), "a label that is neither 0 nor 1: 7", id="it does not answer 0 or 1"),
         pytest.param(Fussy(refuses=[REFERENCE.amt]), "fails on the recorded transactions", id="it raises"),
     ],
 )
@@ -538,7 +538,7 @@ def test_a_version_that_does_not_load_never_takes_the_place_of_the_last_good_one
 
     process = rig.start("predictor")
 
-    assert process.said("could not convert string to float")
+    assert process.said("logged with the threshold 'high', which is no number in (0, 1]")
     assert process.said(f"version='{version}'")
 
 
