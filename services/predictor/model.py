@@ -297,9 +297,9 @@ def _ways(rows: int) -> list[tuple[str, list[list[int]]]]:
     return [
         ("in reverse order", [numbers[::-1]]),
         ("shuffled", [shuffled]),
-        ("in batches of 10", [numbers[start : start + 10] for start in range(0, rows, 10)]),
-        ("in batches of 2", [shuffled[start : start + 2] for start in range(0, rows // 10, 2)]),
-        ("one at a time", [[number] for number in shuffled[-rows // 10 :]]),
+        ("in batches of 10", [shuffled[start : start + 10] for start in range(0, rows // 2, 10)]),
+        ("in batches of 2", [shuffled[start : start + 2] for start in range(0, rows // 20, 2)]),
+        ("one at a time", [[number] for number in shuffled[: rows // 20]]),
     ]
 
 
