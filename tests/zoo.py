@@ -187,8 +187,8 @@ def lightgbm_of_categories(name: str, _: Path) -> Kept:
         return given.assign(**{each: pd.Categorical(its, known[each]) for each, its in kept.items()})
 
     model = LGBMClassifier(n_estimators=20, verbose=-1).fit(cast(rows[columns]), fraud)
-    _log(mlflow.lightgbm, model, name, infer_signature(rows[columns].head()))
-    return Kept(by_chance(model, columns, None, cast))
+    _log(mlflow.lightgbm, model, name, infer_signature(rows[columns].head()), threshold=0.05)
+    return Kept(by_chance(model, columns, 0.05, cast))
 
 
 def lightgbm_booster(name: str, _: Path) -> Kept:

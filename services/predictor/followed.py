@@ -177,11 +177,16 @@ class Followed:
         )
 
     def _end_probation(self) -> None:
-        """End the model before, if the new one has scored enough."""
+        """End the model before if the new one has scored enough, or the new one if it hangs."""
         model, before = self._serving
+        if model is None or before is None:
+            return
+        if model.overdue:  # and no other batch has come in which this would show
+            self._refuse(model, before, "it does not answer")
+            return
         lasted_s = time.monotonic() - self._began
         enough = lasted_s > _PROBATION_S and self._rows >= _PROBATION_ROWS
-        if model is None or before is None or not (enough or lasted_s > _LONGEST_PROBATION_S):
+        if not (enough or lasted_s > _LONGEST_PROBATION_S):
             return
         with self._lock:
             if self._serving != (model, before):

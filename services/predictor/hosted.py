@@ -141,6 +141,11 @@ class Host:
                     self.end()
                     raise Outage("the model did not answer before the end")
 
+    @property
+    def overdue(self) -> bool:
+        """Whether a request has not been answered in time. Any thread may ask."""
+        return self.busy and time.monotonic() > self._deadline
+
     def end(self) -> None:
         """End the process, and whatever it has started, at once."""
         with suppress(ProcessLookupError, PermissionError):

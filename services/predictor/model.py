@@ -133,7 +133,7 @@ class Model:
             try:
                 return self._scored(values)
             except HostFailed as failed:
-                log.error("model_process_failed", version=self.version, reason=str(failed), rows=len(values))
+                log.error("model_failed", version=self.version, reason=str(failed), rows=len(values))
                 self._start_again()
                 alive()
         return self._taken_apart(values, _PIECE, alive, count(1))
@@ -154,6 +154,11 @@ class Model:
     def busy(self) -> bool:
         """Whether something that was begun has not been finished."""
         return self._host.busy
+
+    @property
+    def overdue(self) -> bool:
+        """Whether something that was begun has not been finished in time. Any thread may ask."""
+        return self._host.overdue
 
     def own_answers(self, values: Sequence[bytes]) -> list[Prediction | Poison]:
         """Return what MLflow and the model's library answer by themselves. Raises Poison if they cannot."""
@@ -215,7 +220,8 @@ class Model:
         """Score the rows. If the model raises, find the rows that it raises for. Raises HostFailed and Outage."""
         try:
             return self._ask(values)
-        except Poison:
+        except Poison as poison:
+            log.warning("model_failed", version=self.version, reason=str(poison), rows=len(values))
             self.check([encode_transaction(REFERENCE)])
             return isolate(values, self._ask)
 
@@ -243,8 +249,11 @@ class Model:
                 self._start_again()
                 self.check([encode_transaction(REFERENCE)])
                 alive()
-                reason = f"this row ended the model's process: {failed}"
-                found += [Poison(reason)] if len(piece) == 1 else self._taken_apart(piece, 1, alive, deaths)
+                if len(piece) > 1:
+                    found += self._taken_apart(piece, 1, alive, deaths)
+                else:
+                    log.error("model_failed", version=self.version, reason=str(failed), rows=1)
+                    found.append(Poison(f"this row ended the model's process: {failed}"))
         return found
 
     def _try(self) -> None:
