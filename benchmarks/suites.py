@@ -11,7 +11,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from rich.console import Console
 
-from benchmarks import flood, growth, idle, latency, loop, predictor, sink, stages, swap
+from benchmarks import flood, growth, idle, latency, loop, misbehaving, predictor, sink, stages, swap
 from benchmarks.guard import GUARD, guarded
 from benchmarks.load import Bench, Suite
 from benchmarks.measure import Section
@@ -36,6 +36,7 @@ APACHE: dict[str, Suite] = {
     "latency": lambda bench, rounds: latency.latencies(bench, rounds=rounds, rates=(100, 500, 2000, 5000), seconds=12),
     "flood": lambda bench, rounds: flood.flood(bench, rounds=rounds, frauds=5000),
     "swaps": lambda bench, rounds: swap.swaps(bench, rounds=rounds, rate=2000, moves=20),
+    "misbehaving": lambda bench, rounds: misbehaving.misbehaving(bench, rounds=rounds, rate=500),
     "catching-up": lambda bench, rounds: latency.catching_up(bench, rounds=rounds, rows=360_000),
     "idle": lambda bench, rounds: idle.idle(bench, rounds=rounds, seconds=10),
     "partitions": lambda bench, rounds: growth.with_partitions(bench, rounds=rounds, rows=100_000),

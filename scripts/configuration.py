@@ -81,6 +81,12 @@ _AROUND = {
             "",
             "Debian packages that the packages in `EXTRA_PACKAGES` need, such as `libgomp1`",
         ),
+        Variable(
+            "MODEL_REQUIREMENTS",
+            "text",
+            "",
+            "Packages for an environment in which models run that need other versions, such as `scikit-learn==1.5.2`",
+        ),
     ),
     "Read by the local stack, the tests and the benchmarks": (
         Variable("KAFKA_HOME", "path", "", "Folder of an installed Apache Kafka; if not set, Kafka is downloaded once"),

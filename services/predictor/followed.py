@@ -44,7 +44,8 @@ class Followed:
         self._serving: tuple[Model | None, Model | None] = (None, None)
         self._before: Found | None = None  # what the model before was found as
         self._began = 0.0  # monotonic time at which the probation began
-        self._rows = 0  # scored in probation
+        self._rows = 0  # that the new model has scored in probation
+        self._slow = False  # whether it was slow in probation
         self._lock = Lock()  # two threads replace models: the one that looks, and the one that scores
 
     @property
@@ -100,7 +101,7 @@ class Followed:
         with self._lock:
             current, before = self._serving
             self._before, self._found, self._refused = self._found, found, None
-            self._began, self._rows = time.monotonic(), 0
+            self._began, self._rows, self._slow = time.monotonic(), 0, False
             on_probation = self._required and current is not None
             self._serve(model, current if on_probation else None)
         for ended in (before, None if on_probation else current):
@@ -140,7 +141,6 @@ class Followed:
     def _on_probation(
         self, model: Model, before: Model, values: Sequence[bytes], alive: Callable[[], object]
     ) -> tuple[Model, Results]:
-        self._rows += len(values)
         try:
             if model.busy and model.finish(0.0) is None:  # with a batch that the model before has scored
                 return before, before.score(values, alive=alive)
@@ -152,7 +152,13 @@ class Followed:
                 return model, model.score(values, alive=alive)
             self._refuse(model, before, str(problem))
             return before, theirs
-        return (before, before.score(values, alive=alive)) if found is None else (model, found)
+        if found is None:
+            if not self._slow:
+                log.warning("model_slow", version=model.version, seconds=_SLOW_S, scored_by=before.version)
+            self._slow = True
+            return before, before.score(values, alive=alive)
+        self._rows += len(values)
+        return model, found
 
     def end(self) -> None:
         """End the models' processes."""

@@ -647,11 +647,19 @@ def _text(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Answer requests until standard input ends."""
+    """Answer requests until standard input ends, or the predictor does."""
     requests, replies = _take_pipes()
-    decode, encode = msgspec.msgpack.Decoder(Request).decode, msgspec.msgpack.Encoder().encode
     _protect_the_predictor()
     warnings.simplefilter("ignore")
+    try:
+        _answer(requests, replies)
+    finally:
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)  # with whatever the model has started
+
+
+def _answer(requests: BinaryIO, replies: BinaryIO) -> None:
+    decode, encode = msgspec.msgpack.Decoder(Request).decode, msgspec.msgpack.Encoder().encode
     served: Any = None
     loaded: Any = None
     while head := requests.read(LENGTH.size):
@@ -674,7 +682,7 @@ def main() -> None:
             signal.setitimer(signal.ITIMER_REAL, 0)
         body = encode(reply)
         replies.write(LENGTH.pack(len(body)) + body)
-    os.killpg(0, signal.SIGKILL)  # with whatever the model has started
+        replies.flush()
 
 
 def _failure(error: BaseException, request: Request) -> Reply:
@@ -688,7 +696,7 @@ def _failure(error: BaseException, request: Request) -> Reply:
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
     """Return the pipes of requests and replies. What the model reads or prints no longer touches them."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
