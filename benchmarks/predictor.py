@@ -20,7 +20,7 @@ from services.predictor.settings import ModelSettings
 from shared.dead_letters import Limit
 from shared.kafka import topics
 from shared.kafka.clients import consumer
-from shared.records import encode_transaction
+from shared.records import Transaction
 from training import train
 from training.aliases import Alias
 
@@ -84,7 +84,9 @@ def without_kafka(model: Model, messages: Sequence[Message], *, batch_size: int)
     began = time.monotonic()
     for start in range(0, len(messages), batch_size):
         batch = messages[start : start + batch_size]
-        predict(lambda values: (model, model.score(values)), batch, topic="t", group="g", now_ms=0, limit=limit)
+        predict(
+            lambda transactions: (model, model.score(transactions)), batch, topic="t", group="g", now_ms=0, limit=limit
+        )
     return {"rows/s": len(messages) / (time.monotonic() - began)}
 
 
@@ -192,19 +194,19 @@ def logging(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
     """Compare scoring with the compiled forest and with the original forest, in batches of 100 rows."""
-    values = list(map(encode_transaction, backlog(20_000)))
+    transactions = backlog(20_000)
     compiled, own = (load_model(bench, FOREST, compiled=flag) for flag in (True, False))
     found = side_by_side(
-        {"compiled": lambda: _scored(compiled, values), "as it is": lambda: _scored(own, values)},
+        {"compiled": lambda: _scored(compiled, transactions), "as it is": lambda: _scored(own, transactions)},
         rounds=rounds,
     )
-    labels = [[each.label for each in _results(model, values)] for model in (compiled, own)]
+    labels = [[each.label for each in _results(model, transactions)] for model in (compiled, own)]
     for model in (compiled, own):
         model.end()
     gain = found["compiled"]["rows/s"].over(found["as it is"]["rows/s"])
     return Section(
         "Scoring, compiled",
-        f"A random forest of 150 trees scores {len(values):,} rows in batches of 100. "
+        f"A random forest of 150 trees scores {len(transactions):,} rows in batches of 100. "
         "The compiled and the original forest predict "
         + ("the same labels" if labels[0] == labels[1] else "DIFFERENT labels")
         + '. "As it is" means the original forest',
@@ -217,15 +219,15 @@ def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
     )
 
 
-def _scored(model: Model, values: Sequence[bytes]) -> dict[str, float]:
+def _scored(model: Model, transactions: Sequence[Transaction]) -> dict[str, float]:
     began = time.monotonic()
-    for start in range(0, len(values), 100):
-        model.score(values[start : start + 100])
-    return {"rows/s": len(values) / (time.monotonic() - began)}
+    for start in range(0, len(transactions), 100):
+        model.score(transactions[start : start + 100])
+    return {"rows/s": len(transactions) / (time.monotonic() - began)}
 
 
-def _results(model: Model, values: Sequence[bytes]) -> list[Prediction]:
-    return [each for each in model.score(values) if isinstance(each, Prediction)]
+def _results(model: Model, transactions: Sequence[Transaction]) -> list[Prediction]:
+    return [each for each in model.score(transactions) if isinstance(each, Prediction)]
 
 
 def _throughput(quantities: Mapping[str, float]) -> dict[str, float]:

@@ -63,7 +63,7 @@ class Fork:
 
 def use(server: Server) -> None:
     """From now on, hosts are forks."""
-    hosted.launch = server.launch  # type: ignore[assignment]
+    hosted.launch = server.launch
 
 
 def server() -> Server:

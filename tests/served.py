@@ -12,7 +12,7 @@ from mlflow.models import infer_signature
 
 from services.predictor.host import Load, Scored, Served, serve
 from services.predictor.model import recorded
-from shared.records import FEATURES, REFERENCE, Transaction, encode_transaction
+from shared.records import FEATURES, REFERENCE, Transaction
 
 TYPES = {name: type(getattr(REFERENCE, name)).__name__ for name in FEATURES if name != "is_fraud"}
 
@@ -21,15 +21,19 @@ Answer = tuple[int, float | None]
 
 def request(*, threshold: float | None = None, compiled: bool = False, folder: Path | None = None) -> Load:
     """The request to load a model."""
-    rows = b"[%b]" % b",".join([encode_transaction(REFERENCE), *recorded()])
-    return Load(str(folder), TYPES, rows, threshold, compiled, 60.0, 2048)
+    return Load(str(folder), TYPES, columns([REFERENCE, *recorded()]), threshold, compiled, 60.0, 2048)
+
+
+def columns(transactions: Sequence[Transaction]) -> dict[str, list[Any]]:
+    """The values of each column."""
+    return {name: [getattr(each, name) for each in transactions] for name in FEATURES}
 
 
 def made(
-    estimator: Any, columns: Sequence[str] | None = None, *, threshold: float | None = None, compiled: bool = False
+    estimator: Any, names: Sequence[str] | None = None, *, threshold: float | None = None, compiled: bool = False
 ) -> tuple[Served, str]:
     """The estimator as it is served, if its signature has these columns, and why it is not compiled."""
-    signature = infer_signature(frame([REFERENCE])[list(columns)]) if columns else None
+    signature = infer_signature(frame([REFERENCE])[list(names)]) if names else None
     return serve(estimator, signature, request(threshold=threshold, compiled=compiled))
 
 
@@ -38,16 +42,11 @@ def frame(transactions: Sequence[Transaction]) -> pd.DataFrame:
     return pd.DataFrame(list(map(msgspec.structs.asdict, transactions)), columns=list(FEATURES))
 
 
-def values(transactions: Sequence[Transaction]) -> list[bytes]:
-    """The transactions as they are on topic_1."""
-    return list(map(encode_transaction, transactions))
-
-
 def answers(served: Served, transactions: Sequence[Transaction]) -> list[Answer]:
     """What it answers: a label and a probability each. Raises whatever the model raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in a model's own process
-        found = served.score(b"[%b]" % b",".join(values(transactions)))
+        found = served.score(_given(served, transactions))
     assert not found.faults
     return unpacked(found)
 
@@ -62,4 +61,9 @@ def unpacked(found: Scored) -> list[Answer]:
 
 def faults(served: Served, transactions: Sequence[Transaction]) -> Mapping[int, str]:
     """Why it cannot be given some of the transactions."""
-    return served.score(b"[%b]" % b",".join(values(transactions))).faults
+    return served.score(_given(served, transactions)).faults
+
+
+def _given(served: Served, transactions: Sequence[Transaction]) -> list[list[Any]]:
+    all_columns = columns(transactions)
+    return [all_columns[column.name] for column in served.columns]

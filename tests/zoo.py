@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ TEXTS = ["category", "gender", "state"]
 MIXED = [*NUMBERS, *TEXTS]
 ALL = [name for name in FEATURES if name != "is_fraud"]
 
+Cast = Callable[[pd.DataFrame], pd.DataFrame]
 Own = Callable[[pd.DataFrame], tuple[Any, Any]]
 """What the model itself answers to these rows: labels (n,) and probabilities (n,), or None."""
 
@@ -86,8 +87,8 @@ def _log(flavor: Any, model: Any, name: str, signature: Any, threshold: Any = No
         )
 
 
-_cloudpickled = {"serialization_format": "cloudpickle"}
-_sklearn = partial(_log, mlflow.sklearn, **_cloudpickled)
+def _sklearn(model: Any, name: str, signature: Any, threshold: Any = None, **more: Any) -> None:
+    _log(mlflow.sklearn, model, name, signature, threshold, serialization_format="cloudpickle", **more)
 
 
 def _pyfunc(model: Any, name: str, signature: Any, threshold: Any = None, **more: Any) -> None:
@@ -135,7 +136,7 @@ def boosting_of_categories(name: str, _: Path) -> Kept:
 def narrow_numbers(name: str, _: Path) -> Kept:
     """Numbers of 32 bits."""
     rows, fraud = history()
-    cast = lambda given: given.astype(dict.fromkeys(NUMBERS, "float32") | {"city_pop": "int32"})  # noqa: E731
+    cast: Cast = lambda given: given.astype(dict.fromkeys(NUMBERS, "float32") | {"city_pop": "int32"})  # noqa: E731
     model = GradientBoostingClassifier(n_estimators=20, random_state=0).fit(cast(rows[NUMBERS]), fraud)
     _sklearn(model, name, infer_signature(cast(rows[NUMBERS]).head()), threshold=0.2)
     return Kept(by_chance(model, NUMBERS, 0.2, cast))
@@ -168,7 +169,7 @@ def xgboost_of_categories(name: str, _: Path) -> Kept:
     from xgboost import XGBClassifier
 
     rows, fraud = history()
-    cast = lambda given: given.astype({each: pd.CategoricalDtype(sorted(rows[each].unique())) for each in TEXTS})  # noqa: E731
+    cast: Cast = lambda given: given.astype({each: pd.CategoricalDtype(sorted(rows[each].unique())) for each in TEXTS})  # noqa: E731
     model = XGBClassifier(n_estimators=20, enable_categorical=True).fit(cast(rows[MIXED]), fraud)
     _log(mlflow.xgboost, model, name, infer_signature(rows[MIXED].head()))
     return Kept(by_chance(model, MIXED, None, cast))
@@ -200,7 +201,7 @@ def lightgbm_booster(name: str, _: Path) -> Kept:
     _log(mlflow.lightgbm, model, name, infer_signature(rows[NUMBERS].head()), threshold=0.4)
 
     def own(given: pd.DataFrame) -> tuple[Any, Any]:
-        chances = model.predict(given[NUMBERS])
+        chances = np.asarray(model.predict(given[NUMBERS]))
         return chances >= 0.4, chances
 
     return Kept(own)
@@ -223,7 +224,7 @@ def catboost_of_texts(name: str, _: Path) -> Kept:
 
     rows, fraud = history()
     columns = [*MIXED, "zip"]
-    cast = lambda given: given.astype({"zip": str})  # noqa: E731
+    cast: Cast = lambda given: given.astype({"zip": str})  # noqa: E731
     model = CatBoostClassifier(
         iterations=20, verbose=False, allow_writing_files=False, thread_count=1, cat_features=[*TEXTS, "zip"]
     ).fit(cast(rows[columns]), fraud)
@@ -231,7 +232,7 @@ def catboost_of_texts(name: str, _: Path) -> Kept:
     return Kept(by_chance(model, columns, None, cast))
 
 
-class Network(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
+class Network(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
     """A small neural network with 32 bits, which returns a column."""
 
     def __init__(self) -> None:
@@ -256,7 +257,7 @@ def neural_network(name: str, _: Path) -> Kept:
     return Kept(own)
 
 
-class Asked(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
+class Asked(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
     """A model that MLflow alone knows how to ask."""
 
     def __init__(self, answer: Callable[[pd.DataFrame], Any]) -> None:
@@ -285,7 +286,7 @@ def own_columns(name: str, _: Path) -> Kept:
 def both_classes(name: str, _: Path) -> Kept:
     """Probabilities of both classes."""
     rows, _fraud = history()
-    answer = lambda given: np.column_stack([1 - _chance(given), _chance(given)])  # noqa: E731
+    answer: Callable[[pd.DataFrame], Any] = lambda given: np.column_stack([1 - _chance(given), _chance(given)])  # noqa: E731
     _pyfunc(Asked(answer), name, infer_signature(rows[["amt"]].head()), threshold=0.6)
     return Kept(lambda given: (_chance(given) >= 0.6, _chance(given)))
 
@@ -300,7 +301,7 @@ def sorted_answers(name: str, _: Path) -> Kept:
 def sorted_answers_without_index(name: str, _: Path) -> Kept:
     """Answers in the order of the amounts, and nobody can know."""
     rows, _fraud = history()
-    answer = lambda given: _chance(given.sort_values("amt")).to_numpy()  # noqa: E731
+    answer: Callable[[pd.DataFrame], Any] = lambda given: _chance(given.sort_values("amt")).to_numpy()  # noqa: E731
     _pyfunc(Asked(answer), name, infer_signature(rows[["amt"]].head()), 0.6)
     return Kept(refused="depends on the others of a batch")
 
@@ -430,9 +431,9 @@ def model_from_code(name: str, directory: Path) -> Kept:
 def encoder_inside(name: str, _: Path) -> Kept:
     """An encoder that is fitted anew for each batch."""
     rows, fraud = history()
-    encode = lambda given: given.apply(LabelEncoder().fit_transform)  # noqa: E731
+    encode: Callable[[pd.DataFrame], Any] = lambda given: given.apply(LabelEncoder().fit_transform)  # noqa: E731
     model = DecisionTreeClassifier(max_depth=8).fit(encode(rows[TEXTS]), fraud)
-    answer = lambda given: model.predict_proba(encode(given))[:, 1]  # noqa: E731
+    answer: Callable[[pd.DataFrame], Any] = lambda given: model.predict_proba(encode(given))[:, 1]  # noqa: E731
     _pyfunc(Asked(answer), name, infer_signature(rows[TEXTS].head()), threshold=0.1)
     return Kept(refused="depends on the others of a batch")
 
@@ -465,7 +466,7 @@ def only_labels(name: str, _: Path) -> Kept:
 def labels_as_probabilities(name: str, _: Path) -> Kept:
     """Labels of 0.0 and 1.0 beside a threshold."""
     rows, _fraud = history()
-    answer = lambda given: (given["amt"] > 80).astype(float)  # noqa: E731
+    answer: Callable[[pd.DataFrame], Any] = lambda given: (given["amt"] > 80).astype(float)  # noqa: E731
     _pyfunc(Asked(answer), name, infer_signature(rows[["amt"]].head()), threshold=0.5)
     return Kept(refused="it returns only 0 and 1, which are labels")
 

@@ -17,6 +17,7 @@ from services.predictor.model import Ended, Model, Prediction, UnusableModel
 from services.predictor.registry import Found, Registry
 from shared import metrics
 from shared.errors import Outage, Poison
+from shared.records import Transaction
 from shared.retry import OutageLog, retry_outages
 from shared.settings import StreamSettings
 
@@ -122,8 +123,8 @@ class Followed:
                 took_ms=round(1000 * (time.monotonic() - began)),
             )
 
-    def score(self, values: Sequence[bytes], *, alive: Callable[[], object]) -> tuple[Model, Results]:
-        """Score values of topic_1. Returns the model that has scored them, and one result each, as `Model.score` does.
+    def score(self, transactions: Sequence[Transaction], *, alive: Callable[[], object]) -> tuple[Model, Results]:
+        """Score the transactions. Returns the model that has scored them, and one result each, as `Model.score` does.
 
         Raises Outage if there is no model yet, or if the model fails on good transactions, too.
         """
@@ -132,32 +133,32 @@ class Followed:
             if model is None:
                 raise Outage("no model is loaded yet")
             try:
-                if before is None or not values:
-                    return model, model.score(values, alive=alive)
-                return self._on_probation(model, before, values, alive)
+                if before is None or not transactions:
+                    return model, model.score(transactions, alive=alive)
+                return self._on_probation(model, before, transactions, alive)
             except Ended:  # another one has just taken its place
                 continue
 
     def _on_probation(
-        self, model: Model, before: Model, values: Sequence[bytes], alive: Callable[[], object]
+        self, model: Model, before: Model, transactions: Sequence[Transaction], alive: Callable[[], object]
     ) -> tuple[Model, Results]:
         try:
             if model.busy and model.finish(0.0) is None:  # with a batch that the model before has scored
-                return before, before.score(values, alive=alive)
-            model.begin(values)
+                return before, before.score(transactions, alive=alive)
+            model.begin(transactions)
             found = model.finish(_SLOW_S)
         except (Poison, HostFailed) as problem:
-            theirs = before.score(values, alive=alive)
+            theirs = before.score(transactions, alive=alive)
             if any(isinstance(each, Poison) for each in theirs):  # perhaps the rows are at fault
-                return model, model.score(values, alive=alive)
+                return model, model.score(transactions, alive=alive)
             self._refuse(model, before, str(problem))
             return before, theirs
         if found is None:
             if not self._slow:
                 log.warning("model_slow", version=model.version, seconds=_SLOW_S, scored_by=before.version)
             self._slow = True
-            return before, before.score(values, alive=alive)
-        self._rows += len(values)
+            return before, before.score(transactions, alive=alive)
+        self._rows += len(transactions)
         return model, found
 
     def end(self) -> None:

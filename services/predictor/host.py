@@ -23,7 +23,6 @@ import struct
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
@@ -42,7 +41,6 @@ _NOT_APPLIED = "the threshold that it was logged with cannot be applied"
 _LONGEST = 500  # characters of an exception's text
 _ALMOST = 1e-6  # how far a probability may be outside of [0, 1] because of rounding
 _TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOSPC})
-_PYTHON_TYPES = {"int": int, "float": float, "str": str}
 # The types of a signature, as MLflow and as NumPy name them
 _TYPES: dict[str, Any] = {
     "long": np.int64,
@@ -80,7 +78,7 @@ class Load(msgspec.Struct, tag=True):
 
     folder: str
     columns: dict[str, str]  # a transaction's columns and their types: int, float or str
-    rows: bytes  # a JSON array of transactions
+    rows: dict[str, list[Any]]  # the values of each column of a transaction
     threshold: float | None  # the lowest probability that counts as fraud
     compiled: bool  # whether to compile the model's trees
     seconds: float  # for this request
@@ -90,12 +88,15 @@ class Load(msgspec.Struct, tag=True):
 class Score(msgspec.Struct, tag=True):
     """Score `rows`. Answered by Scored or Failed."""
 
-    rows: bytes  # a JSON array of transactions
+    rows: list[list[Any]]  # the values of each of the model's columns
     seconds: float  # for this request
 
 
-class Own(Score, tag=True):
+class Own(msgspec.Struct, tag=True):
     """Answer as Score, but let MLflow cast the rows, and call the model as it was logged."""
+
+    rows: dict[str, list[Any]]  # the values of each column of a transaction
+    seconds: float  # for this request
 
 
 class Loaded(msgspec.Struct, tag=True):
@@ -159,55 +160,45 @@ class Served:
         self,
         estimator: Any,
         columns: Sequence[Column],
-        types: Mapping[str, str],
         *,
         threshold: float | None,
         as_array: bool = False,
     ) -> None:
-        """`types` are the types of a transaction's columns: int, float or str.
-
-        Raises Unusable if the model's answers cannot be predictions.
-        """
+        """Raises Unusable if the model's answers cannot be predictions."""
         self.estimator = estimator
         self.columns = columns
         self._threshold = threshold
         self.as_array = as_array
-        names = [column.name for column in columns]
-        row = msgspec.defstruct("Row", [(name, _PYTHON_TYPES[types[name]]) for name in names], gc=False)
-        self._decode = msgspec.json.Decoder(list[row]).decode  # type: ignore[valid-type]
-        self._getters = list(map(attrgetter, names))
         self._classes = _classes(estimator)
         if self._classes is None and threshold is not None and hasattr(estimator, "classes_"):
             raise Unusable(f"it has no predict_proba, so {_NOT_APPLIED}")
 
-    def score(self, text: bytes) -> Scored:
-        """Score the rows of a JSON array of transactions. Raises ValueError, or whatever the model raises."""
-        rows = self._decode(text)
+    def score(self, rows: Sequence[list[Any]]) -> Scored:
+        """Score rows, of which the values of each column are given. Raises ValueError, or whatever the model raises."""
         faults: dict[int, str] = {}
         try:
             given = self._input(rows)
         except Fault as fault:
             faults = fault.rows
-            rows = [row for number, row in enumerate(rows) if number not in faults]
-            given = self._input(rows) if rows else None
-        labels, probabilities = self._ask(given, len(rows)) if rows else (np.zeros(0), None)
+            rows = [[value for number, value in enumerate(column) if number not in faults] for column in rows]
+            given = self._input(rows) if rows[0] else None
+        labels, probabilities = self._ask(given, len(rows[0])) if rows[0] else (np.zeros(0), None)
         for number in sorted(faults):
             labels = np.insert(labels, number, 0)
             probabilities = None if probabilities is None else np.insert(probabilities, number, 0.0)
         return _scored(labels, probabilities, faults)
 
-    def _input(self, rows: Sequence[Any]) -> Any:
+    def _input(self, rows: Sequence[list[Any]]) -> Any:
         """Return the rows as the estimator wants them: an array (n, columns) or a DataFrame. Raises Fault."""
-        values = [list(map(get, rows)) for get in self._getters]
         if self.as_array:
-            return np.array(values, dtype=float).T
+            return np.array(rows, dtype=float).T
         faults: dict[int, str] = {}
         data = {}
-        for column, its_values in zip(self.columns, values, strict=True):
+        for column, values in zip(self.columns, rows, strict=True):
             try:
-                data[column.name] = column.cast(its_values)
+                data[column.name] = column.cast(values)
             except Exception:  # of NumPy or pandas, which names neither the row nor the column
-                faults |= _faults(column, its_values)
+                faults |= _faults(column, values)
         if faults:
             raise Fault(faults)
         return _pandas().DataFrame(data)
@@ -262,7 +253,7 @@ def own_answers(request: Own, loaded: Load) -> Scored:
 
     logged = Model.load(loaded.folder)
     estimator = _estimator(loaded.folder, logged)
-    frame = _pandas().DataFrame(msgspec.json.decode(request.rows))
+    frame = _pandas().DataFrame(request.rows)
     names = _names(estimator, logged.signature, loaded.columns)
     frame = frame[names]
     if logged.signature is not None and logged.signature.inputs is not None:
@@ -478,7 +469,7 @@ def _first_that_works(estimator: Any, names: Sequence[str], types: Mapping[str, 
             for name in names
         ]
         as_array = _takes_arrays(estimator, columns, request.columns)
-        served = Served(estimator, columns, request.columns, threshold=request.threshold, as_array=as_array)
+        served = Served(estimator, columns, threshold=request.threshold, as_array=as_array)
         try:
             _try(served, request)
         except Unusable as error:
@@ -491,7 +482,7 @@ def _first_that_works(estimator: Any, names: Sequence[str], types: Mapping[str, 
 def _try(served: Served, request: Load) -> None:
     """Raises Unusable if the model cannot score the rows, or if what it returns as probabilities are labels."""
     try:
-        scored = served.score(request.rows)
+        scored = served.score(_columns_of(served, request))
     except MemoryError:
         raise
     except Exception as error:
@@ -501,6 +492,10 @@ def _try(served: Served, request: Load) -> None:
     only_predicts = request.threshold is not None and _classes(served.estimator) is None
     if only_predicts and np.isin(np.frombuffer(scored.probabilities or b""), (0, 1)).all():
         raise Unusable(f"it returns only 0 and 1, which are labels, so {_NOT_APPLIED}")
+
+
+def _columns_of(served: Served, request: Load) -> list[list[Any]]:
+    return [request.rows[column.name] for column in served.columns]
 
 
 def _categorical(estimator: Any) -> set[str]:
@@ -584,8 +579,9 @@ def _compiled(served: Served, request: Load) -> Served:
     """Return the model with compiled trees. Raises an exception if that is impossible, or would change its scores."""
     compiled = _module(Path(__file__).with_name("compiled.py"))
     estimator = compiled.Compiled(served.estimator, threshold=0.5 if request.threshold is None else request.threshold)
-    fast = Served(estimator, served.columns, request.columns, threshold=request.threshold, as_array=served.as_array)
-    wanted, found = served.score(request.rows), fast.score(request.rows)
+    fast = Served(estimator, served.columns, threshold=request.threshold, as_array=served.as_array)
+    rows = _columns_of(served, request)
+    wanted, found = served.score(rows), fast.score(rows)
     one, other = (np.frombuffer(each.probabilities or b"") for each in (wanted, found))
     difference = float(np.abs(one - other).max())
     if difference > compiled.TOLERANCE or wanted.labels != found.labels:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -21,7 +22,7 @@ from shared.dead_letters import isolate
 from shared.errors import Outage, Poison
 from shared.privacy import without_digits
 from shared.profile import Profile
-from shared.records import FEATURES, REFERENCE, encode_transaction
+from shared.records import FEATURES, REFERENCE, Transaction, read_topic_1
 from shared.text import one_line
 
 log = structlog.get_logger()
@@ -93,13 +94,14 @@ class Model:
         self._load = Load(
             str(logged.folder),
             {name: _TYPES[name] for name in FEATURES if name != "is_fraud"},
-            _together([encode_transaction(REFERENCE), *recorded()]),
+            dict(zip(FEATURES, _columns([REFERENCE, *recorded()], FEATURES), strict=True)),
             logged.threshold,
             compiled,
             allowance.load_s,
             allowance.memory_mb,
         )
         self._ended = False
+        self._columns: Sequence[str] = ()
         try:
             self._host = self._started()
         except HostFailed as failed:
@@ -119,28 +121,28 @@ class Model:
         return self.logged.version
 
     def score(
-        self, values: Sequence[bytes], *, alive: Callable[[], object] = lambda: None
+        self, transactions: Sequence[Transaction], *, alive: Callable[[], object] = lambda: None
     ) -> list[Prediction | Poison]:
-        """Score the transactions, which are canonical values of topic_1. Returns one result each, in order.
+        """Score the transactions. Returns one result each, in order.
 
         A transaction that the model cannot score, or that ends the model's process, becomes a Poison. If the process
         has ended, it is started again, and the batch is repeated once before it is taken apart; `alive()` is called
         meanwhile. Raises Outage if the model cannot score the reference transaction either, and Ended after `end`.
         """
-        if not values:
+        if not transactions:
             return []
         for _ in range(2):
             try:
-                return self._scored(values)
+                return self._scored(transactions)
             except HostFailed as failed:
-                log.error("model_failed", version=self.version, reason=str(failed), rows=len(values))
+                log.error("model_failed", version=self.version, reason=str(failed), rows=len(transactions))
                 self._start_again()
                 alive()
-        return self._taken_apart(values, _PIECE, alive, count(1))
+        return self._taken_apart(transactions, _PIECE, alive, count(1))
 
-    def begin(self, values: Sequence[bytes]) -> None:
+    def begin(self, transactions: Sequence[Transaction]) -> None:
         """Begin to score without waiting. `finish` must be called until it returns the results."""
-        self._host.send(self._request(values))
+        self._host.send(self._request(transactions))
 
     def finish(self, within_s: float) -> list[Prediction | Poison] | None:
         """Return the results of what was begun, or None if they have not come within this time.
@@ -160,9 +162,10 @@ class Model:
         """Whether something that was begun has not been finished in time. Any thread may ask."""
         return self._host.overdue
 
-    def own_answers(self, values: Sequence[bytes]) -> list[Prediction | Poison]:
+    def own_answers(self, transactions: Sequence[Transaction]) -> list[Prediction | Poison]:
         """Return what MLflow and the model's library answer by themselves. Raises Poison if they cannot."""
-        return _results(self._host.ask(Own(_together(values), self._allowance.load_s)), private=False)
+        rows = dict(zip(FEATURES, _columns(transactions, FEATURES), strict=True))
+        return _results(self._host.ask(Own(rows, self._allowance.load_s)), private=False)
 
     def end(self) -> None:
         """End the process for good."""
@@ -181,6 +184,7 @@ class Model:
         except BaseException:
             host.end()
             raise
+        self._columns = reply.columns
         about = {"model": self.name, "version": self.version}
         if reply.not_compiled:
             log.info("scoring_not_compiled", **about, reason=reply.not_compiled)
@@ -210,44 +214,46 @@ class Model:
         differences = packages.in_words(self._interpreter.differences)
         return f"{reason}; {differences}" if differences else reason
 
-    def _request(self, values: Sequence[bytes]) -> Score:
-        return Score(_together(values), self._allowance.batch_s * max(1.0, len(values) / _ROWS_A_BATCH))
+    def _request(self, transactions: Sequence[Transaction]) -> Score:
+        return Score(
+            _columns(transactions, self._columns), self._allowance.batch_s * max(1.0, len(transactions) / _ROWS_A_BATCH)
+        )
 
-    def _ask(self, values: Sequence[bytes], *, private: bool = True) -> list[Prediction | Poison]:
-        return _results(self._host.ask(self._request(values)), private=private)
+    def _ask(self, transactions: Sequence[Transaction], *, private: bool = True) -> list[Prediction | Poison]:
+        return _results(self._host.ask(self._request(transactions)), private=private)
 
-    def _scored(self, values: Sequence[bytes]) -> list[Prediction | Poison]:
+    def _scored(self, transactions: Sequence[Transaction]) -> list[Prediction | Poison]:
         """Score the rows. If the model raises, find the rows that it raises for. Raises HostFailed and Outage."""
         try:
-            return self._ask(values)
+            return self._ask(transactions)
         except Poison as poison:
-            log.warning("model_failed", version=self.version, reason=str(poison), rows=len(values))
-            self.check([encode_transaction(REFERENCE)])
-            return isolate(values, self._ask)
+            log.warning("model_failed", version=self.version, reason=str(poison), rows=len(transactions))
+            self.check([REFERENCE])
+            return isolate(transactions, self._ask)
 
-    def check(self, values: Sequence[bytes]) -> None:
+    def check(self, transactions: Sequence[Transaction]) -> None:
         """Raise Outage if the model cannot score all of these good transactions, because then it is at fault."""
         try:
-            bad = next((each for each in self._ask(values) if isinstance(each, Poison)), None)
+            bad = next((each for each in self._ask(transactions) if isinstance(each, Poison)), None)
         except (Poison, HostFailed) as error:
             bad = Poison(str(error))
         if bad:
             raise Outage(f"the model fails on the reference transaction: {bad}")
 
     def _taken_apart(
-        self, values: Sequence[bytes], size: int, alive: Callable[[], object], deaths: Iterator[int]
+        self, transactions: Sequence[Transaction], size: int, alive: Callable[[], object], deaths: Iterator[int]
     ) -> list[Prediction | Poison]:
         """Score the rows in pieces. A row that ends the process even alone becomes a Poison."""
         found: list[Prediction | Poison] = []
-        while len(found) < len(values):
-            piece = values[len(found) : len(found) + size]
+        while len(found) < len(transactions):
+            piece = transactions[len(found) : len(found) + size]
             try:
                 found += self._scored(piece)
             except HostFailed as failed:
                 if next(deaths) > _MOST_DEATHS:
                     raise Outage(f"the model's process has ended {_MOST_DEATHS} times in one batch: {failed}") from None
                 self._start_again()
-                self.check([encode_transaction(REFERENCE)])
+                self.check([REFERENCE])
                 alive()
                 if len(piece) > 1:
                     found += self._taken_apart(piece, 1, alive, deaths)
@@ -279,9 +285,9 @@ class Model:
                     f"{how}, {labels} of {len(found)} labels differ, and probabilities by up to {apart:.1e}"
                 )
 
-    def _tried(self, values: Sequence[bytes], how: str) -> list[Prediction]:
+    def _tried(self, transactions: Sequence[Transaction], how: str) -> list[Prediction]:
         try:
-            found = self._ask(values, private=False)
+            found = self._ask(transactions, private=False)
             if bad := next((each for each in found if isinstance(each, Poison)), None):
                 raise bad
         except (HostFailed, Poison) as problem:
@@ -291,12 +297,12 @@ class Model:
 
 
 @cache
-def recorded() -> Sequence[bytes]:
-    """Return several hundred transactions of made-up people, as values of topic_1.
+def recorded() -> Sequence[Transaction]:
+    """Return several hundred transactions of made-up people.
 
     A model is usable only if it can score all of these transactions.
     """
-    return gzip.open(_RECORDED).read().splitlines()
+    return [row for line in gzip.open(_RECORDED) for row in read_topic_1(line).transactions]
 
 
 def _ways(rows: int) -> list[tuple[str, list[list[int]]]]:
@@ -317,8 +323,9 @@ def _accepted(found: Sequence[Prediction]) -> float:
     return _SAME_IN_FLOAT32 if array("d", array("f", probabilities)).tolist() == probabilities else _SAME
 
 
-def _together(values: Sequence[bytes]) -> bytes:
-    return b"[%b]" % b",".join(values)
+def _columns(transactions: Sequence[Transaction], names: Sequence[str]) -> list[list[Any]]:
+    """Return the values of each of these columns."""
+    return [list(map(attrgetter(name), transactions)) for name in names]
 
 
 def _results(reply: Reply, *, private: bool) -> list[Prediction | Poison]:

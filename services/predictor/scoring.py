@@ -14,8 +14,8 @@ from shared.provenance import Provenance, to_headers
 from shared.records import REFERENCE, Transaction, encode_prediction, encode_transaction, read_topic_1
 from shared.stream.flight import Outcome
 
-Score = Callable[[Sequence[bytes]], tuple[Model, Sequence[Prediction | Poison]]]
-"""Scores values of topic_1. Returns the model that has scored them, and one result for each value, in order."""
+Score = Callable[[Sequence[Transaction]], tuple[Model, Sequence[Prediction | Poison]]]
+"""Scores transactions. Returns the model that has scored them, and one result each, in order."""
 
 
 class Seen(NamedTuple):
@@ -60,8 +60,8 @@ def predict(
         in_milliseconds += [rows.in_milliseconds > 0] * len(rows.transactions)
         for row in rows.bad:
             faults[number].append(row.reason)
-    model, results = score(values)
-    limit.check(results, reference=lambda: model.check([encode_transaction(REFERENCE), *recorded()]))
+    model, results = score(transactions)
+    limit.check(results, reference=lambda: model.check([REFERENCE, *recorded()]))
     records, seen = [], []
     for number, transaction, value, milliseconds, result in zip(
         sources, transactions, values, in_milliseconds, results, strict=True

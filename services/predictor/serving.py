@@ -104,7 +104,7 @@ class Scorer:
             self._begin_with(model)
         try:
             predicted = predict(
-                lambda values: self._champion.score(values, alive=self._alive),
+                lambda transactions: self._champion.score(transactions, alive=self._alive),
                 messages,
                 topic=self._settings.topic_2,
                 group=self._settings.predictor_group,

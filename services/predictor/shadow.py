@@ -74,7 +74,7 @@ class Shadow:
         try:
             now_ms, limit = time.time_ns() // 1_000_000, Limit(ratio=1, consecutive=len(messages))
             predicted = predict(
-                lambda values: (model, model.score(values)),
+                lambda transactions: (model, model.score(transactions)),
                 messages,
                 topic=self._topic,
                 group="challenger",

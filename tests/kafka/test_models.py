@@ -42,7 +42,7 @@ def name(apache_rig: Rig, registry: Registry) -> str:
 
 def answers(messages: list[Message]) -> dict[tuple[str, int], tuple[int, float | None]]:
     """The label and the probability of each transaction."""
-    found = {}
+    found: dict[tuple[str, int], tuple[int, float | None]] = {}
     for message in messages:
         prediction = decode_prediction(message.value())
         found[prediction.identity] = prediction.prediction, from_headers(headers(message)).probability

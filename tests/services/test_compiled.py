@@ -24,10 +24,10 @@ from services.predictor import compiled, host
 from services.predictor.compiled import Compiled
 from services.predictor.host import Served
 from services.predictor.model import recorded
-from shared.records import Transaction, read_topic_1
+from shared.records import Transaction
 
 COLUMNS = ["amt", "lat", "long", "city_pop", "unix_time"]
-RECORDED = [row for line in recorded() for row in read_topic_1(line).transactions]
+RECORDED = recorded()
 
 
 def rows_of(transactions: Sequence[Transaction]) -> np.ndarray:

@@ -240,7 +240,7 @@ def test_a_zip_may_be_text_and_a_time_in_seconds_a_time() -> None:
 def test_what_cannot_be_cast_is_a_fault_of_its_row(column: str, kind: str, value: Any) -> None:
     bad = msgspec.structs.replace(REFERENCE, **{column: value})
     good = msgspec.structs.replace(REFERENCE, cc_num=11, merchant="12.5")
-    served = Served(Keeps(), [column_of(column, kind, TYPES[column])], TYPES, threshold=None)
+    served = Served(Keeps(), [column_of(column, kind, TYPES[column])], threshold=None)
 
     found = faults(served, [good, bad, good])
 

@@ -112,7 +112,8 @@ def promote(registry: Registry, name: str, model: Any, threshold: float | None =
 @pytest.fixture
 def name(rig: Rig, registry: Registry) -> str:
     name = f"misbehaving-{uuid.uuid4().hex[:8]}"
-    rig.environment |= {"MLFLOW_TRACKING_URI": registry.uri, "MODEL_NAME": name, "METRICS_PORT": str(free_port())}
+    rig.environment |= QUICK | {"MLFLOW_TRACKING_URI": registry.uri, "MODEL_NAME": name}
+    rig.environment["METRICS_PORT"] = str(free_port())
     return name
 
 
@@ -145,7 +146,7 @@ def refusals(rig: Rig, version: str) -> list[str]:
 
 def test_a_version_that_misbehaves_when_it_is_loaded_is_refused(rig: Rig, registry: Registry, name: str) -> None:
     good = promote(registry, name, AtSomeRows())
-    rig.start("predictor", **QUICK | {"MODEL_LOAD_SECONDS": "4"})
+    rig.start("predictor", MODEL_LOAD_SECONDS="4")
 
     with always_live(rig):
         for number, misdeed in enumerate(MISDEEDS):
@@ -168,7 +169,7 @@ def test_a_version_that_misbehaves_at_its_first_batches_gives_way_to_the_one_bef
             return np.full(len(rows), 0.25)
 
     good = promote(registry, name, Meek())
-    process = rig.start("predictor", **QUICK)
+    process = rig.start("predictor")
     sent: list[Transaction] = []
 
     with always_live(rig):
@@ -200,7 +201,7 @@ def test_a_version_that_misbehaves_at_its_first_batches_gives_way_to_the_one_bef
 
 def test_a_row_that_ends_the_only_version_is_set_aside(rig: Rig, registry: Registry, name: str) -> None:
     promote(registry, name, AtSomeRows())
-    rig.start("predictor", **QUICK)
+    rig.start("predictor")
     bad: dict[str, bytes] = {}
 
     with always_live(rig):
@@ -216,7 +217,7 @@ def test_a_row_that_ends_the_only_version_is_set_aside(rig: Rig, registry: Regis
     assert {each.value() for each in letters} == set(bad.values())
     reasons = {each.value(): dict(headers(each))["dlq-reason"] for each in letters}
     for misdeed, value in bad.items():
-        reason = (reasons[value] or b"").decode()
+        reason = str(reasons[value])
         assert CAUSES[misdeed].replace("3", "#") in reason.replace("3", "#")
     said = [line for line in rig.log("predictor").splitlines() if "event='model_f" in line]
     for misdeed in CAUSES:
@@ -237,7 +238,7 @@ def test_a_model_that_ends_its_process_at_every_row_is_not_taken_out_on_the_rows
             return np.zeros(len(rows)) + 0.25
 
     promote(registry, name, Later())
-    process = rig.start("predictor", **QUICK, BACKOFF_MAX_SECONDS="0.5")
+    process = rig.start("predictor", BACKOFF_MAX_SECONDS="0.5")
     flag.touch()
     batch = make_transactions(50)
     rig.put_transactions(batch)
