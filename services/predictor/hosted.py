@@ -151,6 +151,7 @@ class Host:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self.busy = False
 
     def _write(self) -> bool:
         """Write what fits into the pipe. Returns whether something is left."""

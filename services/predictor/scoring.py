@@ -1,8 +1,8 @@
 """Scores a batch: turns messages from topic_1 into predictions and dead letters."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, overload
 
 from confluent_kafka import Message
 
@@ -62,17 +62,54 @@ def predict(
             faults[number].append(row.reason)
     model, results = score(transactions)
     limit.check(results, reference=lambda: model.check([REFERENCE, *recorded()]))
-    records, seen = [], []
+    scored: list[_Scored] = []
+    seen = []
     for number, transaction, value, milliseconds, result in zip(
         sources, transactions, values, in_milliseconds, results, strict=True
     ):
         if isinstance(result, Poison):
             faults[number].append(str(result))
         else:
-            _, partition, offset = coordinates(messages[number])
-            provenance = Provenance(model.name, model.version, result.probability, now_ms, partition, offset)
-            record = Record(topic, encode_prediction(value, result.label), transaction.key, to_headers(provenance))
-            records.append(record)
+            scored.append(_Scored(messages[number], value, transaction.key, result))
             seen.append(Seen(transaction, result.label == 1, milliseconds))
+
+    def encode(one: _Scored) -> Record:
+        message, value, key, result = one
+        _, partition, offset = coordinates(message)
+        provenance = Provenance(model.name, model.version, result.probability, now_ms, partition, offset)
+        return Record(topic, encode_prediction(value, result.label), key, to_headers(provenance))
+
     dead = [dead_letter(messages[number], "; ".join(reasons), group=group) for number, reasons in faults.items()]
-    return Predicted(Outcome(len(messages), records, dead), seen)
+    return Predicted(Outcome(len(messages), _Encoded(encode, scored), dead), seen)
+
+
+class _Scored(NamedTuple):
+    message: Message
+    value: bytes  # of the transaction, in canonical form
+    key: bytes
+    result: Prediction
+
+
+class _Encoded(Sequence[Record]):
+    """Records that are encoded when they are delivered.
+
+    The thread that delivers one batch thus encodes it while the thread that scores waits for the model's process, which
+    scores the next batch.
+    """
+
+    def __init__(self, encode: Callable[[_Scored], Record], scored: Sequence[_Scored]) -> None:
+        self._encode = encode
+        self._scored = scored
+
+    def __len__(self) -> int:
+        return len(self._scored)
+
+    def __iter__(self) -> Iterator[Record]:
+        return map(self._encode, self._scored)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        return list(self)[index]
