@@ -317,10 +317,10 @@ def _in_order(answer: Any, count: int) -> Any:
     """Return a Series or DataFrame in the order of the rows, which are numbered from 0 in its index."""
     if not hasattr(answer, "iloc") or len(answer) != count:
         return answer
-    index = answer.index.to_numpy()
-    if (index == np.arange(count)).all():
+    index, rows = answer.index.tolist(), list(range(count))
+    if index == rows:
         return answer
-    if sorted(index.tolist()) != list(range(count)):
+    if set(index) != set(rows):
         raise ValueError("the model returns predictions with an index that is not the index of the rows")
     return answer.sort_index()
 
@@ -400,10 +400,13 @@ def _estimator(folder: str, logged: Any) -> Any:
 def _classes(estimator: Any) -> list[int] | None:
     """Return the order of the classes 0 and 1 in the result of predict_proba, or None if there is no predict_proba.
 
-    Classes may also be text or truth values. Raises Unusable for other classes than 0 and 1.
+    Classes may also be text or truth values. A model that does not name its classes has them in ascending order. Raises
+    Unusable for other classes than 0 and 1.
     """
-    if not hasattr(estimator, "predict_proba") or not hasattr(estimator, "classes_"):
+    if not hasattr(estimator, "predict_proba"):
         return None
+    if not hasattr(estimator, "classes_"):
+        return [0, 1]
     try:
         classes = np.asarray(estimator.classes_).astype(float).tolist()
     except (TypeError, ValueError):
@@ -683,7 +686,7 @@ def _answer(requests: BinaryIO, replies: BinaryIO) -> None:
 
 def _failure(error: BaseException, request: Request) -> Reply:
     memory = isinstance(error, MemoryError)
-    reason = "it uses more memory than it may" if memory else reason_of(error)
+    reason = "it uses more memory than MODEL_MEMORY_MB allows" if memory else reason_of(error)
     if not isinstance(request, Load):
         return Failed(reason, memory)
     transient = getattr(error, "errno", None) in _TRANSIENT

@@ -160,7 +160,7 @@ class Host:
         except BlockingIOError:
             pass
         except BrokenPipeError:
-            return False  # the end of the other pipe tells the same
+            return False  # the other pipe reports the end
         return bool(self._unsent)
 
     def _read(self) -> bytes | None:

@@ -3,7 +3,7 @@
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -38,7 +38,9 @@ def fraudctl(champion: Alias, tmp_path: Path) -> Fraudctl:
     return run
 
 
-def log_version(champion: Alias, *, amounts: tuple[float, float], columns: str = "amt") -> None:
+def log_version(
+    champion: Alias, *, amounts: tuple[float, float], columns: str = "amt", requirements: Sequence[str] = ()
+) -> None:
     """A version for which the larger amount is a fraud."""
     mlflow.set_tracking_uri(champion.tracking_uri)
     mlflow.set_experiment("compared")
@@ -49,7 +51,7 @@ def log_version(champion: Alias, *, amounts: tuple[float, float], columns: str =
             name="model",
             signature=infer_signature(rows),
             registered_model_name=champion.name,
-            pip_requirements=[],
+            pip_requirements=list(requirements),
             serialization_format="cloudpickle",
         )
 
@@ -89,6 +91,33 @@ def test_a_version_that_cannot_serve_is_refused(champion: Alias, fraudctl: Fraud
     assert reason in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
     assert aliases.bearer(champion) == "1"
+
+
+def test_check_compares_with_the_model_s_own_predictions(champion: Alias, fraudctl: Fraudctl) -> None:
+    log_version(champion, amounts=(10.0, 1000.0))
+
+    checked = fraudctl("models", "check", "1")
+
+    assert checked.returncode == 0, checked.stderr
+    assert "the predictor can serve it" in checked.stdout
+    rows = {line.split("│")[1].strip(): line for line in checked.stdout.splitlines() if line.startswith("│")}
+    assert rows["rows"].count("400") == 2
+    assert rows["different predictions"].split("│")[-2].strip() == "0"
+    assert aliases.bearer(champion) is None
+
+
+def test_check_says_what_is_missing_and_why_a_version_would_be_refused(champion: Alias, fraudctl: Fraudctl) -> None:
+    log_version(champion, amounts=(10.0, 20.0), columns="colour", requirements=["scikit-learn==1.5.2", "colours==3.1"])
+
+    checked = fraudctl("models", "check", "1")
+
+    assert checked.returncode == 1
+    assert "packages: logged with scikit-learn 1.5.2, here 1." in checked.stdout
+    assert 'build with MODEL_REQUIREMENTS="scikit-learn==1.5.2 colours==3.1"' in checked.stdout
+    assert "colours 3.1, here none" in checked.stdout
+    assert "refused: models:/" in checked.stdout
+    assert "it needs columns that transactions do not have: colour" in checked.stdout
+    assert fraudctl("models", "check", "9").stderr == f"fraudctl: {champion.name} has no version 9\n"
 
 
 def test_there_is_no_way_back_from_the_first(champion: Alias, fraudctl: Fraudctl) -> None:

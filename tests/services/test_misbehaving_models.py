@@ -2,12 +2,14 @@
 
 import ctypes
 import os
+import subprocess
 import sys
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -59,7 +61,7 @@ CAUSES = {
     "exit_at_once": "its process ended with exit code 3",
     "segfault": "its process was ended by SIGSEGV",
     "hang": "answer",
-    "take_10_gb": "it uses more memory than it may",
+    "take_10_gb": "it uses more memory than MODEL_MEMORY_MB allows",
     "exit_as_programs_do": "SystemExit: the model has had enough",
     "nan": "does not return a probability: nan",
 }
@@ -227,7 +229,7 @@ def test_a_row_that_ends_the_only_version_is_set_aside(rig: Rig, registry: Regis
 
 
 def test_a_model_that_ends_its_process_at_every_row_is_not_taken_out_on_the_rows(
-    rig: Rig, registry: Registry, name: str, tmp_path: Any
+    rig: Rig, registry: Registry, name: str, tmp_path: Path
 ) -> None:
     flag = tmp_path / "broken"
 
@@ -250,3 +252,16 @@ def test_a_model_that_ends_its_process_at_every_row_is_not_taken_out_on_the_rows
     assert {from_headers(headers(each)).model_version for each in messages} == {version}
     assert len(messages) == len(batch)
     assert not process.said("event='dead_letters'")
+
+
+def test_a_model_s_process_ends_with_the_predictor() -> None:
+    code = (
+        "import time; from services.predictor.hosted import Host\n"
+        "host = Host(); print(host._process.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as predictor:
+        assert predictor.stdout
+        pid = int(predictor.stdout.readline())
+        predictor.kill()
+
+    until(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes())
