@@ -1,6 +1,7 @@
 """Starts the predictor. Sets the environment variables that libraries read, and only then imports the libraries."""
 
 import os
+from functools import partial
 
 from services.predictor.settings import PredictorSettings
 from shared import service
@@ -19,9 +20,13 @@ def main() -> None:
     """Run the predictor. Set the environment first, because the libraries read it when they are imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    from services.predictor.hosted import Host
+
+    spare = Host()  # which imports what models need while this process imports what it needs
+
     from services.predictor.serving import serve
 
-    service.run("predictor", PredictorSettings, serve)
+    service.run("predictor", PredictorSettings, partial(serve, spare=spare))
 
 
 if __name__ == "__main__":

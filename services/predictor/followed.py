@@ -23,7 +23,7 @@ from shared.settings import StreamSettings
 
 log = structlog.get_logger()
 
-_SLOW_S = 0.25  # after which the model before scores a batch
+_SLOW_S = 0.1  # after which the model before scores a batch
 _PROBATION_S = 60.0
 _PROBATION_ROWS = 10_000
 _LONGEST_PROBATION_S = 3600.0

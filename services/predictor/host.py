@@ -33,6 +33,8 @@ import numpy as np
 LENGTH = struct.Struct(">I")
 _SPARE_S = 5  # the predictor ends a host that is late, so a host ends itself only if the predictor is gone
 _WITH_ESTIMATOR = ("sklearn", "lightgbm", "xgboost", "catboost")  # MLflow flavors
+# Most models need these. To import them takes seconds, in which the predictor looks for the model.
+_LIBRARIES = ("mlflow.pyfunc", "mlflow.sklearn", "sklearn.ensemble")
 _LABEL = "is_fraud"
 _NO_NAMES = re.compile(r"(Column_|f)?\d+").fullmatch  # what libraries call the columns of an array
 _NO_LABEL = "the model returns a label that is neither 0 nor 1"
@@ -650,6 +652,9 @@ def main() -> None:
     requests, replies = _take_pipes()
     _protect_the_predictor()
     warnings.simplefilter("ignore")
+    for library in _LIBRARIES:
+        with suppress(ImportError):
+            importlib.import_module(library)
     try:
         _answer(requests, replies)
     finally:

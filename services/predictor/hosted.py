@@ -62,9 +62,9 @@ def launch(python: str) -> "subprocess.Popen[bytes]":
 class Host:
     """A process that runs services/predictor/host.py. Only one thread may talk to it; any thread may end it."""
 
-    def __init__(self, python: str = sys.executable, *, shutdown: Event | None = None) -> None:
+    def __init__(self, python: str = sys.executable) -> None:
         """Start the host with this interpreter. Raises HostFailed if that is impossible."""
-        self._shutdown = shutdown or Event()
+        self.shutdown = Event()  # set after SIGTERM
         try:
             self._process = launch(python)
         except OSError as error:
@@ -135,7 +135,7 @@ class Host:
                 raise HostFailed(f"it did not answer within {self._seconds:g} s")
             if now >= until:
                 return None
-            if self._shutdown.is_set():
+            if self.shutdown.is_set():
                 ends = ends or now + self._grace_s
                 if now >= ends:
                     self.end()

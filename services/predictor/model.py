@@ -81,16 +81,19 @@ class Model:
         *,
         allowance: Allowance,
         compiled: bool,
+        spare: Host | None = None,
         shutdown: Event | None = None,
     ) -> None:
         """Start the model's process, and try the model. If `compiled`, its trees are compiled if that is possible.
+
+        `spare` is a process of the same interpreter that has been started already.
 
         Raises UnusableModel if the model cannot be served, and Outage if this may only be so now.
         """
         self.logged = logged
         self._interpreter = interpreter
         self._allowance = allowance
-        self._shutdown = shutdown
+        self._shutdown = shutdown or Event()
         self._load = Load(
             str(logged.folder),
             {name: _TYPES[name] for name in FEATURES if name != "is_fraud"},
@@ -103,7 +106,7 @@ class Model:
         self._ended = False
         self._columns: Sequence[str] = ()
         try:
-            self._host = self._started()
+            self._host = self._started(spare)
         except HostFailed as failed:
             raise UnusableModel(self._with_packages(f"it cannot be loaded: {failed}"), damaged=True) from None
         try:
@@ -172,9 +175,10 @@ class Model:
         self._ended = True
         self._host.end()
 
-    def _started(self) -> Host:
-        """Start a process that has loaded the model. Raises UnusableModel, Outage or HostFailed."""
-        host = Host(self._interpreter.path, shutdown=self._shutdown)
+    def _started(self, spare: Host | None = None) -> Host:
+        """Return a process that has loaded the model. Raises UnusableModel, Outage or HostFailed."""
+        host = spare or Host(self._interpreter.path)
+        host.shutdown = self._shutdown
         try:
             reply = host.ask(self._load)
             if isinstance(reply, Refused):

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from mlflow.models import Model as LoggedModel
 from mlflow.tracking import MlflowClient
 
 from services.predictor import packages
-from services.predictor.hosted import Allowance
+from services.predictor.hosted import Allowance, Host
 from services.predictor.model import Logged, Model, UnusableModel
 from services.predictor.settings import ModelSettings
 from shared.errors import Outage, SettingsError
@@ -52,8 +53,18 @@ class Found(NamedTuple):
 class Registry:
     """The versions of the registered model `name`. Loaded versions are cached on disk."""
 
-    def __init__(self, settings: ModelSettings, *, cache: Path, compiled: bool, shutdown: Event | None = None) -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        *,
+        cache: Path,
+        compiled: bool,
+        spare: Host | None = None,
+        shutdown: Event | None = None,
+    ) -> None:
         """If `compiled`, the trees of models are compiled. If `shutdown` is set, loading a model ends with an Outage.
+
+        `spare` is a process for the first model that this interpreter can load.
 
         Raises SettingsError if the folder `cache` is not writable, unless the reason is a full disk, or if MODEL_PYTHON
         is not there.
@@ -63,6 +74,7 @@ class Registry:
         self._allowance = Allowance(settings.model_load_seconds, settings.model_batch_seconds, settings.model_memory_mb)
         self._address = without_credentials(settings.mlflow_tracking_uri)
         self._compiled = compiled
+        self._spare = spare
         self._shutdown = shutdown
         self._cache = cache / hashlib.sha256(self.name.encode()).hexdigest()[:16]
         mlflow.set_tracking_uri(settings.mlflow_tracking_uri)
@@ -185,11 +197,16 @@ class Registry:
                     version=version,
                     reason=packages.in_words(interpreter.differences),
                 )
+            logged = _logged(folder, self.name, version)
+            spare = None
+            if interpreter.path == sys.executable:
+                spare, self._spare = self._spare, None
             return Model(
-                _logged(folder, self.name, version),
+                logged,
                 interpreter,
                 allowance=self._allowance,
                 compiled=self._compiled,
+                spare=spare,
                 shutdown=self._shutdown,
             )
         except UnusableModel as error:

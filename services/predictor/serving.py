@@ -9,6 +9,7 @@ from confluent_kafka import Message
 
 from services.predictor.drift import Monitor
 from services.predictor.followed import Followed, keep_up
+from services.predictor.hosted import Host
 from services.predictor.model import Model
 from services.predictor.registry import Registry
 from services.predictor.scoring import predict
@@ -28,8 +29,11 @@ log = structlog.get_logger()
 _JOIN_S = 3.0
 
 
-def serve(settings: PredictorSettings, shutdown: Event) -> None:
-    """Wait for a model, then score transactions until shutdown. Raises SettingsError if a setting is invalid."""
+def serve(settings: PredictorSettings, shutdown: Event, *, spare: Host | None = None) -> None:
+    """Wait for a model, then score transactions until shutdown. `spare` is a process for the first model.
+
+    Raises SettingsError if a setting is invalid.
+    """
     properties = kafka_properties(settings)
     stream = open_stream(
         settings,
@@ -46,7 +50,11 @@ def serve(settings: PredictorSettings, shutdown: Event) -> None:
     )
     settings.set_up_mlflow()
     registry = Registry(
-        settings, cache=settings.model_cache_directory, compiled=settings.compiled_scoring, shutdown=shutdown
+        settings,
+        cache=settings.model_cache_directory,
+        compiled=settings.compiled_scoring,
+        spare=spare,
+        shutdown=shutdown,
     )
     champion = Followed(registry, settings.model_alias, required=True)
     challenger = Followed(registry, "challenger", required=False)

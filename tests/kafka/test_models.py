@@ -8,7 +8,7 @@ import time
 import uuid
 from collections import Counter
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import mlflow
 import numpy as np
@@ -27,7 +27,7 @@ from shared.records import Transaction, decode_prediction, encode_transaction
 pytestmark = pytest.mark.kafka
 
 RATE = 1000  # transactions a second
-SECONDS = 12
+ROWS_A_VERSION = 2000
 OLDER = ["scikit-learn==1.5.2", "mlflow-skinny==2.17.0", "mlflow==2.17.0", "pandas==2.2.3", "numpy==1.26.4"]
 
 
@@ -116,18 +116,25 @@ def test_each_row_has_the_answer_of_the_version_that_it_names(
     topics.create(apache_rig.properties, [f"{apache_rig.topic_2}.challenger"])
     process = apache_rig.start("predictor", MODEL_REFRESH_SECONDS="0.2")
     until(lambda: process.said("alias='challenger'"), what="the challenger")
-    batch = make_transactions(RATE * SECONDS)
-    sender = Thread(target=_stream, args=[apache_rig, batch])
+    batch = make_transactions(60 * RATE)
+    sent: list[Transaction] = []
+    over = Event()
+    sender = Thread(target=_stream, args=[apache_rig, batch, sent, over])
     sender.start()
-    for version in ("2", "1"):
-        time.sleep(SECONDS / 4)
-        client.set_registered_model_alias(name, "champion", version)
-    sender.join()
+    try:
+        for version, times in (("1", 1), ("2", 1), ("1", 2)):
+            client.set_registered_model_alias(name, "champion", version)
+            until(lambda v=version, n=times: loaded(apache_rig, v) == n, what=f"version {version}")  # type: ignore[misc]
+            enough = len(sent) + ROWS_A_VERSION
+            until(lambda n=enough: len(sent) >= n, what="more rows")  # type: ignore[misc]
+    finally:
+        over.set()
+        sender.join()
 
-    champions = apache_rig.read(apache_rig.topic_2, len(batch), extra_s=2)
+    champions = apache_rig.read(apache_rig.topic_2, len(sent), extra_s=2)
     challengers = apache_rig.read(f"{apache_rig.topic_2}.challenger", 1)
 
-    assert len(champions) == len(answers(champions)) == len(batch)
+    assert len(champions) == len(answers(champions)) == len(sent)
     by_version: Counter[str | None] = Counter()
     for message in (*champions, *challengers):
         prediction, about = decode_prediction(message.value()), from_headers(headers(message))
@@ -140,14 +147,23 @@ def test_each_row_has_the_answer_of_the_version_that_it_names(
     assert {from_headers(headers(each)).model_version for each in challengers} == {"3"}
 
 
-def _stream(rig: Rig, batch: list[Transaction]) -> None:
+def loaded(rig: Rig, version: str) -> int:
+    """How many times a version has been loaded as champion."""
+    lines = rig.log("predictor").splitlines()
+    return sum("event='model_loaded' alias='champion'" in line and f" version='{version}'" in line for line in lines)
+
+
+def _stream(rig: Rig, batch: list[Transaction], sent: list[Transaction], over: Event) -> None:
     producer = Producer({**rig.properties, "linger.ms": 0, "log_level": 0})
     began = time.monotonic()
     for number, each in enumerate(batch):
+        if over.is_set():
+            break
         while number > RATE * (time.monotonic() - began):
             time.sleep(0.002)
         producer.produce(rig.topic_1, value=encode_transaction(each), key=each.key)
         producer.poll(0)
+        sent.append(each)
     assert producer.flush(20) == 0
 
 

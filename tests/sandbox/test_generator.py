@@ -124,7 +124,7 @@ def test_card_numbers_are_exact_and_of_all_the_lengths_there_are() -> None:
     numbers = {row[0] for row in take(20_000)}
 
     assert {type(number) for number in numbers} == {int}
-    assert {len(str(number)) for number in numbers} == {12, 13, 14, 15, 16, 19}
+    assert {len(str(number)) for number in numbers} == {11, 12, 13, 14, 15, 16, 19}
 
 
 def test_every_payment_has_a_number_of_its_own() -> None:

@@ -280,10 +280,13 @@ def test_the_alias_is_followed_without_a_restart(rig: Rig, registry: Registry, n
 
     second = promote(registry, name, Fussy(label=1))
     until(lambda: process.said("event='model_loaded'") and process.said(f"version='{second}'"), what="the new version")
-    rig.put_transactions(batch[100:])
+    for number, transaction in enumerate(batch[100:], start=101):  # on a busy machine, the old one may score the first
+        rig.put_transactions([transaction])
+        messages = rig.read(rig.topic_2, number)
+        if second in versions(messages):
+            break
 
-    messages = rig.read(rig.topic_2, 200)
-    assert versions(messages) == {first: 100, second: 100}
+    assert set(versions(messages)) == {first, second}
     for message in messages:
         label = decode_prediction(message.value()).prediction
         assert label == int(from_headers(headers(message)).model_version == second)
