@@ -98,11 +98,11 @@ def misbehaving(bench: Bench, *, rounds: int, rate: int) -> Section:
         f"Conditions: {rate:,} tx/s, Apache Kafka, exactly-once delivery. Every {_EVERY_S:.0f} s, the alias moves to a "
         f"version that does something to about one row in {_ONE_IN:,}: {', '.join(_DEEDS)}. The version before then "
         "scores every row. The times are in milliseconds, from `topic_1` to `topic_2`",
-        ("p50", "p99", "p99.9", "refused", "lost", "doubled", "dead"),
+        ("p50", "p99", "p99.9", "took over", "lost", "doubled", "dead"),
         found,
         [
             Bar("p99, versions that misbehave / the alias stays", moved["p99"].over(stays["p99"]), 1.25, at_most=True),
-            Bar("versions refused", moved["refused"], len(bad)),
+            Bar("versions that took over, and gave way", moved["took over"], len(bad)),
             Bar("rows lost, doubled or set aside", wrong, 0, at_most=True),
         ],
     )
@@ -159,7 +159,7 @@ def _streamed(bench: Bench, rate: int, good: str, bad: list[str]) -> dict[str, f
     )
     return {
         **percentiles(took),
-        "refused": sum(version in versions for version in bad),
+        "took over": sum(version in versions for version in bad),
         "lost": rows - len(seen.visible_ms),
         "doubled": len(seen.repeated),
         "dead": sum(each.offset for each in topics.ends(bench.properties, [f"{topic_1}.dlq"])),

@@ -4,8 +4,11 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import mlflow
+import mlflow.artifacts
 from confluent_kafka import Message, TopicPartition
 from mlflow.models import infer_signature
 from sklearn.ensemble import RandomForestClassifier
@@ -13,14 +16,15 @@ from sklearn.ensemble import RandomForestClassifier
 from benchmarks.load import Bench, backlog, memory_bar
 from benchmarks.measure import Bar, Figure, Section, side_by_side
 from sandbox.generator import training_frame
-from services.predictor.model import Model, Prediction
+from services.predictor.host import Served, load
+from services.predictor.hosted import Allowance
+from services.predictor.model import Model, load_request, named_columns
 from services.predictor.registry import Registry
 from services.predictor.scoring import predict
 from services.predictor.settings import ModelSettings
 from shared.dead_letters import Limit
 from shared.kafka import topics
 from shared.kafka.clients import consumer
-from shared.records import Transaction
 from training import train
 from training.aliases import Alias
 
@@ -194,19 +198,17 @@ def logging(bench: Bench, *, rounds: int, rows: int) -> Section:
 
 def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
     """Compare scoring with the compiled forest and with the original forest, in batches of 100 rows."""
-    transactions = backlog(20_000)
-    compiled, own = (load_model(bench, FOREST, compiled=flag) for flag in (True, False))
+    columns = named_columns(backlog(20_000))
+    compiled, own = (_loaded(bench, FOREST, compiled=flag) for flag in (True, False))
     found = side_by_side(
-        {"compiled": lambda: _scored(compiled, transactions), "as it is": lambda: _scored(own, transactions)},
+        {"compiled": lambda: _scored(compiled, columns), "as it is": lambda: _scored(own, columns)},
         rounds=rounds,
     )
-    labels = [[each.label for each in _results(model, transactions)] for model in (compiled, own)]
-    for model in (compiled, own):
-        model.end()
+    labels = [model.score(_chosen(model, columns, 0, 20_000)).labels for model in (compiled, own)]
     gain = found["compiled"]["rows/s"].over(found["as it is"]["rows/s"])
     return Section(
         "Scoring, compiled",
-        f"A random forest of 150 trees scores {len(transactions):,} rows in batches of 100. "
+        "A random forest of 150 trees scores 20,000 rows in batches of 100. "
         "The compiled and the original forest predict "
         + ("the same labels" if labels[0] == labels[1] else "DIFFERENT labels")
         + '. "As it is" means the original forest',
@@ -219,15 +221,25 @@ def compiled_scoring(bench: Bench, *, rounds: int) -> Section:
     )
 
 
-def _scored(model: Model, transactions: Sequence[Transaction]) -> dict[str, float]:
+def _loaded(bench: Bench, name: str, *, compiled: bool) -> Served:
+    """Load the champion in this process, in the same way as its own process does."""
+    folder = mlflow.artifacts.download_artifacts(
+        f"models:/{name}@champion", dst_path=str(bench.directory / "here"), tracking_uri=bench.stack.registry.uri
+    )
+    served, problem = load(load_request(Path(folder), threshold=None, compiled=compiled, allowance=Allowance()))
+    assert not problem
+    return served
+
+
+def _scored(model: Served, columns: Mapping[str, list[Any]]) -> dict[str, float]:
     began = time.monotonic()
-    for start in range(0, len(transactions), 100):
-        model.score(transactions[start : start + 100])
-    return {"rows/s": len(transactions) / (time.monotonic() - began)}
+    for start in range(0, 20_000, 100):
+        model.score(_chosen(model, columns, start, start + 100))
+    return {"rows/s": 20_000 / (time.monotonic() - began)}
 
 
-def _results(model: Model, transactions: Sequence[Transaction]) -> list[Prediction]:
-    return [each for each in model.score(transactions) if isinstance(each, Prediction)]
+def _chosen(model: Served, columns: Mapping[str, list[Any]], start: int, end: int) -> list[list[Any]]:
+    return [columns[column.name][start:end] for column in model.columns]
 
 
 def _throughput(quantities: Mapping[str, float]) -> dict[str, float]:

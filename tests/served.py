@@ -11,7 +11,8 @@ import pandas as pd
 from mlflow.models import infer_signature
 
 from services.predictor.host import Load, Scored, Served, serve
-from services.predictor.model import recorded
+from services.predictor.hosted import Allowance
+from services.predictor.model import load_request, named_columns
 from shared.records import FEATURES, REFERENCE, Transaction
 
 TYPES = {name: type(getattr(REFERENCE, name)).__name__ for name in FEATURES if name != "is_fraud"}
@@ -21,12 +22,7 @@ Answer = tuple[int, float | None]
 
 def request(*, threshold: float | None = None, compiled: bool = False, folder: Path | None = None) -> Load:
     """The request to load a model."""
-    return Load(str(folder), TYPES, columns([REFERENCE, *recorded()]), threshold, compiled, 60.0, 2048)
-
-
-def columns(transactions: Sequence[Transaction]) -> dict[str, list[Any]]:
-    """The values of each column."""
-    return {name: [getattr(each, name) for each in transactions] for name in FEATURES}
+    return load_request(folder or Path(), threshold=threshold, compiled=compiled, allowance=Allowance())
 
 
 def made(
@@ -65,5 +61,5 @@ def faults(served: Served, transactions: Sequence[Transaction]) -> Mapping[int, 
 
 
 def _given(served: Served, transactions: Sequence[Transaction]) -> list[list[Any]]:
-    all_columns = columns(transactions)
+    all_columns = named_columns(transactions)
     return [all_columns[column.name] for column in served.columns]

@@ -208,6 +208,10 @@ class Followed:
             metrics.MODEL.remove(self._alias, self.model.name, self.model.version)
             metrics.MODEL_LOGGED_AT.remove(self._alias)
         self._serving = (model, before)
+        if model and model.differing_packages:
+            log.warning(
+                "model_packages_differ", model=model.name, version=model.version, reason=model.differing_packages
+            )
         if model:
             metrics.MODEL.labels(self._alias, model.name, model.version).set(1)
             metrics.MODEL_LOGGED_AT.labels(self._alias).set(model.logged.logged_at)

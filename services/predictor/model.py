@@ -28,7 +28,6 @@ from shared.text import one_line
 log = structlog.get_logger()
 
 _RECORDED = Path(__file__).with_name("recorded.jsonl.gz")
-_TYPES = {name: type(getattr(REFERENCE, name)).__name__ for name in FEATURES}
 _PIECE = 32  # rows
 _MOST_DEATHS = 20  # of a model's process, in one batch
 _ROWS_A_BATCH = 1000  # for which the time of `Allowance.batch_s` is meant
@@ -94,15 +93,7 @@ class Model:
         self._interpreter = interpreter
         self._allowance = allowance
         self._shutdown = shutdown or Event()
-        self._load = Load(
-            str(logged.folder),
-            {name: _TYPES[name] for name in FEATURES if name != "is_fraud"},
-            dict(zip(FEATURES, _columns([REFERENCE, *recorded()], FEATURES), strict=True)),
-            logged.threshold,
-            compiled,
-            allowance.load_s,
-            allowance.memory_mb,
-        )
+        self._load = load_request(logged.folder, threshold=logged.threshold, compiled=compiled, allowance=allowance)
         self._ended = False
         self._columns: Sequence[str] = ()
         try:
@@ -114,6 +105,11 @@ class Model:
         except (UnusableModel, Outage):
             self.end()
             raise
+
+    @property
+    def differing_packages(self) -> str:
+        """In words, which packages differ from those that the version was logged with. Empty if none does."""
+        return packages.in_words(self._interpreter.differences)
 
     @property
     def name(self) -> str:
@@ -167,8 +163,7 @@ class Model:
 
     def own_answers(self, transactions: Sequence[Transaction]) -> list[Prediction | Poison]:
         """Return what MLflow and the model's library answer by themselves. Raises Poison if they cannot."""
-        rows = dict(zip(FEATURES, _columns(transactions, FEATURES), strict=True))
-        return _results(self._host.ask(Own(rows, self._allowance.load_s)), private=False)
+        return _results(self._host.ask(Own(named_columns(transactions), self._allowance.load_s)), private=False)
 
     def end(self) -> None:
         """End the process for good."""
@@ -215,7 +210,7 @@ class Model:
             raise Ended
 
     def _with_packages(self, reason: str) -> str:
-        differences = packages.in_words(self._interpreter.differences)
+        differences = self.differing_packages
         return f"{reason}; {differences}" if differences else reason
 
     def _request(self, transactions: Sequence[Transaction]) -> Score:
@@ -298,6 +293,24 @@ class Model:
             reason = self._with_packages(f"it fails on the recorded transactions ({how}): {problem}")
             raise UnusableModel(reason) from None
         return [each for each in found if isinstance(each, Prediction)]
+
+
+def load_request(folder: Path, *, threshold: float | None, compiled: bool, allowance: Allowance) -> Load:
+    """Make the request to load the model in `folder`, and to try it on the recorded transactions."""
+    return Load(
+        str(folder),
+        {name: type(getattr(REFERENCE, name)).__name__ for name in FEATURES if name != "is_fraud"},
+        named_columns([REFERENCE, *recorded()]),
+        threshold,
+        compiled,
+        allowance.load_s,
+        allowance.memory_mb,
+    )
+
+
+def named_columns(transactions: Sequence[Transaction]) -> dict[str, list[Any]]:
+    """Return the values of each column by its name."""
+    return dict(zip(FEATURES, _columns(transactions, FEATURES), strict=True))
 
 
 @cache

@@ -66,11 +66,10 @@ class Registry:
 
         `spare` is a process for the first model that this interpreter can load.
 
-        Raises SettingsError if the folder `cache` is not writable, unless the reason is a full disk, or if MODEL_PYTHON
-        is not there.
+        Raises SettingsError if the folder `cache` is not writable, unless the reason is a full disk.
         """
         self.name = settings.model_name
-        self._python = settings.model_python
+        self._python = settings.model_python if os.access(settings.model_python or "", os.X_OK) else None
         self._allowance = Allowance(settings.model_load_seconds, settings.model_batch_seconds, settings.model_memory_mb)
         self._address = without_credentials(settings.mlflow_tracking_uri)
         self._compiled = compiled
@@ -78,8 +77,6 @@ class Registry:
         self._shutdown = shutdown
         self._cache = cache / hashlib.sha256(self.name.encode()).hexdigest()[:16]
         mlflow.set_tracking_uri(settings.mlflow_tracking_uri)
-        if self._python and not os.access(self._python, os.X_OK):
-            raise SettingsError(f"MODEL_PYTHON: {self._python} is no program that can be run")
         try:
             self._cache.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._cache).close()
@@ -190,13 +187,6 @@ class Registry:
     def _read(self, folder: Path, version: str) -> Model:
         try:
             interpreter = packages.closest(folder, self._python)
-            if interpreter.differences:
-                log.warning(
-                    "model_packages_differ",
-                    model=self.name,
-                    version=version,
-                    reason=packages.in_words(interpreter.differences),
-                )
             logged = _logged(folder, self.name, version)
             spare = None
             if interpreter.path == sys.executable:

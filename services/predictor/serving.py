@@ -1,5 +1,6 @@
 """The predictor: scores transactions from topic_1 with the champion model, and writes the predictions to topic_2."""
 
+import os
 import time
 from collections.abc import Sequence
 from threading import Event
@@ -49,6 +50,8 @@ def serve(settings: PredictorSettings, shutdown: Event, *, spare: Host | None = 
         shutdown=shutdown,
     )
     settings.set_up_mlflow()
+    if settings.model_python and not os.access(settings.model_python, os.X_OK):
+        log.warning("model_python_missing", setting="MODEL_PYTHON", path=settings.model_python)
     registry = Registry(
         settings,
         cache=settings.model_cache_directory,
