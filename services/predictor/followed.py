@@ -43,8 +43,8 @@ class Followed:
         self._refusal_reason = ""
         # Both are replaced together, so that a thread sees the one with the other. The second is there in probation.
         self._serving: tuple[Model | None, Model | None] = (None, None)
-        self._before: Found | None = None  # what the model before was found as
-        self._began = 0.0  # monotonic time at which the probation began
+        self._kept: tuple[Found, Model] | None = None  # the one before, even if the alias has gone back to an older one
+        self._began = 0.0  # monotonic time at which it was replaced
         self._rows = 0  # that the new model has scored in probation
         self._slow = False  # whether it was slow in probation
         self._lock = Lock()  # two threads replace models: the one that looks, and the one that scores
@@ -91,7 +91,8 @@ class Followed:
             if found == self._found or (found and found == self._refused):
                 return
             began = time.monotonic()
-            model = self._registry.load(found) if found else None
+            back = self._kept and self._kept[0] == found  # no need to load it again
+            model = self._kept[1] if back and self._kept else self._registry.load(found) if found else None
         except UnusableModel as error:
             self._refused, self._refusal_reason = found, str(error)
             log.error("model_refused", alias=self._alias, reason=str(error), serving=self.version)
@@ -100,15 +101,18 @@ class Followed:
             raise Outage(f"{outage}; still serving version {self.version}" if self.model else str(outage)) from None
         gone = self.version
         with self._lock:
-            current, before = self._serving
-            self._before, self._found, self._refused = self._found, found, None
+            if found == self._found:  # the version that it had moved away from has just been refused
+                return
+            unneeded = None if back else self._kept
+            current = (self._found, self.model) if self._found and self.model else None
+            self._kept = current if self._required else None
+            self._found, self._refused = found, None
             self._began, self._rows, self._slow = time.monotonic(), 0, False
-            on_probation = self._required and current is not None
-            self._serve(model, current if on_probation else None)
-        for ended in (before, None if on_probation else current):
+            self._serve(model, current[1] if self._kept and current and not back else None)
+        for ended in (unneeded, None if self._kept else current):
             if ended:
-                ended.end()
-        if found and not on_probation:
+                ended[1].end()
+        if found and not self._kept:
             self._registry.keep(found, self._alias)
         # Logged only now, because whoever reads these lines expects the next batch to be scored accordingly.
         if model is None:
@@ -164,7 +168,7 @@ class Followed:
     def end(self) -> None:
         """End the models' processes."""
         with self._lock:
-            for model in self._serving:
+            for model in (self.model, self._kept and self._kept[1]):
                 if model:
                     model.end()
 
@@ -173,7 +177,8 @@ class Followed:
         with self._lock:
             if self._serving != (model, before):  # another version has just been loaded
                 return
-            self._refused, self._found = self._found, self._before
+            self._refused, self._found = self._found, self._kept[0] if self._kept else None
+            self._kept = None
             self._serve(before, None)
         model.end()
         log.error(
@@ -186,20 +191,17 @@ class Followed:
     def _end_probation(self) -> None:
         """End the model before if the new one has scored enough, or the new one if it hangs."""
         model, before = self._serving
-        if model is None or before is None:
-            return
-        if model.overdue:  # and no other batch has come in which this would show
+        if model and before and model.overdue:  # and no other batch has come in which this would show
             self._refuse(model, before, "it does not answer")
-            return
         lasted_s = time.monotonic() - self._began
-        enough = lasted_s > _PROBATION_S and self._rows >= _PROBATION_ROWS
-        if not (enough or lasted_s > _LONGEST_PROBATION_S):
-            return
+        enough = lasted_s > _PROBATION_S and (before is None or self._rows >= _PROBATION_ROWS)
         with self._lock:
-            if self._serving != (model, before):
+            kept = self._kept
+            if not kept or not (enough or lasted_s > _LONGEST_PROBATION_S):
                 return
-            self._serving = (model, None)
-        before.end()
+            self._kept = None
+            self._serving = (self.model, None)
+        kept[1].end()
         if self._found:
             self._registry.keep(self._found, self._alias)
 
