@@ -18,16 +18,19 @@ from shared.kafka.offsets import read_to_end
 from shared.provenance import from_headers
 
 _REFRESH_S = 0.5
-_EVERY_S = 2.0
+_EVERY_S = 8.0  # enough to load a version while the one before scores
 
 
 def swaps(bench: Bench, *, rounds: int, rate: int, moves: int) -> Section:
-    """Measure the latency while the alias stays on one version, and while the alias alternates between two versions."""
-    other = another_version(bench)
+    """Measure the latency while the alias stays on one version, and while the alias moves between three versions."""
+    versions = [
+        "1",
+        *(another_version(bench, seed=seed) for seed in (2, 3)),
+    ]  # never the one that was there just before
     found = side_by_side(
         {
             "the alias stays": partial(_streamed, bench, rate, moves, ["1"]),
-            f"the alias moves {moves} times": partial(_streamed, bench, rate, moves, ["1", other]),
+            f"the alias moves {moves} times": partial(_streamed, bench, rate, moves, versions),
         },
         rounds=rounds,
     )

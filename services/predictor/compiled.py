@@ -18,8 +18,8 @@ from sklearn.ensemble import ExtraTreesClassifier, GradientBoostingClassifier, R
 from sklearn.pipeline import Pipeline
 from sklearn.tree import DecisionTreeClassifier
 
-TOLERANCE = 3e-7  # largest accepted difference between the compiled and the original model's probability
-_CLOSE = 30 * TOLERANCE  # the original model scores rows that are closer than this to the threshold
+TOLERANCE = 1e-6  # largest accepted difference between the compiled and the original model's probability
+_CLOSE = 10 * TOLERANCE  # the original model scores rows that are closer than this to the threshold
 _MAX_NODES = 200_000  # converting so many nodes takes 400 MB; the predictor takes 470 MB, and its container has 1 GB
 _CONVERSION_TIMEOUT_S = 60.0  # converting 30,000 nodes takes 5 s, and converting 200,000 nodes takes 7 s
 _COMPILABLE = (DecisionTreeClassifier, ExtraTreesClassifier, GradientBoostingClassifier, RandomForestClassifier)
