@@ -7,6 +7,7 @@ import textwrap
 import time
 import uuid
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 
@@ -124,9 +125,8 @@ def test_each_row_has_the_answer_of_the_version_that_it_names(
     try:
         for version, times in (("1", 1), ("2", 1), ("1", 2)):
             client.set_registered_model_alias(name, "champion", version)
-            until(lambda v=version, n=times: loaded(apache_rig, v) == n, what=f"version {version}")  # type: ignore[misc]
-            enough = len(sent) + ROWS_A_VERSION
-            until(lambda n=enough: len(sent) >= n, what="more rows")  # type: ignore[misc]
+            until(partial(loaded, apache_rig, version, times=times), what=f"version {version}")
+            until(partial(longer, sent, len(sent) + ROWS_A_VERSION), what="more rows")
     finally:
         over.set()
         sender.join()
@@ -147,10 +147,16 @@ def test_each_row_has_the_answer_of_the_version_that_it_names(
     assert {from_headers(headers(each)).model_version for each in challengers} == {"3"}
 
 
-def loaded(rig: Rig, version: str) -> int:
-    """How many times a version has been loaded as champion."""
+def longer(rows: list[Transaction], than: int) -> bool:
+    """Whether there are at least so many rows."""
+    return len(rows) >= than
+
+
+def loaded(rig: Rig, version: str, *, times: int) -> bool:
+    """Whether a version has been loaded as champion so many times."""
     lines = rig.log("predictor").splitlines()
-    return sum("event='model_loaded' alias='champion'" in line and f" version='{version}'" in line for line in lines)
+    found = ["event='model_loaded' alias='champion'" in line and f" version='{version}'" in line for line in lines]
+    return sum(found) == times
 
 
 def _stream(rig: Rig, batch: list[Transaction], sent: list[Transaction], over: Event) -> None:

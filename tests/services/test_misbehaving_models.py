@@ -9,6 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -153,7 +154,7 @@ def test_a_version_that_misbehaves_when_it_is_loaded_is_refused(rig: Rig, regist
     with always_live(rig):
         for number, misdeed in enumerate(MISDEEDS):
             bad = promote(registry, name, AtLoad(misdeed), threshold=None)
-            until(lambda bad=bad: refusals(rig, bad), what=f"the refusal of {misdeed}")  # type: ignore[misc]
+            until(partial(refusals, rig, bad), what=f"the refusal of {misdeed}")
             rig.put_transactions(make_transactions(20, seed=number))
 
         messages = rig.read(rig.topic_2, 20 * len(MISDEEDS))
@@ -177,7 +178,7 @@ def test_a_version_that_misbehaves_at_its_first_batches_gives_way_to_the_one_bef
     with always_live(rig):
         for number, misdeed in enumerate(CAUSES):
             bad = promote(registry, name, AtSomeRows(label=1))
-            until(lambda bad=bad: process.said(f"version='{bad}'"), what="the new version")  # type: ignore[misc]
+            until(partial(process.said, f"version='{bad}'"), what="the new version")
             batch = make_transactions(40, seed=number)
             batch[20] = replace(batch[20], category=misdeed)
             rig.put_transactions(batch[:20])
@@ -185,7 +186,7 @@ def test_a_version_that_misbehaves_at_its_first_batches_gives_way_to_the_one_bef
             rig.put_transactions(batch[20:])
             rig.read(rig.topic_2, len(sent) + 40)
             sent += batch
-            until(lambda bad=bad: refusals(rig, bad), what=f"the refusal of {misdeed}")  # type: ignore[misc]
+            until(partial(refusals, rig, bad), what=f"the refusal of {misdeed}")
             (line,) = refusals(rig, bad)
             assert CAUSES[misdeed] in line
             assert f"serving='{good}'" in line
