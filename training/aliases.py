@@ -8,6 +8,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from shared.errors import Outage
+from shared.network import why_unreachable
 from shared.privacy import without_credentials
 
 _MOST_REMEMBERED = 20
@@ -80,7 +81,8 @@ def move_back(of: Alias) -> str:
 
 def away(tracking_uri: str, error: MlflowException) -> Outage:
     """Return the Outage to raise for an error of the registry."""
-    return Outage(without_credentials(f"MLflow at {tracking_uri}: {str(error).splitlines()[0]}"))
+    reason = why_unreachable(error, default=str(error).splitlines()[0])
+    return Outage(without_credentials(f"MLflow at {tracking_uri}: {reason}"))
 
 
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
