@@ -4,6 +4,7 @@ import gzip
 import random
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +36,7 @@ _MOST_TRIAL_S = 2.0  # for each way to try a model, unless a single batch takes 
 _SAME = 1e-9  # the largest accepted difference between two probabilities of the same row
 _SAME_IN_FLOAT32 = 1e-6  # the same for a model that computes with 32 bits
 _MOST_REASON = 1500  # characters
+_MOST_REASONS = 3  # that are logged for one batch, besides the first
 
 
 class UnusableModel(Exception):
@@ -228,7 +230,11 @@ class Model:
         except Poison as poison:
             log.warning("model_failed", version=self.version, reason=str(poison), rows=len(transactions))
             self.check([REFERENCE])
-            return isolate(transactions, self._ask)
+            found = isolate(transactions, self._ask)
+            reasons = Counter(str(each) for each in found if isinstance(each, Poison) and str(each) != str(poison))
+            for reason, rows in reasons.most_common(_MOST_REASONS):
+                log.warning("model_failed", version=self.version, reason=reason, rows=rows)
+            return found
 
     def check(self, transactions: Sequence[Transaction]) -> None:
         """Raise Outage if the model cannot score all of these good transactions, because then it is at fault."""
