@@ -1,9 +1,9 @@
 """Compiles tree ensembles with ONNX Runtime. A compiled model gives the same labels in a fraction of the time.
 
 This module needs the optional extra `compiled`. Like scikit-learn, compiled trees round features to float32, and add up
-the trees' results in float64: in float32, sums of 150 trees would be wrong by up to 7e-7. Unlike scikit-learn, they keep
-each tree's results in float32. A row whose probability is close to the threshold is therefore scored by the original
-model, so that labels never differ.
+the trees' results in float64: in float32, a sum of 150 trees would be wrong by up to 7e-7. Unlike scikit-learn, each
+tree's results are kept in float32. A row whose probability is close to the threshold is therefore scored by the
+original model, so that labels never differ.
 """
 
 import os

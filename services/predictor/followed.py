@@ -60,22 +60,26 @@ class Followed:
         return self.model.version if self.model else "none"
 
     def first(self) -> None:
-        """Load the first model from the registry or, if that fails, the last good model from disk.
+        """Load the first model: the version that has the alias, or the last good one if that cannot be used.
 
-        Raises Outage if neither model can be loaded.
+        If these are two versions, the one with the alias has yet to prove itself, so both are loaded. Raises Outage if
+        neither can be loaded.
         """
+        found = None
+        with suppress(Outage):  # which `look` will log
+            found = self._registry.find(self._alias)
+        if kept := self._registry.last_good(self._alias, unless=found):
+            self._found, model = kept
+            self._serve(model, None)
         try:
             self.look()
             reason = self._refusal_reason
         except Outage as outage:
             reason = str(outage)
         if self.model is None:
-            kept = self._registry.last_good(self._alias)
-            if kept is None:
-                raise Outage(f"no usable model: {reason}")
-            self._found, model = kept
-            self._serve(model, None)
-            log.warning("last_good_model", version=self.version, digest=model.logged.digest, reason=reason)
+            raise Outage(f"no usable model: {reason}")
+        if reason:
+            log.warning("last_good_model", version=self.version, digest=self.model.logged.digest, reason=reason)
 
     def look(self) -> None:
         """Load the version that has the alias now, unless this version is already loaded.

@@ -130,17 +130,18 @@ class Registry:
                 raise self._outage(f"cannot fetch version {found.version} of the model {self.name}", error) from None
             yield folder
 
-    def last_good(self, alias: str) -> tuple[Found, Model] | None:
-        """Load the version that `keep` recorded for the alias.
+    def last_good(self, alias: str, *, unless: Found | None) -> tuple[Found, Model] | None:
+        """Load the version that `keep` recorded for the alias, unless it is this one.
 
         Returns None if the version's files are missing, damaged or unusable.
         """
         try:
             folder = self._cache / self._last_good(alias).read_text()
             version, _, run_id = folder.name.partition("-")
-            if not _intact(folder):
+            kept = Found(version, None if run_id == _WITHOUT_RUN else run_id)
+            if kept == unless or not _intact(folder):
                 return None
-            return Found(version, None if run_id == _WITHOUT_RUN else run_id), self._read(folder, version)
+            return kept, self._read(folder, version)
         except OSError:
             return None
         except UnusableModel as error:

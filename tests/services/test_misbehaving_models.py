@@ -94,6 +94,13 @@ class AtSomeRows:
         return np.where(rows["category"] == "nan", np.nan, 0.25 + 0.5 * self.label)
 
 
+class Meek(AtSomeRows):
+    """A model that misbehaves at no row."""
+
+    def predict(self, rows: pd.DataFrame) -> Any:
+        return np.full(len(rows), 0.25)
+
+
 def promote(registry: Registry, name: str, model: Any, threshold: float | None = 0.5) -> str:
     mlflow.set_tracking_uri(registry.uri)
     mlflow.set_experiment("misbehaving")
@@ -167,10 +174,6 @@ def test_a_version_that_misbehaves_when_it_is_loaded_is_refused(rig: Rig, regist
 def test_a_version_that_misbehaves_at_its_first_batches_gives_way_to_the_one_before(
     rig: Rig, registry: Registry, name: str
 ) -> None:
-    class Meek(AtSomeRows):
-        def predict(self, rows: pd.DataFrame) -> Any:
-            return np.full(len(rows), 0.25)
-
     good = promote(registry, name, Meek())
     process = rig.start("predictor")
     sent: list[Transaction] = []
@@ -199,6 +202,26 @@ def test_a_version_that_misbehaves_at_its_first_batches_gives_way_to_the_one_bef
         assert prediction.prediction == int(version != good)  # the answer is of the version that is named
         if prediction.category in CAUSES:
             assert version == good
+    assert not process.said("event='dead_letters'")
+
+
+def test_a_version_that_fails_after_a_restart_still_gives_way_to_the_one_before(
+    rig: Rig, registry: Registry, name: str
+) -> None:
+    good = promote(registry, name, Meek())
+    rig.start("predictor").stop()
+    bad = promote(registry, name, AtSomeRows(label=1))
+    rig.start("predictor").kill()
+    process = rig.start("predictor")
+
+    batch = make_transactions(100)
+    batch[50] = replace(batch[50], category="exit_at_once")
+    rig.put_transactions(batch)
+
+    messages = rig.read(rig.topic_2, len(batch), extra_s=1)
+    assert {from_headers(headers(each)).model_version for each in messages} >= {good}
+    assert len(messages) == len(batch)
+    assert refusals(rig, bad)
     assert not process.said("event='dead_letters'")
 
 
