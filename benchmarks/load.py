@@ -261,3 +261,12 @@ def rss_mb(process: Process, *, peak: bool = False) -> float:
         status = Path(f"/proc/{pid}/status").read_text().splitlines()
         total += next(int(line.split()[1]) for line in status if line.startswith(wanted))
     return total / 1024
+
+
+def together_mb(process: Process) -> float:
+    """Return the memory in MB that the process and its children take together: what they share is counted once.
+
+    Raises OSError if one of them has just ended.
+    """
+    rollups = (Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() for pid in family(process))
+    return sum(int(line.split()[1]) for lines in rollups for line in lines if line.startswith("Pss:")) / 1024

@@ -1,6 +1,7 @@
 """Measure the cost of moving the champion's alias while the predictor is working."""
 
 from collections import defaultdict
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from threading import Event, Thread
@@ -8,16 +9,18 @@ from threading import Event, Thread
 from mlflow.tracking import MlflowClient
 
 from benchmarks.latency import stream, wait_until
-from benchmarks.load import Bench
+from benchmarks.load import Bench, together_mb
 from benchmarks.measure import Bar, Figure, Section, percentiles, side_by_side
 from benchmarks.predictor import BOOSTING, another_version
 from rehearsal.ledger import TopicReader
+from sandbox.processes import Process
 from shared.kafka import topics
 from shared.kafka.messages import headers
 from shared.kafka.offsets import read_to_end
 from shared.provenance import from_headers
 
 _REFRESH_S = 0.5
+_WATCH_S = 0.5
 _EVERY_S = 8.0  # enough to load a version while the one before scores
 
 
@@ -39,14 +42,16 @@ def swaps(bench: Bench, *, rounds: int, rate: int, moves: int) -> Section:
     wrong = [Figure(tuple(sum(each) for each in zip(*(moved[name].values for name in _WRONG), strict=True)))]
     return Section(
         "The champion's alias moves",
-        f"Conditions: {rate:,} tx/s for {(moves + 1) * _EVERY_S:.0f} s, Apache Kafka, exactly-once delivery. "
+        f"Conditions: {rate:,} tx/s for {(moves + 2) * _EVERY_S:.0f} s, Apache Kafka, exactly-once delivery. "
         "The times are in milliseconds, from `topic_1` to `topic_2`",
-        ("p50", "p99", "p99.9", "swaps", *_WRONG),
+        ("p50", "p99", "p99.9", "MB", "swaps", *_WRONG),
         found,
         [
             Bar("added to p99 while the alias moves, ms", added, 100, at_most=True),
             Bar("swaps seen", moved["swaps"], moves),
             Bar("rows lost or doubled, batches of two versions", wrong[0], 0, at_most=True),
+            Bar("peak memory, one version, MB", stays["MB"], 450, at_most=True),
+            Bar("peak memory, while versions are swapped, MB", moved["MB"], 750, at_most=True),
         ],
     )
 
@@ -62,16 +67,22 @@ def _streamed(bench: Bench, rate: int, moves: int, versions: list[str]) -> dict[
     reader = TopicReader(bench.properties, topic_1=topic_1)
     reader.start(starts)
     over = Event()
-    mover = Thread(target=_move, args=[bench, versions, moves, over])
-    rows = int(rate * (moves + 1) * _EVERY_S)
-    mover.start()
+    megabytes: list[float] = []
+    beside = [
+        Thread(target=_move, args=[bench, versions, moves, over]),
+        Thread(target=_watch, args=[process, megabytes, over]),
+    ]
+    rows = int(rate * (moves + 2) * _EVERY_S)  # the last version, too, has time to load
     try:
         process.start()
+        for each in beside:
+            each.start()
         stream(bench, topic_1, rate, rows)
         wait_until(lambda: len(reader.topics.visible_ms) >= rows, "predictions", [process])
     finally:
         over.set()
-        mover.join()
+        for each in beside:
+            each.join()
         process.stop()
         seen = reader.stop()
         MlflowClient(bench.stack.registry.uri).set_registered_model_alias(BOOSTING, "champion", "1")
@@ -83,11 +94,18 @@ def _streamed(bench: Bench, rate: int, moves: int, versions: list[str]) -> dict[
     took = [seen.visible_ms[identity] - at for identity, at in seen.produced_ms.items() if identity in seen.visible_ms]
     return {
         **percentiles(took),
+        "MB": max(megabytes),
         "swaps": sum(before != after for before, after in pairwise(in_order)),
         "lost": rows - len(seen.visible_ms),
         "doubled": len(seen.repeated),
         "mixed": sum(len(found) > 1 for found in by_batch.values()),
     }
+
+
+def _watch(process: Process, megabytes: list[float], over: Event) -> None:
+    while not over.wait(_WATCH_S):
+        with suppress(OSError):  # a host that has just been ended
+            megabytes.append(together_mb(process))
 
 
 def _move(bench: Bench, versions: list[str], moves: int, over: Event) -> None:

@@ -65,17 +65,20 @@ class Followed:
         If these are two versions, the one with the alias has yet to prove itself, so both are loaded. Raises Outage if
         neither can be loaded.
         """
-        found = None
-        with suppress(Outage):  # which `look` will log
+        found, reason = None, ""
+        try:
             found = self._registry.find(self._alias)
+        except Outage as outage:
+            reason = str(outage)
         if kept := self._registry.last_good(self._alias, unless=found):
             self._found, model = kept
             self._serve(model, None)
-        try:
-            self.look()
-            reason = self._refusal_reason
-        except Outage as outage:
-            reason = str(outage)
+        if not reason:
+            try:
+                self.look()
+                reason = self._refusal_reason
+            except Outage as outage:
+                reason = str(outage)
         if self.model is None:
             raise Outage(f"no usable model: {reason}")
         if reason:
