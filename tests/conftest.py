@@ -289,6 +289,12 @@ def _hosts() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def forking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services are forks, whatever starts them in this process."""
+    monkeypatch.setattr(Process, "launch", staticmethod(forked.launch))
+
+
 @pytest.fixture(scope="session")
 def embedded(session_directory: Path) -> Iterator[EmbeddedBroker]:
     """The embedded broker."""

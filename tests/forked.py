@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import coverage
 import hosts
 
-from sandbox.processes import die_with_parent
+from sandbox.processes import Child, die_with_parent
 
 _LIBRARIES = [
     *("alembic.command", "confluent_kafka.admin", "jinja2", "mlflow.artifacts", "mlflow.pyfunc", "mlflow.tracking"),
@@ -74,6 +74,11 @@ class Forked:
         """Send it a signal if it still runs."""
         if self.returncode is None:
             os.kill(self.pid, sig)
+
+
+def launch(command: Sequence[str], **given: Any) -> Child:
+    """Start a service as a fork, and everything else as always."""
+    return Forked(command, **given) if command[-1].startswith("services.") else subprocess.Popen(command, **given)
 
 
 def host_server() -> hosts.Server:

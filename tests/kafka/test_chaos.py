@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,7 +94,7 @@ def campaign(trained_directory: Path, scenario: str, *, minutes: float) -> dict[
     report = directory / "report.json"
     options = ["--scenario", scenario, "--minutes", str(minutes), "--seed", "5"]
     options += ["--report", str(report), "--work-dir", str(directory)]
-    done = subprocess.run([sys.executable, "-m", "fraudctl", "chaos", *options], capture_output=True, text=True)
+    done = call("chaos", *options, cwd=directory, environment=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = json.loads(report.read_text())
     return cast(dict[str, Any], result)
@@ -104,6 +102,7 @@ def campaign(trained_directory: Path, scenario: str, *, minutes: float) -> dict[
 
 @pytest.mark.kafka
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("forking")
 def test_services_stop_in_time_on_sigterm_and_lose_and_repeat_nothing(trained_directory: Path, apache_rig: Rig) -> None:
     del apache_rig  # requested so that the test is skipped where Apache Kafka cannot run
 
@@ -117,6 +116,7 @@ def test_services_stop_in_time_on_sigterm_and_lose_and_repeat_nothing(trained_di
 
 @pytest.mark.kafka
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("forking")
 def test_a_short_campaign_holds(trained_directory: Path, apache_rig: Rig) -> None:
     del apache_rig
 
@@ -131,6 +131,7 @@ def test_a_short_campaign_holds(trained_directory: Path, apache_rig: Rig) -> Non
 
 @pytest.mark.kafka
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("forking")
 def test_hostile_input_stops_nothing_and_costs_nothing(trained_directory: Path, apache_rig: Rig) -> None:
     del apache_rig
 

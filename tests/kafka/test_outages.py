@@ -51,6 +51,7 @@ def outages(scene: Scene) -> Iterator[None]:
         yield from passing(3)
 
 
+@pytest.mark.usefixtures("forking")
 def test_nobody_exits_and_the_ledger_balances(trained_directory: Path, apache_rig: Rig) -> None:
     del apache_rig  # asks for Apache Kafka, so that its absence is dealt with in one place
     options = demo.Options(

@@ -165,15 +165,17 @@ def test_a_source_in_another_format_is_refused_by_name(tmp_path: Path, text: str
 
 
 @needs_sample
+@pytest.mark.usefixtures("forking")
 def test_the_real_sample_balances(tmp_path: Path, trained_directory: Path) -> None:
     report = tmp_path / "report.json"
-    process = fraudctl(
-        *("demo", "--source", str(SAMPLE), "--rate", "0", "--broker", "embedded"),
-        *("--report", str(report), "--work-dir", str(trained_directory)),
+    done = call(
+        *("demo", "--source", SAMPLE, "--rate", "0", "--broker", "embedded"),
+        *("--report", report, "--work-dir", trained_directory),
+        cwd=tmp_path,
+        environment=os.environ,
     )
-    out, err = process.communicate(timeout=200)
 
-    assert process.returncode == 0, out + err
+    assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(report.read_text())
     assert figures["served"] == figures["topic_1"] == figures["topic_2"] == figures["rows"] == 5591
     assert figures["lost"] == figures["duplicates"] == 0

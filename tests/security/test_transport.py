@@ -3,8 +3,6 @@
 import json
 import os
 import ssl
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from email.message import EmailMessage
@@ -15,6 +13,7 @@ import sqlalchemy as sa
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 from certificates import Authority
+from command_line import call
 from confluent_kafka.admin import ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion  # type: ignore[attr-defined]
 from conftest import Rig, make_rig, until
 from pipeline import pipeline
@@ -60,18 +59,16 @@ def test_every_transaction_gets_through(
             assert password_of(OWNER) not in log
 
 
+@pytest.mark.usefixtures("forking")
 def test_the_ledger_of_the_demo_balances(tmp_path: Path, trained_directory: Path, secured: SecuredKafka) -> None:
     properties = written(tmp_path / "own.properties", secured.properties("SCRAM"))
     report = tmp_path / "report.json"
 
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "fraudctl", "demo", "--broker", properties, "--transactions", "300"),
-            *("--rate", "0", "--fraud-rate", "0.05", "--report", str(report), "--work-dir", str(trained_directory)),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+    done = call(
+        *("demo", "--broker", properties, "--transactions", "300", "--rate", "0", "--fraud-rate", "0.05"),
+        *("--report", report, "--work-dir", trained_directory),
+        cwd=tmp_path,
+        environment=os.environ,
     )
 
     assert done.returncode == 0, done.stdout + done.stderr

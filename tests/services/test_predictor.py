@@ -158,7 +158,7 @@ def test_a_row_that_the_model_cannot_score_is_isolated(champion_rig: Rig) -> Non
 @pytest.mark.parametrize("with_signature", [True, False])
 def test_a_model_made_by_hand_is_served_as_it_was_logged(rig: Rig, registry: Registry, with_signature: bool) -> None:
     history = training_frame(seed=3).head(4000)
-    forest = Pipeline([("scale", StandardScaler()), ("forest", RandomForestClassifier(150, n_jobs=-1, random_state=0))])
+    forest = Pipeline([("scale", StandardScaler()), ("forest", RandomForestClassifier(20, random_state=0))])
     forest.fit(history[NUMERIC], history["is_fraud"].astype(int))
     mlflow.set_tracking_uri(registry.uri)
     mlflow.set_experiment("by-hand")
