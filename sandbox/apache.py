@@ -1,7 +1,7 @@
 """Runs a real Apache Kafka (KRaft, one node) as a child process, with the installed Java.
 
 Kafka's jars come from KAFKA_HOME, or are downloaded once with Maven into a cache. `python -m sandbox.apache` downloads
-the jars in advance.
+the jars in advance, and lets Java archive their classes, which halves the CPU time of a broker's start.
 """
 
 import os
@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from confluent_kafka import KafkaException
@@ -47,19 +48,26 @@ Configuration:
 class ApacheKafka(Process):
     """A broker, which is also its own controller, on 127.0.0.1. Its port and records survive stop, kill and restart.
 
-    `settings` override the broker's server.properties.
+    `settings` override the broker's server.properties. `java_options` are further options of the command `java`.
     """
 
     _release = "of KAFKA_HOME" if os.environ.get("KAFKA_HOME") else VERSION
     description = f"Apache Kafka {_release}: exactly once, with real transactions"
 
-    def __init__(self, directory: Path, *, port: int | None = None, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        port: int | None = None,
+        settings: Mapping[str, str] | None = None,
+        java_options: Sequence[str] = (),
+    ) -> None:
         self._directory = directory
         self._port = port or free_port()
         self._properties = _server_properties(directory, self._port, free_port()) | dict(settings or {})
         super().__init__(
             "Apache Kafka",
-            [*_java(directory), "kafka.Kafka", str(directory / "server.properties")],
+            [*_java(directory, *java_options), "kafka.Kafka", str(directory / "server.properties")],
             log=directory / "kafka.log",
             ready=self._answers,
         )
@@ -136,8 +144,29 @@ def fetch() -> Path:
 def _jars() -> Path:
     if home := os.environ.get("KAFKA_HOME"):
         return Path(home) / "libs"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "fraud-alarm" / f"kafka-{VERSION}"
+    return _cache() / f"kafka-{VERSION}"
+
+
+def _archive() -> Path:
+    """Return the file for Java's archive of Kafka's classes. Java ignores an archive of other jars or another Java."""
+    return _cache() / f"kafka-{VERSION}.jsa"
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fraud-alarm"
+
+
+def _make_archive() -> None:
+    """Run a broker for a moment. When it ends, Java archives the classes that it has loaded.
+
+    See "class data sharing" in the manual page of `java`. Raises StandInError if the broker does not start.
+    """
+    with tempfile.TemporaryDirectory(dir=_cache()) as directory:
+        partial = Path(directory, "partial")
+        with ApacheKafka(Path(directory), java_options=[f"-XX:ArchiveClassesAtExit={partial}"]):
+            pass
+        with suppress(FileNotFoundError):  # a Java that has no archive of its own classes makes none
+            partial.rename(_archive())
 
 
 def _java_version() -> int | None:
@@ -149,11 +178,13 @@ def _java_version() -> int | None:
     return int(found[1]) if found else None
 
 
-def _java(directory: Path) -> list[str]:
+def _java(directory: Path, *options: str) -> list[str]:
     return [
         "java",
+        *options,
         "-Xmx512m",
         "-Xshare:auto",
+        *([f"-XX:SharedArchiveFile={_archive()}"] if _archive().exists() else []),
         "-XX:TieredStopAtLevel=1",  # Kafka starts faster, and leaves the cores to the services
         "-XX:+UseSerialGC",
         f"-Dlog4j2.configurationFile={directory / 'log4j2.yaml'}",
@@ -203,6 +234,8 @@ def _server_properties(directory: Path, port: int, controller_port: int) -> dict
 if __name__ == "__main__":
     try:
         sys.stdout.write(f"Apache Kafka {VERSION}: {fetch()}\n")
+        if not _archive().exists():
+            _make_archive()
     except StandInError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(1)

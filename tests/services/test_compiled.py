@@ -48,16 +48,12 @@ def converted() -> dict[bytes, bytes]:
 
 @pytest.fixture
 def converting_once(converted: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convert the same trees once: each conversion is a process that imports scikit-learn."""
-    genuine = compiled._convert
+    """Convert in this process, and the same trees once: each process that converts imports scikit-learn anew."""
 
     def convert(trees: Any, graph: IO[bytes]) -> None:
         known = pickle.dumps(trees)
         if known not in converted:
-            genuine(trees, graph)
-            graph.seek(0)
-            converted[known] = graph.read()
-        graph.seek(0)
+            converted[known] = compiled._onnx(trees)
         graph.write(converted[known])
         graph.flush()
 
@@ -144,6 +140,7 @@ def test_a_number_too_large_for_the_model_is_so_for_what_is_compiled(training: t
             answers(model_of(forest, compiled=compiled_or_not), [transaction])
 
 
+@pytest.mark.usefixtures("converting_once")
 def test_a_unanimous_forest_is_no_surer_than_sure(training: tuple[np.ndarray, np.ndarray]) -> None:
     rows, labels = training
     forest = RandomForestClassifier(30, random_state=0, bootstrap=False, max_features=None).fit(rows, labels)
