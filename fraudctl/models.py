@@ -106,7 +106,8 @@ def comparison(*trials: Trial) -> Table:
         one, other = trials
         table.add_row("different predictions", "", f"{int((one.predictions != other.predictions).sum()):,}")
         apart = np.abs(one.probabilities - other.probabilities).max()
-        table.add_row("largest difference in probability", "", f"{apart:.4f}" if apart >= 1e-4 or apart == 0 else f"{apart:.0e}")
+        shown = f"{apart:.0e}" if 0 < apart < 1e-4 else f"{apart:.4f}"
+        table.add_row("largest difference in probability", "", shown)
     return table
 
 
