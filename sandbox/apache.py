@@ -148,7 +148,9 @@ def _jars() -> Path:
 
 
 def _archive() -> Path:
-    """Return the file for Java's archive of Kafka's classes. Java ignores an archive of other jars or another Java."""
+    """Return the path of Java's archive of Kafka's classes. Java ignores an archive made from other jars, or by another
+    version of Java.
+    """
     return _cache() / f"kafka-{VERSION}.jsa"
 
 
@@ -157,7 +159,7 @@ def _cache() -> Path:
 
 
 def _make_archive() -> None:
-    """Run a broker for a moment. When it ends, Java archives the classes that it has loaded.
+    """Start and stop a broker, so that Java archives the classes that the broker has loaded.
 
     See "class data sharing" in the manual page of `java`. Raises StandInError if the broker does not start.
     """
@@ -165,7 +167,7 @@ def _make_archive() -> None:
         partial = Path(directory, "partial")
         with ApacheKafka(Path(directory), java_options=[f"-XX:ArchiveClassesAtExit={partial}"]):
             pass
-        with suppress(FileNotFoundError):  # a Java that has no archive of its own classes makes none
+        with suppress(FileNotFoundError):  # Java writes no archive if its own base archive is missing
             partial.rename(_archive())
 
 

@@ -62,8 +62,8 @@ class Followed:
     def first(self) -> None:
         """Load the first model: the version that has the alias, or the last good one if that cannot be used.
 
-        If these are two versions, the one with the alias has yet to prove itself, so both are loaded. Raises Outage if
-        neither can be loaded.
+        If these are different versions, both are loaded, because the version with the alias is still on probation.
+        Raises Outage if neither can be loaded.
         """
         found, reason = None, ""
         try:

@@ -36,7 +36,7 @@ _MOST_TRIAL_S = 2.0  # for each way to try a model, unless a single batch takes 
 _SAME = 1e-9  # the largest accepted difference between two probabilities of the same row
 _SAME_IN_FLOAT32 = 1e-6  # the same for a model that computes with 32 bits
 _MOST_REASON = 1500  # characters
-_MOST_REASONS = 3  # that are logged for one batch, besides the first
+_MOST_REASONS = 3  # logged for one batch, besides the first
 
 
 class UnusableModel(Exception):

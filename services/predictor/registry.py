@@ -131,9 +131,9 @@ class Registry:
             yield folder
 
     def last_good(self, alias: str, *, unless: Found | None) -> tuple[Found, Model] | None:
-        """Load the version that `keep` recorded for the alias, unless it is this one.
+        """Load the version that `keep` recorded for the alias.
 
-        Returns None if the version's files are missing, damaged or unusable.
+        Returns None if this version is `unless`, or if its files are missing, damaged or unusable.
         """
         try:
             folder = self._cache / self._last_good(alias).read_text()
