@@ -136,7 +136,10 @@ def boosting_of_categories(name: str, _: Path) -> Kept:
 def narrow_numbers(name: str, _: Path) -> Kept:
     """Numbers of 32 bits."""
     rows, fraud = history()
-    cast: Cast = lambda given: given.astype(dict.fromkeys(NUMBERS, "float32") | {"city_pop": "int32"})  # noqa: E731
+
+    def cast(given: pd.DataFrame) -> pd.DataFrame:
+        return given.astype(dict.fromkeys(NUMBERS, "float32") | {"city_pop": "int32"})
+
     model = GradientBoostingClassifier(n_estimators=20, random_state=0).fit(cast(rows[NUMBERS]), fraud)
     _sklearn(model, name, infer_signature(cast(rows[NUMBERS]).head()), threshold=0.2)
     return Kept(by_chance(model, NUMBERS, 0.2, cast))
@@ -169,7 +172,10 @@ def xgboost_of_categories(name: str, _: Path) -> Kept:
     from xgboost import XGBClassifier
 
     rows, fraud = history()
-    cast: Cast = lambda given: given.astype({each: pd.CategoricalDtype(sorted(rows[each].unique())) for each in TEXTS})  # noqa: E731
+
+    def cast(given: pd.DataFrame) -> pd.DataFrame:
+        return given.astype({each: pd.CategoricalDtype(sorted(rows[each].unique())) for each in TEXTS})
+
     model = XGBClassifier(n_estimators=20, enable_categorical=True).fit(cast(rows[MIXED]), fraud)
     _log(mlflow.xgboost, model, name, infer_signature(rows[MIXED].head()))
     return Kept(by_chance(model, MIXED, None, cast))
@@ -224,7 +230,10 @@ def catboost_of_texts(name: str, _: Path) -> Kept:
 
     rows, fraud = history()
     columns = [*MIXED, "zip"]
-    cast: Cast = lambda given: given.astype({"zip": str})  # noqa: E731
+
+    def cast(given: pd.DataFrame) -> pd.DataFrame:
+        return given.astype({"zip": str})
+
     model = CatBoostClassifier(
         iterations=20, verbose=False, allow_writing_files=False, thread_count=1, cat_features=[*TEXTS, "zip"]
     ).fit(cast(rows[columns]), fraud)
@@ -286,7 +295,10 @@ def own_columns(name: str, _: Path) -> Kept:
 def both_classes(name: str, _: Path) -> Kept:
     """Probabilities of both classes."""
     rows, _fraud = history()
-    answer: Callable[[pd.DataFrame], Any] = lambda given: np.column_stack([1 - _chance(given), _chance(given)])  # noqa: E731
+
+    def answer(given: pd.DataFrame) -> Any:
+        return np.column_stack([1 - _chance(given), _chance(given)])
+
     _pyfunc(Asked(answer), name, infer_signature(rows[["amt"]].head()), threshold=0.6)
     return Kept(lambda given: (_chance(given) >= 0.6, _chance(given)))
 
@@ -301,7 +313,10 @@ def sorted_answers(name: str, _: Path) -> Kept:
 def sorted_answers_without_index(name: str, _: Path) -> Kept:
     """Answers in the order of the amounts, and nobody can know."""
     rows, _fraud = history()
-    answer: Callable[[pd.DataFrame], Any] = lambda given: _chance(given.sort_values("amt")).to_numpy()  # noqa: E731
+
+    def answer(given: pd.DataFrame) -> Any:
+        return _chance(given.sort_values("amt")).to_numpy()
+
     _pyfunc(Asked(answer), name, infer_signature(rows[["amt"]].head()), 0.6)
     return Kept(refused="depends on the others of a batch")
 
@@ -453,9 +468,15 @@ def model_from_code(name: str, directory: Path) -> Kept:
 def encoder_inside(name: str, _: Path) -> Kept:
     """An encoder that is fitted anew for each batch."""
     rows, fraud = history()
-    encode: Callable[[pd.DataFrame], Any] = lambda given: given.apply(LabelEncoder().fit_transform)  # noqa: E731
+
+    def encode(given: pd.DataFrame) -> Any:
+        return given.apply(LabelEncoder().fit_transform)
+
     model = DecisionTreeClassifier(max_depth=8).fit(encode(rows[TEXTS]), fraud)
-    answer: Callable[[pd.DataFrame], Any] = lambda given: model.predict_proba(encode(given))[:, 1]  # noqa: E731
+
+    def answer(given: pd.DataFrame) -> Any:
+        return model.predict_proba(encode(given))[:, 1]
+
     _pyfunc(Asked(answer), name, infer_signature(rows[TEXTS].head()), threshold=0.1)
     return Kept(refused="depends on the others of a batch")
 
@@ -488,7 +509,10 @@ def only_labels(name: str, _: Path) -> Kept:
 def labels_as_probabilities(name: str, _: Path) -> Kept:
     """Labels of 0.0 and 1.0 beside a threshold."""
     rows, _fraud = history()
-    answer: Callable[[pd.DataFrame], Any] = lambda given: (given["amt"] > 80).astype(float)  # noqa: E731
+
+    def answer(given: pd.DataFrame) -> Any:
+        return (given["amt"] > 80).astype(float)
+
     _pyfunc(Asked(answer), name, infer_signature(rows[["amt"]].head()), threshold=0.5)
     return Kept(refused="it returns only 0 and 1, which are labels")
 
