@@ -1,8 +1,8 @@
 """Loads the models that aliases in the registry point to. A new model takes effect between two batches.
 
-Before it takes effect, a new model is tried on recorded transactions. After that, it is on probation: the model before
-stays at hand, and scores every batch for which the new model fails or is slow. If the new model fails where the one
-before does not, it is refused.
+Before it takes effect, a new model is tried on recorded transactions. After that, it is on probation: the last model
+that passed its probation stays loaded, and scores every batch for which the new model fails or is slow. If the new
+model fails where the one before does not, it is refused.
 """
 
 import time
@@ -43,7 +43,9 @@ class Followed:
         self._refusal_reason = ""
         # Both are replaced together, so that a thread sees the one with the other. The second is there in probation.
         self._serving: tuple[Model | None, Model | None] = (None, None)
-        self._kept: tuple[Found, Model] | None = None  # the one before, even if the alias has gone back to an older one
+        self._kept: tuple[Found, Model] | None = (
+            None  # the last version that passed its probation, while another is on it
+        )
         self._began = 0.0  # monotonic time at which it was replaced
         self._rows = 0  # that the new model has scored in probation
         self._slow = False  # whether it was slow in probation
@@ -110,15 +112,16 @@ class Followed:
         with self._lock:
             if found == self._found:  # the version that it had moved away from has just been refused
                 return
-            unneeded = None if back else self._kept
             current = (self._found, self.model) if self._found and self.model else None
-            self._kept = current if self._required else None
+            # A version that is replaced while it is on probation is never the one to fall back on.
+            proven = self._kept or current
+            self._kept = proven if self._required and not back else None
+            unneeded = current if current is not self._kept else None
             self._found, self._refused = found, None
             self._began, self._rows, self._slow = time.monotonic(), 0, False
-            self._serve(model, current[1] if self._kept and current and not back else None)
-        for ended in (unneeded, None if self._kept else current):
-            if ended:
-                ended[1].end()
+            self._serve(model, self._kept[1] if self._kept else None)
+        if unneeded:
+            unneeded[1].end()
         if found and not self._kept:
             self._registry.keep(found, self._alias)
         # Logged only now, because whoever reads these lines expects the next batch to be scored accordingly.
@@ -201,7 +204,7 @@ class Followed:
         if model and before and model.overdue:  # and no other batch has come in which this would show
             self._refuse(model, before, "it does not answer")
         lasted_s = time.monotonic() - self._began
-        enough = lasted_s > _PROBATION_S and (before is None or self._rows >= _PROBATION_ROWS)
+        enough = lasted_s > _PROBATION_S and self._rows >= _PROBATION_ROWS
         with self._lock:
             kept = self._kept
             if not kept or not (enough or lasted_s > _LONGEST_PROBATION_S):

@@ -148,6 +148,12 @@ def always_live(rig: Rig) -> Iterator[None]:
     assert set(answers) == {200}
 
 
+def serves(rig: Rig, version: str) -> bool:
+    """Whether the predictor's metrics name this version."""
+    metrics = requests.get(f"http://127.0.0.1:{rig.environment['METRICS_PORT']}/metrics", timeout=5).text
+    return any("fraud_alarm_model_info{" in line and f'version="{version}"' in line for line in metrics.splitlines())
+
+
 def refusals(rig: Rig, version: str) -> list[str]:
     """What the log says about this version's refusal."""
     lines = rig.log("predictor").splitlines()
@@ -181,7 +187,7 @@ def test_a_version_that_misbehaves_at_its_first_batches_gives_way_to_the_one_bef
     with always_live(rig):
         for number, misdeed in enumerate(CAUSES):
             bad = promote(registry, name, AtSomeRows(label=1))
-            until(partial(process.said, f"version='{bad}'"), what="the new version")
+            until(partial(serves, rig, bad), what="the new version")
             batch = make_transactions(40, seed=number)
             batch[20] = replace(batch[20], category=misdeed)
             rig.put_transactions(batch[:20])
@@ -202,6 +208,26 @@ def test_a_version_that_misbehaves_at_its_first_batches_gives_way_to_the_one_bef
         assert prediction.prediction == int(version != good)  # the answer is of the version that is named
         if prediction.category in CAUSES:
             assert version == good
+    assert not process.said("event='dead_letters'")
+
+
+def test_a_version_that_has_not_proved_itself_is_nothing_to_fall_back_on(
+    rig: Rig, registry: Registry, name: str
+) -> None:
+    good = promote(registry, name, Meek())
+    process = rig.start("predictor")
+    for _ in range(2):
+        bad = promote(registry, name, AtSomeRows(label=1))
+        until(partial(serves, rig, bad), what="the new version")
+
+    batch = make_transactions(100)
+    batch[50] = replace(batch[50], category="exit_at_once")
+    rig.put_transactions(batch)
+
+    messages = rig.read(rig.topic_2, len(batch), extra_s=1)
+    assert len(messages) == len(batch)
+    assert {from_headers(headers(each)).model_version for each in messages} >= {good}
+    assert refusals(rig, bad)
     assert not process.said("event='dead_letters'")
 
 
