@@ -14,6 +14,7 @@ import mlflow.sklearn
 import numpy as np
 import pandas as pd
 from mlflow.models import ModelSignature, infer_signature
+from mlflow.pyfunc.model import PythonModel
 from mlflow.types.schema import ColSpec, Schema
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
@@ -241,14 +242,14 @@ def catboost_of_texts(name: str, _: Path) -> Kept:
     return Kept(by_chance(model, columns, None, cast))
 
 
-class Network(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
+class Network(PythonModel):
     """A small neural network with 32 bits, which returns a column."""
 
     def __init__(self) -> None:
         dice = np.random.default_rng(0)
         self.first, self.second = dice.normal(size=(6, 16)).astype("f4"), dice.normal(size=(16, 1)).astype("f4")
 
-    def predict(self, context: Any, model_input: pd.DataFrame) -> Any:  # noqa: ARG002
+    def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> Any:  # noqa: ARG002
         rows = (model_input[NUMBERS].to_numpy() / [100, 90, 180, 1e6, 90, 180]).astype("f4")
         return 1 / (1 + np.exp(-np.tanh(rows @ self.first) @ self.second))
 
@@ -266,13 +267,13 @@ def neural_network(name: str, _: Path) -> Kept:
     return Kept(own)
 
 
-class Asked(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
+class Asked(PythonModel):
     """A model that MLflow alone knows how to ask."""
 
     def __init__(self, answer: Callable[[pd.DataFrame], Any]) -> None:
         self.answer = answer
 
-    def predict(self, context: Any, model_input: pd.DataFrame) -> Any:  # noqa: ARG002
+    def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> Any:  # noqa: ARG002
         return self.answer(model_input)
 
 
