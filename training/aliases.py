@@ -8,8 +8,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from shared.errors import Outage
-from shared.network import why_unreachable
 from shared.privacy import without_credentials
+from shared.registry import why_registry_failed
 
 _MOST_REMEMBERED = 20
 
@@ -81,7 +81,7 @@ def move_back(of: Alias) -> str:
 
 def away(tracking_uri: str, error: MlflowException) -> Outage:
     """Return the Outage to raise for an error of the registry."""
-    reason = why_unreachable(error, default=str(error).splitlines()[0])
+    reason = why_registry_failed(error, default=str(error).splitlines()[0])
     return Outage(without_credentials(f"MLflow at {tracking_uri}: {reason}"))
 
 

@@ -6,7 +6,6 @@ If the registry is unreachable, the last good version is loaded from disk.
 import errno
 import hashlib
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -31,15 +30,14 @@ from services.predictor.hosted import Allowance, Host
 from services.predictor.model import Logged, Model, UnusableModel
 from services.predictor.settings import ModelSettings
 from shared.errors import Outage, SettingsError
-from shared.network import why_unreachable
 from shared.privacy import without_credentials
 from shared.profile import Profile
+from shared.registry import why_registry_failed
 
 log = structlog.get_logger()
 
 _LONGEST_LOAD_S = 3600.0
 _MAX_REASON = 500  # characters
-_REFUSED = re.compile(r"error code (\d{3})|(\d{3}) (?:Client|Server) Error")
 _WITHOUT_RUN = "without-run"
 
 
@@ -253,12 +251,7 @@ def _problem(error: Exception) -> str:
     as_it_is = f"{type(error).__name__}: {without_credentials(str(error))}"[:_MAX_REASON]
     if not isinstance(error, (MlflowException, requests.RequestException)):
         return as_it_is  # raised by an artifact store, whose message names the store
-    if refused := _REFUSED.search(str(error)):
-        status = refused[1] or refused[2]
-        login = status in ("401", "403")
-        check = ". Check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if login else ""
-        return f"HTTP {status}{check}"
-    return why_unreachable(error, default=as_it_is)
+    return why_registry_failed(error, default=as_it_is)
 
 
 def _download(name: str, version: str, directory: str) -> str:

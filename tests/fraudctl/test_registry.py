@@ -1,13 +1,16 @@
 """Which version has an alias, asked of the registry through its REST API, and of servers that are no registry."""
 
 import base64
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
+from command_line import call
 
 from fraudctl.registry import version_with_alias
 from sandbox.registry import Registry
@@ -103,6 +106,17 @@ def test_a_server_that_is_no_registry_is_an_outage(serve: Serve, status: int, bo
         version_with_alias(serve(status, body), "champion")
 
     assert "Check that it runs, and check MLFLOW_TRACKING_URI" in str(outage.value)
+
+
+@pytest.mark.parametrize("command", [["promote", "1"], ["rollback"], ["models", "check", "1"]], ids=" ".join)
+def test_a_refused_login_is_named_by_every_command(serve: Serve, tmp_path: Path, command: list[str]) -> None:
+    uri = serve(401, b"who are you").mlflow_tracking_uri
+
+    done = call(*command, cwd=tmp_path, environment=os.environ | {"MLFLOW_TRACKING_URI": uri})
+
+    assert done.returncode == 2
+    remedy = "Check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    assert done.stderr == f"fraudctl: MLflow at {uri}: HTTP 401. {remedy}\n"
 
 
 @pytest.mark.parametrize("body", [b"", b"x" * 2_000_000])
