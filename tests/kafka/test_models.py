@@ -104,6 +104,7 @@ LOG_VERSIONS = """
 """
 
 
+@pytest.mark.alone  # models are loaded at a low priority, for which five busy workers leave no time
 @pytest.mark.timeout(300)
 def test_each_row_has_the_answer_of_the_version_that_it_names(
     apache_rig: Rig, registry: Registry, name: str, tmp_path: Path
